@@ -1,0 +1,33 @@
+//! adfreeze trains vision-language models on frozen backbones: one recipe, a fixed pipeline
+//! (projector pretrain → LoRA SFT → DPO), one binary.
+//!
+//! The rooms of this house, in the direction in which data flows:
+//!
+//! `cli` → `pipeline` → { `recipe`, `train`, `report`, `checkpoint` } → { `adapters`, `model`, `data`, `optim` } → `ops`
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | [`cli`] | one file per command |
+//! | [`recipe`] | what the user writes: structs, loading, patterns, errors with a hint |
+//! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume |
+//! | [`train`] | a stage: the step, the objectives, evaluation, generation |
+//! | [`report`] | console and JSON lines |
+//! | [`checkpoint`] | atomic safetensors, PEFT folders, HF folders |
+//! | [`adapters`] | what is grafted onto a backbone |
+//! | [`model`] | the chain of segments, parameters, weights on disk |
+//! | [`data`] | samples, images, templates, batches, the loader |
+//! | [`optim`] | AdamW, groups, schedules, clipping |
+//! | [`ops`] | differentiable operations with their own backward |
+
+pub mod adapters;
+pub mod checkpoint;
+pub mod cli;
+pub mod data;
+pub mod error;
+pub mod model;
+pub mod ops;
+pub mod optim;
+pub mod pipeline;
+pub mod recipe;
+pub mod report;
+pub mod train;

@@ -1,0 +1,2 @@
+//! What the user writes.
+pub mod schema;
