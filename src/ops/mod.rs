@@ -15,6 +15,7 @@ pub mod norm;
 pub mod patches;
 pub mod philox;
 pub mod random;
+pub mod registry;
 pub mod rope;
 
 use crate::bail;
