@@ -1,1 +1,4 @@
-//! (being built)
+//! The model: shapes ([`config`]) and weights on disk ([`weights`]).
+
+pub mod config;
+pub mod weights;
