@@ -1,1 +1,4 @@
-//! (being built)
+//! What a run leaves on disk: atomic files, safetensors, PEFT adapters, Hugging Face folders.
+
+pub mod atomic;
+pub mod safetensors;
