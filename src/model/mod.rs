@@ -1,1 +1,18 @@
-//! (being built)
+//! The model as a chain of segments with explicit backward, its parameters, and its weights on disk.
+//!
+//! candle's autograd keeps every activation, computes gradients of frozen weights and cannot sum in place; the trunk
+//! therefore runs forward and backward by hand ([`segment`]), small trainable modules as islands ([`island`]).
+
+pub mod build;
+pub mod config;
+pub mod init;
+pub mod island;
+pub mod language;
+pub mod linear;
+pub mod norm;
+pub mod params;
+pub mod projector;
+pub mod segment;
+pub mod vision;
+pub mod vlm;
+pub mod weights;

@@ -1,0 +1,254 @@
+//! LLaMA and everything of its architecture (HF `LlamaForCausalLM`): embeddings, decoder layers, norm, head.
+//!
+//! The head is computed on labelled rows only, in chunks. Gradients stop at the frontier.
+
+pub mod layer;
+pub mod rope;
+
+use super::build::{linear, norm, param};
+use super::config::LlamaConfig;
+use super::init::Source;
+use super::linear::Linear;
+use super::norm::Norm;
+use super::params::{Grads, Module, Param};
+use super::segment::{self, Side, Tape};
+use crate::bail;
+use crate::error::Result;
+use crate::ops::cross_entropy::{self, LogProbs, add_weight_grad};
+use crate::ops::embedding::{gather, scatter_add_};
+use crate::ops::matmul::scale_rows;
+use crate::ops::norm::{Kind, Stats};
+use crate::ops::{attention, random};
+use crate::recipe::schema::Activations;
+use candle_core::{DType, Tensor};
+use layer::{Cache, Layer};
+use rope::Rope;
+
+/// The language model.
+#[derive(Debug, Clone)]
+pub struct Language {
+    pub config: LlamaConfig,
+    pub embed_tokens: Param,
+    pub layers: Vec<Layer>,
+    norm: Norm,
+    /// The embeddings themselves when tied.
+    lm_head: Param,
+    rope: Rope,
+    frontier: usize,
+    /// Does something below the layers need a gradient?
+    below: bool,
+}
+
+/// What a pass left for backward.
+pub struct Saved {
+    tape: Tape<Layer>,
+    head: Option<Head>,
+}
+
+struct Head {
+    /// Labelled rows before the last norm, `[M, D]`, and where they stand.
+    rows: Vec<u32>,
+    x: Tensor,
+    stats: Stats,
+    dx: Tensor,
+    targets: Vec<u32>,
+    total_rows: usize,
+}
+
+impl Language {
+    /// Builds the model from `src`.
+    pub fn new(config: LlamaConfig, src: &mut dyn Source) -> Result<Self> {
+        let c = &config;
+        if c.num_key_value_heads == 0 || c.num_attention_heads % c.num_key_value_heads != 0 || c.head_dim % 2 != 0 {
+            bail!(
+                "the language model's config does not fit together: {} heads, {} key-value heads, head_dim {}",
+                c.num_attention_heads,
+                c.num_key_value_heads,
+                c.head_dim
+            )
+        }
+        let (d, m, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
+        let (qw, kw) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let embed_tokens = param(src, "language.embed_tokens.weight".into(), &[c.vocab_size, d])?;
+        let mut layers = Vec::with_capacity(c.num_hidden_layers);
+        for i in 0..c.num_hidden_layers {
+            let name = |part: &str| format!("language.layers.{i}.{part}");
+            layers.push(Layer {
+                attention: attention::Config {
+                    heads: c.num_attention_heads,
+                    kv_heads: c.num_key_value_heads,
+                    head_dim: c.head_dim,
+                    causal: true,
+                },
+                input_layernorm: norm(src, Kind::Rms, &name("input_layernorm"), d, eps)?,
+                q_proj: linear(src, &name("self_attn.q_proj"), qw, d, c.attention_bias)?,
+                k_proj: linear(src, &name("self_attn.k_proj"), kw, d, c.attention_bias)?,
+                v_proj: linear(src, &name("self_attn.v_proj"), kw, d, c.attention_bias)?,
+                o_proj: linear(src, &name("self_attn.o_proj"), d, qw, c.attention_bias)?,
+                post_attention_layernorm: norm(src, Kind::Rms, &name("post_attention_layernorm"), d, eps)?,
+                gate_proj: linear(src, &name("mlp.gate_proj"), m, d, c.mlp_bias)?,
+                up_proj: linear(src, &name("mlp.up_proj"), m, d, c.mlp_bias)?,
+                down_proj: linear(src, &name("mlp.down_proj"), d, m, c.mlp_bias)?,
+            });
+        }
+        let last = norm(src, Kind::Rms, "language.norm", d, eps)?;
+        let lm_head = if c.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            param(src, "language.lm_head.weight".into(), &[c.vocab_size, d])?
+        };
+        let (rope, frontier) = (Rope::new(c), layers.len());
+        Ok(Self { config, embed_tokens, layers, norm: last, lm_head, rope, frontier, below: false })
+    }
+
+    /// Recomputes where backward has to go. `below`: something that feeds the embeddings needs a gradient.
+    pub fn plan(&mut self, below: bool) {
+        self.below = below || self.embed_tokens.trainable;
+        self.frontier = segment::frontier(&mut self.layers, self.below);
+    }
+
+    /// Does backward have to enter the layers at all?
+    fn enters_layers(&self) -> bool {
+        self.below || self.frontier < self.layers.len()
+    }
+
+    /// Token embeddings; ids outside the table (an image placeholder may be) give row 0 and are overwritten by the caller.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        let v = self.config.vocab_size as u32;
+        let safe: Vec<u32> = ids.iter().map(|i| if *i < v { *i } else { 0 }).collect();
+        gather(&self.embed_tokens.value, &safe)
+    }
+
+    /// Side of packed sequences: positions count from 0 in each.
+    pub fn side(&self, lengths: &[usize], dropout: Option<random::Key>, adapters_off: bool) -> Result<Side> {
+        let mut side = Side::packed(lengths);
+        let positions: Vec<usize> = lengths.iter().flat_map(|n| 0..*n).collect();
+        side.rope = Some(self.rope.angles(&positions, self.dtype())?);
+        (side.dropout, side.adapters_off) = (dropout, adapters_off);
+        Ok(side)
+    }
+
+    /// Log-probabilities of `targets` (row whose next token it is, token id) from embedded rows `[N, D]`.
+    pub fn forward(
+        &self,
+        x: Tensor,
+        side: &Side,
+        targets: &[(u32, u32)],
+        policy: Activations,
+        record: bool,
+    ) -> Result<(LogProbs, Option<Saved>)> {
+        let frontier = if record { self.frontier } else { self.layers.len() };
+        let (y, tape) = segment::forward(&self.layers, x, side, frontier, policy)?;
+        let (rows, ids): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
+        let total_rows = y.dim(0)?;
+        let x = gather(&y, &rows)?;
+        drop(y);
+        let (h, stats) = self.norm.forward(&x)?;
+        let mut out = cross_entropy::forward(&h, &self.lm_head.value, &ids, record)?;
+        let head = out.dx.take().map(|dx| Head { rows, x, stats, dx, targets: ids, total_rows });
+        Ok((out, record.then_some(Saved { tape, head })))
+    }
+
+    /// Gradients of Σ coefᵢ·log pᵢ; returns the gradient of the embedded rows if something below needs it.
+    pub fn backward(
+        &self,
+        saved: Saved,
+        ids: &[u32],
+        side: &Side,
+        coefs: &[f64],
+        spliced: &[u32],
+        grads: &mut Grads,
+    ) -> Result<Option<Tensor>> {
+        let Saved { tape, head } = saved;
+        let Some(head) = head else { bail!("backward without a recorded forward pass") };
+        if self.lm_head.trainable {
+            let h = self.norm.rebuild(&head.x, &head.stats)?;
+            add_weight_grad(grads.slot(&self.lm_head)?, &h, &self.lm_head.value, &head.targets, coefs)?;
+        }
+        if !self.enters_layers() && !self.norm.weight.trainable {
+            return Ok(None);
+        }
+        let dh = scale_rows(&head.dx, coefs)?;
+        let dx = self.norm.backward(&head.x, &head.stats, &dh, grads)?;
+        if !self.enters_layers() {
+            return Ok(None);
+        }
+        let dy = Tensor::zeros((head.total_rows, self.config.hidden_size), dx.dtype(), dx.device())?;
+        scatter_add_(&dy, &head.rows, &dx)?;
+        let dx = segment::backward(&self.layers, tape, dy, side, grads, self.below)?;
+        if let (true, Some(dx)) = (self.embed_tokens.trainable, &dx) {
+            // Rows that visual features took the place of belong to the projector.
+            let text: Vec<u32> = text_rows(ids.len(), spliced);
+            let table_rows: Vec<u32> = text.iter().map(|r| ids[*r as usize]).collect();
+            scatter_add_(grads.slot(&self.embed_tokens)?, &table_rows, &gather(dx, &text)?)?;
+        }
+        Ok(dx)
+    }
+
+    /// Logits of the last of the newest rows `x` `[n, D]` of one sequence, `[vocab]`; `cache` grows by n.
+    pub fn extend(&self, mut x: Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (n, seen) = (x.dim(0)?, cache.seen);
+        let mut side = Side::packed(&[n]);
+        side.sequences[0].k = 0..seen + n;
+        let positions: Vec<usize> = (seen..seen + n).collect();
+        side.rope = Some(self.rope.angles(&positions, self.dtype())?);
+        for (layer, c) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.extend(&x, &side, c)?;
+        }
+        cache.seen += n;
+        let (h, _) = self.norm.forward(&x.narrow(0, n - 1, 1)?)?;
+        Ok(cross_entropy::logits(&h, &self.lm_head.value)?.squeeze(0)?)
+    }
+
+    /// An empty cache.
+    pub fn cache(&self) -> KvCache {
+        KvCache { layers: vec![Cache::default(); self.layers.len()], seen: 0 }
+    }
+
+    /// Logits of the given rows, `[rows, vocab]`; for tests.
+    pub fn logits(&self, x: Tensor, side: &Side, rows: &[u32]) -> Result<Tensor> {
+        let (y, _) = segment::forward(&self.layers, x, side, self.layers.len(), Activations::Keep)?;
+        let (h, _) = self.norm.forward(&gather(&y, rows)?)?;
+        cross_entropy::logits(&h, &self.lm_head.value)
+    }
+
+    /// The type of computation.
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.value.dtype()
+    }
+
+    /// Every linear layer, in order.
+    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
+        self.layers.iter_mut().for_each(|l| l.for_each_linear(f));
+    }
+}
+
+/// Keys and values of all layers for one sequence.
+pub struct KvCache {
+    layers: Vec<Cache>,
+    seen: usize,
+}
+
+impl KvCache {
+    /// Tokens in the cache.
+    pub fn seen(&self) -> usize {
+        self.seen
+    }
+}
+
+fn text_rows(n: usize, spliced: &[u32]) -> Vec<u32> {
+    let mut taken = vec![false; n];
+    for r in spliced {
+        taken[*r as usize] = true;
+    }
+    (0..n as u32).filter(|r| !taken[*r as usize]).collect()
+}
+
+impl Module for Language {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.embed_tokens);
+        self.layers.iter_mut().for_each(|l| l.visit(f));
+        self.norm.visit(f);
+        f(&mut self.lm_head);
+    }
+}

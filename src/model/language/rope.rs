@@ -1,0 +1,54 @@
+//! Rotary angles of LLaMA, with the scalings `linear` and `llama3` (HF `modeling_rope_utils`).
+
+use crate::error::Result;
+use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::ops::tensor;
+use candle_core::{DType, Tensor};
+
+/// Inverse frequencies, one for each pair of a head. HF computes angles in f32, and so do we unless the model is f64.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    inv_freq: Vec<f64>,
+}
+
+impl Rope {
+    /// Frequencies of a config.
+    pub fn new(cfg: &LlamaConfig) -> Self {
+        let half = cfg.head_dim / 2;
+        let base = (0..half).map(|i| 1.0 / cfg.rope_theta.powf(2.0 * i as f64 / cfg.head_dim as f64));
+        Self { inv_freq: base.map(|f| stretch(f, &cfg.rope_scaling)).collect() }
+    }
+
+    /// Cosines and sines of the given positions, `[N, hd/2]` each.
+    pub fn angles(&self, positions: &[usize], dtype: DType) -> Result<(Tensor, Tensor)> {
+        let shape = (positions.len(), self.inv_freq.len());
+        if dtype == DType::F64 {
+            let a: Vec<f64> = positions.iter().flat_map(|p| self.inv_freq.iter().map(|f| *p as f64 * f)).collect();
+            return Ok((
+                tensor(a.iter().map(|x| x.cos()).collect(), shape)?,
+                tensor(a.iter().map(|x| x.sin()).collect(), shape)?,
+            ));
+        }
+        let a: Vec<f32> = positions.iter().flat_map(|p| self.inv_freq.iter().map(|f| *p as f32 * *f as f32)).collect();
+        Ok((tensor(a.iter().map(|x| x.cos()).collect(), shape)?, tensor(a.iter().map(|x| x.sin()).collect(), shape)?))
+    }
+}
+
+/// llama3: long wavelengths are divided by the factor, short ones kept, those between blended.
+fn stretch(f: f64, scaling: &RopeScaling) -> f64 {
+    match scaling {
+        RopeScaling::None => f,
+        RopeScaling::Linear { factor } => f / factor,
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            let turns = original_max_position_embeddings * f / (2.0 * std::f64::consts::PI);
+            if turns < *low_freq_factor {
+                f / factor
+            } else if turns > *high_freq_factor {
+                f
+            } else {
+                let blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                (1.0 - blend) * f / factor + blend * f
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! A linear layer with any number of low-rank updates on top: one type for frozen, LoRA (Hu et al. 2021), stacked
+//! adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else.
+
+use super::params::{Grads, Module, Param};
+use super::segment::Side;
+use crate::error::Result;
+use crate::ops::matmul::{Mat, add_, linear, matmul, matmul_add, sum_rows};
+use crate::ops::random::{Key, dropout};
+use candle_core::Tensor;
+
+/// `y = x·Wᵀ + b + Σ s·(drop(x)·Aᵀ)·Bᵀ`.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Param,
+    /// `[out]`.
+    pub bias: Option<Param>,
+    pub deltas: Vec<LowRank>,
+}
+
+/// One low-rank update of a linear layer.
+#[derive(Debug, Clone)]
+pub struct LowRank {
+    /// The adapter that it belongs to.
+    pub adapter: String,
+    /// `[rank, in]`.
+    pub a: Param,
+    /// `[out, rank]`.
+    pub b: Param,
+    /// alpha/rank, or alpha/√rank.
+    pub scale: f64,
+    /// Probability of zeroing an input of A while training.
+    pub dropout: f64,
+}
+
+impl LowRank {
+    fn trains(&self) -> bool {
+        self.a.trainable || self.b.trainable
+    }
+
+    /// The input of A: x, or x with dropout (the same mask in forward and backward).
+    fn input(&self, x: &Tensor, side: &Side) -> Result<Tensor> {
+        match self.mask(side) {
+            Some(key) => dropout(key, x, self.dropout),
+            None => Ok(x.clone()),
+        }
+    }
+
+    fn mask(&self, side: &Side) -> Option<Key> {
+        side.dropout.filter(|_| self.dropout > 0.0 && self.trains()).map(|key| key.child(&self.a.name))
+    }
+}
+
+/// What backward needs beside x: `drop(x)·Aᵀ` of each update, `[N, rank]`.
+pub struct Saved(Vec<Option<Tensor>>);
+
+impl Linear {
+    /// Does backward need the layer's input?
+    pub fn needs_input(&self) -> bool {
+        self.weight.trainable || self.deltas.iter().any(LowRank::trains)
+    }
+
+    /// `x` `[N, in]` → `[N, out]`.
+    pub fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
+        let y = linear(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value))?;
+        let mut saved = Vec::with_capacity(self.deltas.len());
+        for d in &self.deltas {
+            if side.skips(d) {
+                saved.push(None);
+                continue;
+            }
+            let h = matmul(Mat::N(&d.input(x, side)?), Mat::T(&d.a.value))?;
+            matmul_add(&y, d.scale, Mat::N(&h), Mat::T(&d.b.value))?;
+            saved.push(Some(h));
+        }
+        Ok((y, Saved(saved)))
+    }
+
+    /// Adds this layer's gradients to `grads`, and dX to `dx` if there is one.
+    ///
+    /// `x` is the layer's input; it is read only if [`Linear::needs_input`].
+    pub fn backward(
+        &self,
+        saved: &Saved,
+        x: Option<&Tensor>,
+        dy: &Tensor,
+        side: &Side,
+        grads: &mut Grads,
+        dx: Option<&Tensor>,
+    ) -> Result<()> {
+        if let (true, Some(x)) = (self.weight.trainable, x) {
+            grads.add_product(&self.weight, 1.0, Mat::T(dy), Mat::N(x))?;
+        }
+        if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
+            grads.add(&b.name, sum_rows(dy)?)?;
+        }
+        if let Some(dx) = dx {
+            matmul_add(dx, 1.0, Mat::N(dy), Mat::N(&self.weight.value))?;
+        }
+        for (d, h) in self.deltas.iter().zip(&saved.0) {
+            let Some(h) = h else { continue };
+            if !d.trains() && dx.is_none() {
+                continue;
+            }
+            if d.b.trainable {
+                grads.add_product(&d.b, d.scale, Mat::T(dy), Mat::N(h))?;
+            }
+            // u = s·dY·B, [N, rank]: all that A and x see of dY.
+            let u = (matmul(Mat::N(dy), Mat::N(&d.b.value))? * d.scale)?;
+            if let (true, Some(x)) = (d.a.trainable, x) {
+                grads.add_product(&d.a, 1.0, Mat::T(&u), Mat::N(&d.input(x, side)?))?;
+            }
+            match (dx, d.mask(side)) {
+                (Some(dx), Some(key)) => {
+                    add_(dx, 1.0, &dropout(key, &matmul(Mat::N(&u), Mat::N(&d.a.value))?, d.dropout)?)?;
+                }
+                (Some(dx), None) => matmul_add(dx, 1.0, Mat::N(&u), Mat::N(&d.a.value))?,
+                (None, _) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// `(out, in)`.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        Ok(self.weight.value.dims2()?)
+    }
+
+    /// The layer's name: its weight's without `.weight`.
+    pub fn name(&self) -> &str {
+        self.weight.name.strip_suffix(".weight").unwrap_or(&self.weight.name)
+    }
+}
+
+impl Module for Linear {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.weight);
+        if let Some(b) = &mut self.bias {
+            f(b);
+        }
+        for d in &mut self.deltas {
+            f(&mut d.a);
+            f(&mut d.b);
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! RMSNorm or LayerNorm with named parameters.
+
+use super::params::{Grads, Module, Param};
+use crate::error::Result;
+use crate::ops::matmul::add_;
+use crate::ops::norm::{Kind, Stats, backward, forward, rebuild};
+use candle_core::Tensor;
+
+/// A norm over rows.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    pub kind: Kind,
+    /// `[D]`.
+    pub weight: Param,
+    /// `[D]`, LayerNorm only.
+    pub bias: Option<Param>,
+    pub eps: f64,
+}
+
+impl Norm {
+    /// `x` `[N, D]` → `[N, D]` and the rows' statistics.
+    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Stats)> {
+        forward(self.kind, x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), self.eps)
+    }
+
+    /// The output once more, bit for bit.
+    pub fn rebuild(&self, x: &Tensor, stats: &Stats) -> Result<Tensor> {
+        rebuild(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), stats)
+    }
+
+    /// dX; gradients of scale and shift go to `grads` if they train.
+    pub fn backward(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads) -> Result<Tensor> {
+        let trains = self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable);
+        let (dx, scale) = backward(self.kind, x, &self.weight.value, stats, dy, trains)?;
+        if let Some(s) = scale {
+            if self.weight.trainable {
+                grads.add(&self.weight.name, s.weight)?;
+            }
+            if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
+                grads.add(&b.name, s.bias)?;
+            }
+        }
+        Ok(dx)
+    }
+
+    /// dX added to the gradient that passes the norm by on the residual road.
+    pub fn backward_into(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads, sum: &Tensor) -> Result<()> {
+        add_(sum, 1.0, &self.backward(x, stats, dy, grads)?)
+    }
+}
+
+impl Module for Norm {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.weight);
+        if let Some(b) = &mut self.bias {
+            f(b);
+        }
+    }
+}

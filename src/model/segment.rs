@@ -1,0 +1,116 @@
+//! The trunk as an explicit chain of segments: forward keeps what backward will need from the frontier on, backward
+//! walks down to the frontier and stops there.
+
+use super::linear::LowRank;
+use super::params::{Grads, Module};
+use crate::error::Result;
+use crate::ops::attention;
+use crate::ops::random::Key;
+use crate::recipe::schema::Activations;
+use candle_core::Tensor;
+
+/// What all segments of a pass share beside the stream of activations.
+#[derive(Debug, Clone)]
+pub struct Side {
+    /// The sequences that are packed into the rows.
+    pub sequences: Vec<attention::Segment>,
+    /// Cosines and sines of each row's position, `[N, hd/2]`; language model only.
+    pub rope: Option<(Tensor, Tensor)>,
+    /// Key of this pass's dropout masks; none outside training.
+    pub dropout: Option<Key>,
+    /// Leave out all adapters (the base model of a DPO reference).
+    pub adapters_off: bool,
+}
+
+impl Side {
+    /// Side of sequences that stand one after the other, of the given lengths.
+    pub fn packed(lengths: &[usize]) -> Self {
+        let mut sequences = Vec::with_capacity(lengths.len());
+        let mut at = 0;
+        for n in lengths {
+            sequences.push(attention::Segment { q: at..at + n, k: at..at + n });
+            at += n;
+        }
+        Self { sequences, rope: None, dropout: None, adapters_off: false }
+    }
+
+    /// Is this update left out of the pass?
+    pub fn skips(&self, _delta: &LowRank) -> bool {
+        self.adapters_off
+    }
+}
+
+/// One block of a backbone with its own backward.
+pub trait Segment: Module {
+    /// What backward needs.
+    type Saved;
+
+    /// `x` `[N, D]` → `[N, D]`.
+    fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Self::Saved)>;
+
+    /// Adds the gradients of what trains to `grads`; returns dX if `need_dx`. `dy` is the caller's own and may be overwritten.
+    fn backward(
+        &self,
+        x: &Tensor,
+        saved: Self::Saved,
+        dy: Tensor,
+        side: &Side,
+        grads: &mut Grads,
+        need_dx: bool,
+    ) -> Result<Option<Tensor>>;
+}
+
+/// What a forward pass left for backward: from the frontier on, each segment's input and, if kept, its activations.
+pub struct Tape<S: Segment> {
+    frontier: usize,
+    records: Vec<(Tensor, Option<S::Saved>)>,
+}
+
+/// Runs `segments` on `x`. Below `frontier` nothing is kept; at `segments.len()` nothing at all.
+pub fn forward<S: Segment>(
+    segments: &[S],
+    mut x: Tensor,
+    side: &Side,
+    frontier: usize,
+    policy: Activations,
+) -> Result<(Tensor, Tape<S>)> {
+    let mut records = Vec::new();
+    for (i, s) in segments.iter().enumerate() {
+        let (y, saved) = s.forward(&x, side)?;
+        if i >= frontier {
+            records.push((x, (policy == Activations::Keep).then_some(saved)));
+        }
+        x = y;
+    }
+    Ok((x, Tape { frontier, records }))
+}
+
+/// Walks down to the frontier; returns the gradient of the chain's input if `need_dx`.
+pub fn backward<S: Segment>(
+    segments: &[S],
+    tape: Tape<S>,
+    mut dy: Tensor,
+    side: &Side,
+    grads: &mut Grads,
+    need_dx: bool,
+) -> Result<Option<Tensor>> {
+    let Tape { frontier, mut records } = tape;
+    for (i, s) in segments.iter().enumerate().skip(frontier).rev() {
+        let Some((x, saved)) = records.pop() else { break };
+        let saved = match saved {
+            Some(s) => s,
+            None => s.forward(&x, side)?.1,
+        };
+        match s.backward(&x, saved, dy, side, grads, need_dx || i > frontier)? {
+            Some(dx) => dy = dx,
+            None => return Ok(None),
+        }
+    }
+    Ok(need_dx.then_some(dy))
+}
+
+/// Index of the first segment that a backward pass must reach: the first that trains, 0 if something below needs the
+/// gradient, `len` if nothing does.
+pub fn frontier<S: Segment>(segments: &mut [S], below: bool) -> usize {
+    if below { 0 } else { segments.iter_mut().position(Module::trains).unwrap_or(segments.len()) }
+}

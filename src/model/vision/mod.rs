@@ -1,0 +1,260 @@
+//! The CLIP vision tower (Radford et al. 2021; HF `CLIPVisionModel`): pictures → hidden states of the selected layer.
+//! Layers past the selected one are loaded but never computed.
+
+pub mod layer;
+
+use super::build::{linear, norm};
+use super::config::VisionConfig;
+use super::init::Source;
+use super::linear::Linear;
+use super::norm::Norm;
+use super::params::{Grads, Module, Param};
+use super::segment::{self, Side, Tape};
+use crate::bail;
+use crate::error::Result;
+use crate::ops::embedding::{gather, scatter_};
+use crate::ops::matmul::{Mat, matmul, sum_rows};
+use crate::ops::norm::{Kind, Stats};
+use crate::ops::{attention, patches};
+use crate::recipe::schema::{Activations, SelectFeature};
+use candle_core::Tensor;
+use layer::Layer;
+
+/// The tower.
+#[derive(Debug, Clone)]
+pub struct Tower {
+    pub config: VisionConfig,
+    class_embedding: Param,
+    /// `[D, C·p·p]` after flattening.
+    patch_embedding: Param,
+    position_embedding: Param,
+    pre_layrnorm: Norm,
+    pub layers: Vec<Layer>,
+    post_layernorm: Norm,
+    /// Layers that run: up to the selected hidden state.
+    depth: usize,
+    select: SelectFeature,
+    frontier: Option<usize>,
+}
+
+/// What a pass through the tower left for backward.
+pub struct Saved {
+    side: Side,
+    patches: Tensor,
+    embedded: Tensor,
+    stats: Stats,
+    tape: Tape<Layer>,
+}
+
+impl Tower {
+    /// Builds the tower from `src`; `select_layer` indexes HF's `hidden_states` (0 is the embeddings' output).
+    pub fn new(config: VisionConfig, select_layer: i64, select: SelectFeature, src: &mut dyn Source) -> Result<Self> {
+        let (n, c) = (config.num_hidden_layers, &config);
+        let depth = if select_layer < 0 { n as i64 + 1 + select_layer } else { select_layer };
+        if !(0..=n as i64).contains(&depth) {
+            bail!("select_layer {select_layer} does not exist: the tower has {n} layers"; "use {} to {n}, or −1 for the last layer's output", -(n as i64) - 1)
+        }
+        if c.num_attention_heads == 0
+            || c.hidden_size % c.num_attention_heads != 0
+            || c.patch_size == 0
+            || c.image_size % c.patch_size != 0
+        {
+            bail!(
+                "the tower's config does not fit together: hidden size {}, {} heads, {} px, patch {}",
+                c.hidden_size,
+                c.num_attention_heads,
+                c.image_size,
+                c.patch_size
+            )
+        }
+        let (d, p) = (c.hidden_size, c.patch_size);
+        let mut get = |name: &str, shape: &[usize]| -> Result<Param> {
+            let name = format!("vision.embeddings.{name}");
+            let value = src.get(&name, shape)?;
+            Ok(Param::new(name, value))
+        };
+        let class_embedding = get("class_embedding", &[d])?;
+        let patch_embedding = get("patch_embedding.weight", &[d, c.num_channels, p, p])?;
+        let position_embedding = get("position_embedding.weight", &[c.num_patches() + 1, d])?;
+        let ln =
+            |name: &str, src: &mut dyn Source| norm(src, Kind::Layer, &format!("vision.{name}"), d, c.layer_norm_eps);
+        let pre_layrnorm = ln("pre_layrnorm", src)?;
+        let mut layers = Vec::with_capacity(n);
+        for i in 0..n {
+            let name = |part: &str| format!("vision.encoder.layers.{i}.{part}");
+            let (m, bias) = (c.intermediate_size, true);
+            layers.push(Layer {
+                attention: attention::Config {
+                    heads: c.num_attention_heads,
+                    kv_heads: c.num_attention_heads,
+                    head_dim: d / c.num_attention_heads,
+                    causal: false,
+                },
+                act: c.hidden_act,
+                layer_norm1: norm(src, Kind::Layer, &name("layer_norm1"), d, c.layer_norm_eps)?,
+                q_proj: linear(src, &name("self_attn.q_proj"), d, d, bias)?,
+                k_proj: linear(src, &name("self_attn.k_proj"), d, d, bias)?,
+                v_proj: linear(src, &name("self_attn.v_proj"), d, d, bias)?,
+                out_proj: linear(src, &name("self_attn.out_proj"), d, d, bias)?,
+                layer_norm2: norm(src, Kind::Layer, &name("layer_norm2"), d, c.layer_norm_eps)?,
+                fc1: linear(src, &name("mlp.fc1"), m, d, bias)?,
+                fc2: linear(src, &name("mlp.fc2"), d, m, bias)?,
+            });
+        }
+        let post_layernorm = ln("post_layernorm", src)?;
+        let depth = depth as usize;
+        Ok(Self {
+            config,
+            class_embedding,
+            patch_embedding,
+            position_embedding,
+            pre_layrnorm,
+            layers,
+            post_layernorm,
+            depth,
+            select,
+            frontier: None,
+        })
+    }
+
+    /// Visual features of one picture.
+    pub fn tokens_per_image(&self) -> usize {
+        self.config.num_patches() + usize::from(self.select == SelectFeature::Full)
+    }
+
+    /// Recomputes where backward has to go; called when what trains has changed.
+    pub fn plan(&mut self) {
+        let below = self.embeddings_train();
+        let f = segment::frontier(&mut self.layers[..self.depth], below);
+        self.frontier = (below || f < self.depth).then_some(f);
+    }
+
+    /// Does backward reach the tower?
+    pub fn reached(&self) -> bool {
+        self.frontier.is_some()
+    }
+
+    /// Names of parameters that no gradient can reach, with the reason.
+    pub fn unreachable(&mut self) -> Vec<(String, String)> {
+        let (mut out, depth, n) = (Vec::new(), self.depth, self.layers.len());
+        let mut note = |p: &mut Param, why: &str| {
+            if p.trainable {
+                out.push((p.name.clone(), why.to_string()));
+            }
+        };
+        let why = format!(
+            "the features are taken after layer {depth} of {n} (select_layer), so this layer is never computed"
+        );
+        self.layers[depth..].iter_mut().for_each(|l| l.visit(&mut |p| note(p, &why)));
+        self.post_layernorm
+            .visit(&mut |p| note(p, "hidden states are taken before the tower's last norm, so it is never computed"));
+        out
+    }
+
+    /// `pixels` `[B, C, S, S]` → features `[B·tokens_per_image, D]`; keeps what backward needs if the tower is reached.
+    pub fn forward(
+        &self,
+        pixels: &Tensor,
+        dropout: Option<crate::ops::random::Key>,
+        adapters_off: bool,
+        policy: Activations,
+        record: bool,
+    ) -> Result<(Tensor, Option<Saved>)> {
+        let b = pixels.dim(0)?;
+        let (patches, embedded) = self.embed(pixels)?;
+        let (x, stats) = self.pre_layrnorm.forward(&embedded)?;
+        let mut side = Side::packed(&vec![self.config.num_patches() + 1; b]);
+        (side.dropout, side.adapters_off) = (dropout, adapters_off);
+        let frontier = if record { self.frontier } else { None };
+        let (y, tape) = segment::forward(&self.layers[..self.depth], x, &side, frontier.unwrap_or(self.depth), policy)?;
+        let features = match self.select {
+            SelectFeature::Full => y,
+            SelectFeature::Patch => gather(&y, &self.patch_rows(b))?,
+        };
+        Ok((features, frontier.map(|_| Saved { side, patches, embedded, stats, tape })))
+    }
+
+    /// Gradients of what trains in the tower, from the gradient of its features.
+    pub fn backward(&self, saved: Saved, dfeatures: Tensor, grads: &mut Grads) -> Result<()> {
+        let Saved { side, patches, embedded, stats, tape } = saved;
+        let b = side.sequences.len();
+        let dy = match self.select {
+            SelectFeature::Full => dfeatures,
+            SelectFeature::Patch => {
+                let dy = embedded.zeros_like()?;
+                scatter_(&dy, &self.patch_rows(b), &dfeatures)?;
+                dy
+            }
+        };
+        let below = self.embeddings_train();
+        let Some(dx) = segment::backward(&self.layers[..self.depth], tape, dy, &side, grads, below)? else {
+            return Ok(());
+        };
+        let dx = self.pre_layrnorm.backward(&embedded, &stats, &dx, grads)?;
+        let t = self.config.num_patches() + 1;
+        if self.position_embedding.trainable {
+            let sum = dx.reshape((b, t, ()))?.sum(0)?;
+            grads.add(&self.position_embedding.name, sum)?;
+        }
+        if self.class_embedding.trainable {
+            let rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
+            grads.add(&self.class_embedding.name, sum_rows(&gather(&dx, &rows)?)?)?;
+        }
+        if self.patch_embedding.trainable {
+            let d = gather(&dx, &self.patch_rows(b))?;
+            let dw = matmul(Mat::T(&d), Mat::N(&patches))?;
+            grads.add(&self.patch_embedding.name, dw.reshape(self.patch_embedding.value.shape())?)?;
+        }
+        Ok(())
+    }
+
+    /// Patches `[B·P, C·p·p]` and embedded tokens `[B·(P+1), D]`: class token first, positions added.
+    fn embed(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (c, size) = (self.config.num_channels, self.config.image_size);
+        if pixels.dims()[1..] != [c, size, size] {
+            bail!("the tower takes pictures of [{c}, {size}, {size}], found {:?}", &pixels.dims()[1..])
+        }
+        let (b, d, t) = (pixels.dim(0)?, self.config.hidden_size, self.config.num_patches() + 1);
+        let patches = patches::unfold(pixels, self.config.patch_size)?;
+        let kernel = self.patch_embedding.value.reshape((d, ()))?;
+        let x = self.position_embedding.value.repeat((b, 1))?;
+        let words = matmul(Mat::N(&patches), Mat::T(&kernel))?;
+        crate::ops::embedding::scatter_add_(&x, &self.patch_rows(b), &words)?;
+        let class_rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
+        crate::ops::embedding::scatter_add_(
+            &x,
+            &class_rows,
+            &self.class_embedding.value.reshape((1, d))?.repeat((b, 1))?,
+        )?;
+        Ok((patches, x))
+    }
+
+    fn patch_rows(&self, b: usize) -> Vec<u32> {
+        let t = self.config.num_patches() + 1;
+        (0..b * t).filter(|i| i % t != 0).map(|i| i as u32).collect()
+    }
+
+    fn embeddings_train(&self) -> bool {
+        let pre = &self.pre_layrnorm;
+        [&self.class_embedding, &self.patch_embedding, &self.position_embedding, &pre.weight]
+            .iter()
+            .any(|p| p.trainable)
+            || pre.bias.as_ref().is_some_and(|b| b.trainable)
+    }
+
+    /// Every linear layer, in order.
+    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
+        self.layers.iter_mut().for_each(|l| l.for_each_linear(f));
+    }
+}
+
+impl Module for Tower {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.class_embedding);
+        f(&mut self.patch_embedding);
+        f(&mut self.position_embedding);
+        self.pre_layrnorm.visit(f);
+        self.layers.iter_mut().for_each(|l| l.visit(f));
+        self.post_layernorm.visit(f);
+    }
+}

@@ -1,0 +1,120 @@
+//! Linear layer and softmax cross-entropy in one, by chunks of rows: the logits of all rows never stand in memory
+//! (as in Liger's fused linear cross-entropy).
+//!
+//! For row x with target t: z = W·x, log p = z_t − logsumexp(z), d log p / dx = Wᵀ·(e_t − softmax(z)).
+
+use super::matmul::{Mat, matmul, matmul_add};
+use super::{Real, data, dims2, dispatch, update};
+use crate::bail;
+use crate::error::Result;
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+/// Rows of one chunk.
+const CHUNK: usize = 256;
+
+/// What the head says about its rows.
+pub struct LogProbs {
+    /// Log-probability of each row's target.
+    pub logps: Vec<f64>,
+    /// Most probable token of each row.
+    pub argmax: Vec<u32>,
+    /// d log p / dx, `[M, D]`, if asked for.
+    pub dx: Option<Tensor>,
+}
+
+/// `x` `[M, D]`, `w` `[V, D]`, one target a row.
+pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result<LogProbs> {
+    let (m, d) = dims2(x, "cross-entropy")?;
+    check(m, w, targets)?;
+    let (mut logps, mut argmax) = (Vec::with_capacity(m), Vec::with_capacity(m));
+    let dx = if need_dx { Some(Tensor::zeros((m, d), x.dtype(), x.device())?) } else { None };
+    for start in (0..m).step_by(CHUNK) {
+        let rows = CHUNK.min(m - start);
+        let logits = matmul(Mat::N(&x.narrow(0, start, rows)?), Mat::T(w))?;
+        let t = &targets[start..start + rows];
+        let (lp, am) = softmax_minus(&logits, t, need_dx)?;
+        logps.extend(lp);
+        argmax.extend(am);
+        if let Some(dx) = &dx {
+            write_rows(dx, start, &matmul(Mat::N(&logits), Mat::N(w))?)?;
+        }
+    }
+    Ok(LogProbs { logps, argmax, dx })
+}
+
+/// `dw += Σ coefᵢ · (e_tᵢ − softmax(W·xᵢ))·xᵢᵀ`: the gradient of Σ coefᵢ·log pᵢ for a trained head.
+pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coefs: &[f64]) -> Result<()> {
+    let (m, _) = dims2(x, "cross-entropy")?;
+    check(m, w, targets)?;
+    for start in (0..m).step_by(CHUNK) {
+        let rows = CHUNK.min(m - start);
+        let xs = x.narrow(0, start, rows)?;
+        let logits = matmul(Mat::N(&xs), Mat::T(w))?;
+        softmax_minus(&logits, &targets[start..start + rows], true)?;
+        let dz = super::matmul::scale_rows(&logits, &coefs[start..start + rows])?;
+        matmul_add(dw, 1.0, Mat::T(&dz), Mat::N(&xs))?;
+    }
+    Ok(())
+}
+
+/// Log-probabilities and arg-max of rows of logits; overwrites them with e_t − softmax if `overwrite`.
+fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>, Vec<u32>)> {
+    let (_, v) = dims2(logits, "cross-entropy")?;
+    dispatch!(logits, "cross-entropy", T => {
+        let mut out = vec![(0f64, 0u32); targets.len()];
+        update::<T>(logits, |z| {
+            z.par_chunks_mut(v).zip(targets.par_iter()).zip(out.par_iter_mut()).for_each(|((z, &t), out)| {
+                let (mut best, mut max) = (0, <T as num_traits::Float>::neg_infinity());
+                for (j, &x) in z.iter().enumerate() {
+                    if x > max {
+                        (best, max) = (j, x);
+                    }
+                }
+                let mut total = 0f64;
+                let zt = z[t as usize];
+                for x in z.iter_mut() {
+                    let e = num_traits::Float::exp(*x - max);
+                    total += e.f64();
+                    if overwrite {
+                        *x = e;
+                    }
+                }
+                *out = ((zt - max).f64() - total.ln(), best as u32);
+                if overwrite {
+                    let inv = T::of(-1.0 / total);
+                    for x in z.iter_mut() {
+                        *x *= inv;
+                    }
+                    z[t as usize] += T::of(1.0);
+                }
+            });
+        })?;
+        Ok(out.into_iter().unzip())
+    })
+}
+
+/// Copies `rows` into `x` from row `start` on, in place.
+fn write_rows(x: &Tensor, start: usize, rows: &Tensor) -> Result<()> {
+    let (_, d) = dims2(x, "rows")?;
+    dispatch!(x, "rows", T => {
+        let src = data::<T>(rows)?;
+        update::<T>(x, |x| x[start * d..start * d + src.len()].copy_from_slice(&src))
+    })
+}
+
+fn check(m: usize, w: &Tensor, targets: &[u32]) -> Result<()> {
+    let (v, _) = dims2(w, "cross-entropy head")?;
+    if targets.len() != m {
+        bail!("cross-entropy: {m} rows, {} targets", targets.len())
+    }
+    if let Some(t) = targets.iter().find(|t| **t as usize >= v) {
+        bail!("cross-entropy: target {t} is outside the vocabulary of {v}")
+    }
+    Ok(())
+}
+
+/// Rows of plain logits `[M, V]`, for generation and tests.
+pub fn logits(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    matmul(Mat::N(x), Mat::T(w))
+}
