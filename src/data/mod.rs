@@ -1,1 +1,11 @@
-//! (being built)
+//! Samples, images, templates, batches, the loader: from files on disk to what a step needs.
+
+pub mod dataset;
+pub mod encode;
+pub mod image;
+pub mod loader;
+pub mod resize;
+pub mod sampler;
+pub mod source;
+pub mod template;
+mod tokenizer;

@@ -1,0 +1,179 @@
+//! All samples of a stage, encoded and checked.
+
+use super::encode::{Sample, TextEncoder};
+use super::image::ImageRef;
+use super::source;
+use crate::error::{Error, Result};
+use crate::recipe::schema::{Data, Template};
+use rayon::prelude::*;
+use std::collections::BTreeSet;
+
+/// Problems named in one error.
+const NAMED: usize = 20;
+
+/// What a batch is made of: a sample, or a pair of answers to one prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    Sample(Sample),
+    /// Chosen, rejected.
+    Pair(Sample, Sample),
+}
+
+impl Item {
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Sample(s) | Self::Pair(s, _) => &s.id,
+        }
+    }
+
+    /// The sample, or chosen and rejected.
+    pub fn samples(&self) -> impl Iterator<Item = &Sample> {
+        let (first, second) = match self {
+            Self::Sample(s) => (s, None),
+            Self::Pair(chosen, rejected) => (chosen, Some(rejected)),
+        };
+        std::iter::once(first).chain(second)
+    }
+
+    /// The pictures; both answers of a pair have the same.
+    pub fn images(&self) -> &[ImageRef] {
+        match self {
+            Self::Sample(s) | Self::Pair(s, _) => &s.images,
+        }
+    }
+
+    /// Tokens, of the longer answer for a pair.
+    pub fn len(&self) -> usize {
+        self.samples().map(|s| s.ids.len()).max().unwrap_or(0)
+    }
+
+    /// Whether there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The samples of a stage or an evaluation.
+#[derive(Debug, Clone, Default)]
+pub struct Dataset {
+    pub items: Vec<Item>,
+}
+
+/// What a dataset consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    pub items: usize,
+    /// Items without a picture.
+    pub text_only: usize,
+    /// Pictures, counted once a file.
+    pub images: usize,
+    /// Tokens, image tokens included.
+    pub tokens: usize,
+    /// Label tokens.
+    pub labels: usize,
+    pub min_len: usize,
+    pub median_len: usize,
+    pub max_len: usize,
+}
+
+impl Dataset {
+    /// Reads and encodes conversations; `template` is for entries that name none.
+    ///
+    /// # Errors
+    /// All problems of samples and image files together, the first twenty by name.
+    pub fn conversations(data: &[Data], encoder: &TextEncoder, template: Template) -> Result<Self> {
+        Self::read(data, template, source::conversations, |c, template| {
+            encoder.conversation(c, template).map(Item::Sample)
+        })
+    }
+
+    /// Reads and encodes preference pairs.
+    ///
+    /// # Errors
+    /// As [`Self::conversations`].
+    pub fn preferences(data: &[Data], encoder: &TextEncoder, template: Template) -> Result<Self> {
+        Self::read(data, template, source::preferences, |p, template| {
+            encoder.preference(p, template).map(|(chosen, rejected)| Item::Pair(chosen, rejected))
+        })
+    }
+
+    fn read<T: Sync>(
+        data: &[Data],
+        template: Template,
+        read: impl Fn(&Data) -> Result<Vec<T>>,
+        encode: impl Fn(&T, Template) -> Result<Item> + Sync,
+    ) -> Result<Self> {
+        let mut items = vec![];
+        let mut problems = vec![];
+        for entry in data {
+            let template = entry.template.unwrap_or(template);
+            let encoded: Vec<_> = read(entry)?.par_iter().map(|raw| encode(raw, template)).collect();
+            for item in encoded {
+                match item {
+                    Ok(item) => items.push(item),
+                    Err(e) => problems.push(e.context(entry.path.display())),
+                }
+            }
+        }
+        problems.extend(missing_images(&items));
+        together(problems)?;
+        Ok(Self { items })
+    }
+
+    /// Every picture, once.
+    pub fn images(&self) -> BTreeSet<&ImageRef> {
+        self.items.iter().flat_map(Item::images).collect()
+    }
+
+    pub fn stats(&self) -> Stats {
+        let mut lengths: Vec<usize> = self.items.iter().map(Item::len).collect();
+        lengths.sort_unstable();
+        let samples = || self.items.iter().flat_map(Item::samples);
+        Stats {
+            items: self.items.len(),
+            text_only: self.items.iter().filter(|i| i.images().is_empty()).count(),
+            images: self.images().len(),
+            tokens: samples().map(|s| s.ids.len()).sum(),
+            labels: samples().map(Sample::targets).sum(),
+            min_len: lengths.first().copied().unwrap_or(0),
+            median_len: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
+            max_len: lengths.last().copied().unwrap_or(0),
+        }
+    }
+}
+
+/// One problem for each image file that is not there, with the first sample that wants it.
+fn missing_images(items: &[Item]) -> Vec<Error> {
+    let mut seen = BTreeSet::new();
+    let mut first: Vec<_> = vec![];
+    for item in items {
+        for image in item.images() {
+            if seen.insert(&image.path) {
+                first.push((&image.path, item.id()));
+            }
+        }
+    }
+    let check = |&(path, id): &(&std::path::PathBuf, &str)| {
+        let hint = "check the sample's `image` and the `images` folder of its data entry";
+        (!path.is_file()).then(|| Error::new(format!("sample {id}: there is no image {}", path.display())).hint(hint))
+    };
+    first.par_iter().filter_map(check).collect()
+}
+
+/// One error out of several.
+fn together(mut problems: Vec<Error>) -> Result<()> {
+    let n = problems.len();
+    if n < 2 {
+        return problems.pop().map_or(Ok(()), Err);
+    }
+    let hint = problems[0].hint_text().map(String::from);
+    let mut lines: Vec<String> = problems.iter().take(NAMED).map(|e| format!("\n  {e}")).collect();
+    if n > NAMED {
+        lines.push(format!("\n  and {} more", n - NAMED));
+    }
+    let e = Error::new(format!("{n} problems in the data:{}", lines.concat()));
+    Err(match hint {
+        Some(hint) => e.hint(hint),
+        None => e,
+    })
+}

@@ -1,0 +1,286 @@
+//! Text to token ids and labels.
+//!
+//! The rendered text is encoded once and whole, without special tokens added; bos goes in front if the tokenizer uses one;
+//! each image token becomes `tokens_per_image` copies. A token is a target if its first byte lies in a trained span.
+
+use super::image::ImageRef;
+use super::source::{Conversation, IMAGE_PLACEHOLDER, Preference, Role, Turn};
+use super::template::{self, ChatTemplate, Marks, Rendered, VICUNA_OPENING, VICUNA_SYSTEM};
+use super::tokenizer::TokenizerFiles;
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use crate::recipe::schema::Template;
+use std::path::Path;
+use tokenizers::{PostProcessorWrapper, Tokenizer};
+
+/// The label of a position that is no target.
+pub const IGNORE: i32 = -100;
+
+/// One encoded sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    pub id: String,
+    /// `[T]`; a picture takes `tokens_per_image` copies of the image token.
+    pub ids: Vec<u32>,
+    /// `[T]`; `labels[t]` is the target *at* position t, or [`IGNORE`]. The model shifts.
+    pub labels: Vec<i32>,
+    pub images: Vec<ImageRef>,
+    pub category: Option<String>,
+    pub absent: Vec<String>,
+}
+
+impl Sample {
+    /// Label tokens that are predicted (the first position is never).
+    pub fn targets(&self) -> usize {
+        self.labels.iter().skip(1).filter(|&&l| l != IGNORE).count()
+    }
+}
+
+/// What the encoder must know beside the tokenizer's files.
+#[derive(Debug, Clone)]
+pub struct TextSettings {
+    /// Text of the image token (`model.image_token`).
+    pub image_token: String,
+    /// Its id as the model's config.json names it, if it does.
+    pub image_token_id: Option<u32>,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    pub tokens_per_image: usize,
+    /// bos of config.json, for a tokenizer folder that names none.
+    pub bos: Option<u32>,
+    /// eos of config.json: further end tokens, and the one of a tokenizer folder that names none.
+    pub eos: Vec<u32>,
+    /// System text of `vicuna_v1`; `None` is LLaVA's.
+    pub system: Option<String>,
+    pub max_seq_len: usize,
+    pub truncate: bool,
+}
+
+/// Renders and encodes conversations for one model.
+pub struct TextEncoder {
+    tokenizer: Tokenizer,
+    post_processor: Option<PostProcessorWrapper>,
+    settings: TextSettings,
+    bos: Option<u32>,
+    eos_ids: Vec<u32>,
+    image_token_id: u32,
+    image_token_added: bool,
+    marks: Marks,
+    chat: Option<Result<ChatTemplate>>,
+}
+
+impl TextEncoder {
+    /// Reads a tokenizer folder, or a `tokenizer.json` with its neighbours (`tokenizer_config.json`,
+    /// `special_tokens_map.json`, `chat_template.jinja`).
+    ///
+    /// # Errors
+    /// If there is no tokenizer, it names no end token, or the image token finds no place in the embedding table.
+    pub fn load(dir_or_file: &Path, settings: TextSettings) -> Result<Self> {
+        let mut files = TokenizerFiles::read(dir_or_file)?;
+        let here = dir_or_file.display();
+        let (image_token_id, image_token_added) = files
+            .image_token(&settings.image_token, settings.image_token_id, settings.vocab_size)
+            .with_context(|| &here)?;
+        let text_of = |id: &u32| files.tokenizer.id_to_token(*id);
+        let bos_text = files.bos.clone().or_else(|| settings.bos.as_ref().and_then(text_of));
+        let bos_id = bos_text.as_deref().and_then(|t| files.tokenizer.token_to_id(t));
+        let bos = match files.add_bos {
+            Some(true) => bos_id,
+            Some(false) => None,
+            None => files.leading,
+        };
+        let Some(eos_text) = files.eos.clone().or_else(|| settings.eos.first().and_then(text_of)) else {
+            bail!("{here} names no end token"; "set eos_token in tokenizer_config.json, or eos_token_id in config.json");
+        };
+        let Some(eos) = files.tokenizer.token_to_id(&eos_text) else {
+            bail!("{here}: the end token {eos_text:?} is not in the vocabulary"; "correct eos_token in tokenizer_config.json");
+        };
+        let mut eos_ids = vec![eos];
+        eos_ids.extend(settings.eos.iter().filter(|&&id| id != eos));
+        let bos_text = bos.as_ref().and_then(text_of).or(bos_text).unwrap_or_default();
+        let marks = Marks { bos: bos_text, eos: eos_text, image: settings.image_token.clone() };
+        let special = files.special_texts();
+        let chat = files.chat_template.as_deref().map(|source| ChatTemplate::new(source, marks.clone(), special));
+        let TokenizerFiles { tokenizer, post_processor, .. } = files;
+        Ok(Self { tokenizer, post_processor, settings, bos, eos_ids, image_token_id, image_token_added, marks, chat })
+    }
+
+    /// The end tokens of an answer; the first is the tokenizer's own.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The token put in front of every text, if the tokenizer uses one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    pub fn image_token_id(&self) -> u32 {
+        self.image_token_id
+    }
+
+    pub fn tokens_per_image(&self) -> usize {
+        self.settings.tokens_per_image
+    }
+
+    /// Whether the image token is new, so that a saved model needs [`Self::tokenizer_json`] and not the original file.
+    pub fn image_token_added(&self) -> bool {
+        self.image_token_added
+    }
+
+    /// The tokenizer with the image token, as `tokenizer.json`.
+    pub fn tokenizer_json(&self) -> Result<String> {
+        let mut tokenizer = self.tokenizer.clone();
+        tokenizer.with_post_processor(self.post_processor.clone());
+        tokenizer.to_string(true).map_err(|e| Error::new(format!("cannot write the tokenizer: {e}")))
+    }
+
+    /// Encodes one conversation.
+    ///
+    /// # Errors
+    /// A sample without label tokens, one longer than `max_seq_len` (unless `truncate`), or one that its template
+    /// cannot render; the error names the sample.
+    pub fn conversation(&self, c: &Conversation, template: Template) -> Result<Sample> {
+        self.sample(c, template).with_context(|| format!("sample {}", c.id))
+    }
+
+    /// Encodes both answers: chosen, rejected.
+    ///
+    /// # Errors
+    /// As [`Self::conversation`].
+    pub fn preference(&self, p: &Preference, template: Template) -> Result<(Sample, Sample)> {
+        let (chosen, rejected) = p.conversations();
+        let encode = |c, which: &str| {
+            self.sample(c, template).with_context(|| format!("sample {}, {which} answer", p.id))
+        };
+        Ok((encode(&chosen, "chosen")?, encode(&rejected, "rejected")?))
+    }
+
+    fn sample(&self, c: &Conversation, template: Template) -> Result<Sample> {
+        let rendered = self.render(c, template)?;
+        let (mut ids, mut labels) = self.encode(&rendered)?;
+        let mut images = c.images.clone();
+        let max = self.settings.max_seq_len;
+        if ids.len() > max {
+            let len = ids.len();
+            if !self.settings.truncate {
+                bail!("{len} tokens are more than max_seq_len = {max}";
+                    "raise model.max_seq_len, set model.truncate = true, or shorten the sample");
+            }
+            self.truncate(&mut ids, max);
+            labels.truncate(ids.len());
+            images.truncate(self.whole_images(&ids));
+        }
+        let (category, absent) = (c.category.clone(), c.absent.clone());
+        let sample = Sample { id: c.id.clone(), ids, labels, images, category, absent };
+        if sample.targets() == 0 {
+            bail!("no label token is left"; "give the sample an answer that begins within max_seq_len = {max} tokens");
+        }
+        Ok(sample)
+    }
+
+    /// Cuts to `max` tokens, or before a picture that would be cut in two.
+    fn truncate(&self, ids: &mut Vec<u32>, max: usize) {
+        ids.truncate(max);
+        let pictures = ids.iter().filter(|&&id| id == self.image_token_id).count();
+        let part = pictures % self.settings.tokens_per_image.max(1);
+        ids.truncate(ids.len() - part);
+    }
+
+    fn whole_images(&self, ids: &[u32]) -> usize {
+        ids.iter().filter(|&&id| id == self.image_token_id).count() / self.settings.tokens_per_image.max(1)
+    }
+
+    /// The text of a conversation and its trained spans.
+    pub fn render(&self, c: &Conversation, template: Template) -> Result<Rendered> {
+        match template {
+            Template::Plain => template::plain(c, &self.marks),
+            Template::VicunaV1 => Ok(template::vicuna_v1(c, self.system(), &self.marks)),
+            Template::Chat => self.chat()?.conversation(c),
+        }
+    }
+
+    /// The tokens of a question, through the opening of the assistant's answer.
+    ///
+    /// `text` may say with `<image>` where the pictures are; without, they come first.
+    ///
+    /// # Errors
+    /// If the marks in `text` are neither none nor `n_images`.
+    pub fn prompt(&self, text: &str, n_images: usize, template: Template) -> Result<Vec<u32>> {
+        let marks = text.matches(IMAGE_PLACEHOLDER).count();
+        let text = match marks {
+            0 => format!("{}{text}", format!("{IMAGE_PLACEHOLDER}\n").repeat(n_images)),
+            n if n == n_images => text.to_string(),
+            n => bail!("the prompt has {n} {IMAGE_PLACEHOLDER} mark(s), but there are {n_images} image(s)";
+                "write one {IMAGE_PLACEHOLDER} for each image, or none at all"),
+        };
+        let turns = vec![Turn { role: Role::User, text }];
+        let rendered = match template {
+            Template::Plain => self.marks.image.repeat(n_images),
+            Template::VicunaV1 => {
+                let c = Conversation { id: String::new(), images: vec![], turns, category: None, absent: vec![] };
+                template::vicuna_v1(&c, self.system(), &self.marks).text + VICUNA_OPENING
+            }
+            Template::Chat => self.chat()?.render(&turns, true)?,
+        };
+        Ok(self.encode(&Rendered { text: rendered, trained: vec![], images: n_images })?.0)
+    }
+
+    /// The text of some tokens, special ones left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, true).map_err(|e| Error::new(format!("cannot decode tokens: {e}")))
+    }
+
+    fn system(&self) -> &str {
+        self.settings.system.as_deref().unwrap_or(VICUNA_SYSTEM)
+    }
+
+    fn chat(&self) -> Result<&ChatTemplate> {
+        let hint = "use the template `vicuna_v1`, or a tokenizer with chat_template.jinja";
+        match &self.chat {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(e)) => Err(Error::new(e.to_string()).hint(e.hint_text().unwrap_or(hint))),
+            None => bail!("the tokenizer has no chat template"; "{hint}"),
+        }
+    }
+
+    /// Ids and labels of a rendered text.
+    fn encode(&self, r: &Rendered) -> Result<(Vec<u32>, Vec<i32>)> {
+        let encoding = self
+            .tokenizer
+            .encode(r.text.as_str(), false)
+            .map_err(|e| Error::new(format!("the tokenizer cannot encode the text: {e}")))?;
+        let tokens = encoding.get_ids();
+        let mut ids = Vec::with_capacity(tokens.len() + 1 + r.images * self.settings.tokens_per_image);
+        // A chat template may write bos itself.
+        ids.extend(self.bos.filter(|bos| tokens.first() != Some(bos)));
+        let mut labels = vec![IGNORE; ids.len()];
+        let mut images = 0;
+        for (&id, &(start, _)) in tokens.iter().zip(encoding.get_offsets()) {
+            if id == self.image_token_id {
+                images += 1;
+                ids.extend(std::iter::repeat_n(id, self.settings.tokens_per_image));
+                labels.resize(ids.len(), IGNORE);
+                continue;
+            }
+            if id as usize >= self.settings.vocab_size {
+                let token = self.tokenizer.id_to_token(id).unwrap_or_default();
+                bail!("the token {token:?} has the id {id}, but the embedding table has {} rows", self.settings.vocab_size;
+                    "use the tokenizer that belongs to the language model");
+            }
+            let span = r.trained.get(r.trained.partition_point(|span| span.end <= start));
+            ids.push(id);
+            labels.push(if span.is_some_and(|span| span.start <= start) { id as i32 } else { IGNORE });
+        }
+        if images != r.images {
+            bail!("the text has {images} image token(s), but there are {} image(s)", r.images;
+                "an answer or system text must not contain {}; set model.image_token to a token that texts do not use",
+                self.marks.image);
+        }
+        Ok((ids, labels))
+    }
+}
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

@@ -1,0 +1,147 @@
+//! A Hugging Face tokenizer folder: the tokenizer itself, its special tokens, its chat template.
+
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
+
+/// What a tokenizer folder holds.
+pub(super) struct TokenizerFiles {
+    /// Without truncation, padding and post-processor: it encodes just the text, with untrimmed offsets.
+    pub tokenizer: Tokenizer,
+    pub post_processor: Option<PostProcessorWrapper>,
+    /// The special token that the tokenizer itself puts in front of a text.
+    pub leading: Option<u32>,
+    /// `tokenizer_config.json`'s `add_bos_token`.
+    pub add_bos: Option<bool>,
+    pub bos: Option<String>,
+    pub eos: Option<String>,
+    pub chat_template: Option<String>,
+}
+
+impl TokenizerFiles {
+    /// Reads a folder, or a `tokenizer.json` with its neighbours.
+    pub fn read(dir_or_file: &Path) -> Result<Self> {
+        let (dir, file) = if dir_or_file.is_dir() {
+            (dir_or_file.to_path_buf(), dir_or_file.join("tokenizer.json"))
+        } else {
+            (dir_or_file.parent().map_or_else(PathBuf::new, Path::to_path_buf), dir_or_file.to_path_buf())
+        };
+        if !file.is_file() {
+            return Err(missing(&dir, &file));
+        }
+        let mut tokenizer = Tokenizer::from_file(&file).map_err(|e| {
+            Error::new(format!("cannot read the tokenizer {}: {e}", file.display()))
+                .hint("fetch the file again; a Git LFS pointer is a few lines of text")
+        })?;
+        tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
+        tokenizer.with_padding(None);
+        let leading = leading_token(&tokenizer)?;
+        let post_processor = tokenizer.get_post_processor().cloned();
+        tokenizer.with_post_processor(None::<PostProcessorWrapper>);
+        let config = read_json(&dir.join("tokenizer_config.json"))?;
+        let map = read_json(&dir.join("special_tokens_map.json"))?;
+        let special = |key: &str| token_text(&config[key]).or_else(|| token_text(&map[key]));
+        Ok(Self {
+            leading,
+            add_bos: config["add_bos_token"].as_bool(),
+            bos: special("bos_token"),
+            eos: special("eos_token"),
+            chat_template: chat_template(&dir, &config)?,
+            tokenizer,
+            post_processor,
+        })
+    }
+
+    /// The id of the image token, which is added if the tokenizer does not know it; the second value tells.
+    ///
+    /// `expected` is the id that the model's configuration names; `vocab_size` the rows of its embedding table.
+    pub fn image_token(&mut self, text: &str, expected: Option<u32>, vocab_size: usize) -> Result<(u32, bool)> {
+        let known = self.tokenizer.token_to_id(text);
+        let token = AddedToken::from(text, true);
+        self.tokenizer.add_special_tokens([token]).map_err(|e| Error::new(e.to_string()))?;
+        let Some(id) = self.tokenizer.token_to_id(text) else {
+            bail!("the tokenizer cannot take up the image token {text:?}"; "choose another model.image_token");
+        };
+        if id as usize >= vocab_size {
+            let reserved = self.reserved(vocab_size);
+            let list = if reserved.is_empty() { "none was found".into() } else { reserved.join(", ") };
+            bail!("the image token {text:?} would get the id {id}, but the model's embedding table has {vocab_size} rows";
+                "set model.image_token to a token that the tokenizer has and texts do not use ({list})");
+        }
+        if let Some(expected) = expected.filter(|&e| e != id) {
+            bail!("the image token {text:?} has the id {id}, but the model's config.json says {expected}";
+                "set model.image_token to the token with the id {expected}, or use the tokenizer that belongs to the model");
+        }
+        Ok((id, known.is_none()))
+    }
+
+    /// Special tokens whose names say that they are there for later use.
+    fn reserved(&self, vocab_size: usize) -> Vec<String> {
+        const WORDS: [&str; 9] =
+            ["reserved", "unused", "placeholder", "extra_id", "fim", "repo_name", "file_sep", "empty_output", "image"];
+        let mut found: Vec<_> = self.tokenizer.get_added_tokens_decoder().into_iter().collect();
+        found.sort_by_key(|(id, _)| *id);
+        let fits = |(id, t): &(u32, AddedToken)| {
+            (*id as usize) < vocab_size && WORDS.iter().any(|w| t.content.to_lowercase().contains(w))
+        };
+        found.into_iter().filter(fits).take(5).map(|(_, t)| t.content).collect()
+    }
+
+    /// The texts of all special tokens, by id.
+    pub fn special_texts(&self) -> Vec<String> {
+        let mut special: Vec<_> =
+            self.tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).collect();
+        special.sort_by_key(|(id, _)| *id);
+        special.into_iter().map(|(_, t)| t.content).collect()
+    }
+}
+
+fn missing(dir: &Path, file: &Path) -> Error {
+    let e = Error::new(format!("there is no tokenizer {}", file.display()));
+    if dir.join("tokenizer.model").is_file() {
+        return e.hint(
+            "the folder has only a SentencePiece tokenizer.model: point model.language.tokenizer to a folder or \
+             repository with the tokenizer.json of the same vocabulary",
+        );
+    }
+    e.hint("point model.language.tokenizer to a folder, file or repository with a tokenizer.json")
+}
+
+/// The id that encoding with special tokens puts in front.
+fn leading_token(tokenizer: &Tokenizer) -> Result<Option<u32>> {
+    let encode = |special| tokenizer.encode("a", special).map_err(|e| Error::new(e.to_string()));
+    let (with, without) = (encode(true)?, encode(false)?);
+    let longer = with.get_ids().len() > without.get_ids().len();
+    Ok(with.get_ids().first().filter(|id| longer && without.get_ids().first() != Some(id)).copied())
+}
+
+/// A JSON file, or `null` if there is none.
+fn read_json(path: &Path) -> Result<Value> {
+    if !path.is_file() {
+        return Ok(Value::Null);
+    }
+    let bytes = std::fs::read(path).with_context(|| path.display())?;
+    serde_json::from_slice(&bytes).with_context(|| path.display())
+}
+
+/// A token is written as text or as an object with `content`.
+fn token_text(v: &Value) -> Option<String> {
+    v.as_str().or_else(|| v["content"].as_str()).map(String::from)
+}
+
+/// `chat_template.jinja`, `chat_template.json`, or `tokenizer_config.json`'s entry (text, or a list of named ones).
+fn chat_template(dir: &Path, config: &Value) -> Result<Option<String>> {
+    let file = dir.join("chat_template.jinja");
+    if file.is_file() {
+        return std::fs::read_to_string(&file).map(Some).with_context(|| file.display());
+    }
+    let own = read_json(&dir.join("chat_template.json"))?;
+    let entry = if own["chat_template"].is_null() { &config["chat_template"] } else { &own["chat_template"] };
+    let named = |list: &Vec<Value>| {
+        let default = list.iter().find(|t| t["name"] == "default").or(list.first());
+        default.and_then(|t| t["template"].as_str()).map(String::from)
+    };
+    Ok(entry.as_str().map(String::from).or_else(|| entry.as_array().and_then(named)))
+}
