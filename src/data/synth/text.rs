@@ -1,7 +1,7 @@
 //! How scenes are put into words: captions, questions with their answers, questions about what is absent.
 
 use super::rng::Rng;
-use super::scene::{Color, HELD_OUT, Object, Place, Scene, Shape, held_out, seen_combinations};
+use super::scene::{Color, Object, Place, Scene, Shape, held_out, seen_combinations};
 
 /// What the model says when the thing asked about is not there.
 pub const NONE: &str = "there is none";
@@ -151,11 +151,6 @@ pub fn absence(kind: Kind, scene: &Scene, rng: &mut Rng) -> Option<Absence> {
     };
     let rejected = if kind == Kind::Exists { yes(color, shape, place) } else { shape.word().into() };
     Some(Absence { kind, prompt: prompt(kind, color, shape, place), rejected, phrases })
-}
-
-/// Does the text name a held-out combination ("red triangle")?
-pub fn names_held_out(text: &str) -> bool {
-    HELD_OUT.iter().any(|(c, s)| text.contains(&format!("{} {}", c.word(), s.word())))
 }
 
 fn prompt(kind: Kind, color: Color, shape: Shape, place: Place) -> String {
