@@ -7,5 +7,6 @@ pub mod loader;
 pub mod resize;
 pub mod sampler;
 pub mod source;
+pub mod synth;
 pub mod template;
 mod tokenizer;
