@@ -1,1 +1,2 @@
-//! (being built)
+//! A stage: the step, the objectives, evaluation, generation.
+pub mod objective;
