@@ -1,4 +1,5 @@
 //! What a run leaves on disk: atomic files, safetensors, PEFT adapters, Hugging Face folders.
 
 pub mod atomic;
+pub mod peft;
 pub mod safetensors;

@@ -1,2 +1,7 @@
-//! A stage: the step, the objectives, evaluation, generation.
+//! A stage's inside: packing samples, the step, objectives, evaluation, generation.
+
+pub mod collate;
+pub mod evaluate;
+pub mod generate;
 pub mod objective;
+pub mod step;
