@@ -62,7 +62,7 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
         None => {}
         Some(Value::String(base)) => read(&folder(path).join(base), below, files)?,
         Some(other) => bail!(
-            "{}: extends: a {}, not a path", path.display(), other.type_str();
+            "{}: extends: of type {}, not a path", path.display(), other.type_str();
             "name one file, relative to this one: extends = \"base/llava-1.5-7b.toml\""
         ),
     }

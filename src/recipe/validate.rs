@@ -142,8 +142,8 @@ fn numbers(s: &Stage) -> Result<()> {
     if global == 0 || micro == 0 {
         bail!("batch: global = {global}, micro = {micro}"; "both are at least 1");
     }
-    if global % micro != 0 {
-        let fit = (1..=micro).rev().find(|m| global % m == 0).unwrap_or(1);
+    if !global.is_multiple_of(micro) {
+        let fit = (1..=micro).rev().find(|m| global.is_multiple_of(*m)).unwrap_or(1);
         bail!("batch: micro = {micro} does not divide global = {global}"; "the nearest below is micro = {fit}");
     }
     Ok(())

@@ -239,7 +239,7 @@ fn files() {
     let e = load_text("extends = 'b.toml'", &[("b.toml", "extends = 'recipe.toml'")], &[]).unwrap_err();
     assert!(e.cause().contains("extends itself"), "{e}");
     let e = load_text("extends = 3", &[], &[]).unwrap_err();
-    assert_eq!(e.cause(), "recipe.toml: extends: a integer, not a path");
+    assert_eq!(e.cause(), "recipe.toml: extends: of type integer, not a path");
     let e = load(Path::new("no/such/recipe.toml"), &[]).unwrap_err();
     assert!(e.report().contains("hint: give the path of a recipe"), "{}", e.report());
 }
