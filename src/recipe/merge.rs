@@ -98,12 +98,12 @@ impl Setting {
                     match list.get_mut(*n) {
                         Some(v) => v,
                         None => {
-                            bail!("--set {}: `{}` has {len} entries", self.text, self.prefix(i + 1); "count from 0")
+                            bail!("--set {}: `{}` is a list of length {len}", self.text, self.prefix(i + 1); "count from 0")
                         }
                     }
                 }
                 (_, other) => bail!(
-                    "--set {}: `{}` is a {}, nothing can be set inside it", self.text, self.prefix(i + 1), other.type_str();
+                    "--set {}: `{}` is of type {}: nothing can be set inside it", self.text, self.prefix(i + 1), other.type_str();
                     "set the whole value, e.g. --set '{}={{ … }}'", self.prefix(i + 1)
                 ),
             };
@@ -233,9 +233,9 @@ mod tests {
     fn settings_that_cannot_be_applied() {
         let recipe = "[stage.x]\nadapters = [{}]\nlr = 1";
         let e = set(recipe, "stage.x.adapters[3].lora.rank=8").unwrap_err();
-        assert_eq!(e.cause(), "--set stage.x.adapters[3].lora.rank=8: `stage.x.adapters` has 1 entries");
+        assert_eq!(e.cause(), "--set stage.x.adapters[3].lora.rank=8: `stage.x.adapters` is a list of length 1");
         let e = set(recipe, "stage.x.lr.peak=8").unwrap_err();
-        assert_eq!(e.cause(), "--set stage.x.lr.peak=8: `stage.x.lr` is a integer, nothing can be set inside it");
+        assert_eq!(e.cause(), "--set stage.x.lr.peak=8: `stage.x.lr` is of type integer: nothing can be set inside it");
         for bad in ["lr", "=3", "a..b=1", "a[x]=1", "a[1=1", "[0]=1"] {
             assert!(set(recipe, bad).unwrap_err().cause().contains("not KEY=VALUE"), "{bad}");
         }

@@ -1,5 +1,13 @@
-//! What the user writes.
-pub mod merge;
+//! What the user writes: the structs ([`schema`]), how a file becomes one ([`load()`]: `extends`, `[defaults]`, `--set`,
+//! `${VAR}`), the rules it must keep ([`validate()`]), and the patterns that select parameters ([`pattern`]).
+
+mod explain;
+mod load;
+mod merge;
 pub mod pattern;
 pub mod schema;
-pub mod vars;
+mod validate;
+mod vars;
+
+pub use load::{load, load_with, to_toml};
+pub use validate::validate;
