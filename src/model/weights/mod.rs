@@ -2,6 +2,7 @@
 
 pub mod hub;
 pub mod names;
+pub mod shapes;
 pub mod source;
 pub mod tensors;
 #[cfg(test)]

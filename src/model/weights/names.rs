@@ -78,6 +78,18 @@ pub fn projector(name: &str) -> Option<String> {
     }
 }
 
+/// The canonical name of a module in any spelling, without knowing the family; `None` if it is none of ours.
+pub fn module(path: &str) -> Option<String> {
+    if path.starts_with("vision_model.") || path.starts_with("encoder.") {
+        return Some(format!("vision.{}", path.strip_prefix("vision_model.").unwrap_or(path)));
+    }
+    let bare = path.strip_prefix("model.").unwrap_or(path);
+    if path == "lm_head" || bare.starts_with("layers.") {
+        return language(bare);
+    }
+    llava(path)
+}
+
 fn clip(name: &str) -> Name {
     const OTHER_PARTS: [&str; 4] = ["text_model.", "text_projection.", "visual_projection.", "logit_scale"];
     if OTHER_PARTS.iter().any(|part| name.starts_with(part)) {

@@ -56,3 +56,63 @@ fn a_missing_misshaped_or_forgotten_tensor_is_named() {
     let left = weights.finish().unwrap_err().report();
     assert!(left.contains("does not use: `model.embed_tokens.weight`, `lm_head.weight`"), "{left}");
 }
+
+fn pickled(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bin").join(name)
+}
+
+#[test]
+fn pytorch_files_give_what_pytorch_saved() {
+    let expected = Tensors::open_file(&pickled("expected.safetensors")).unwrap();
+    let check = |found: BTreeMap<String, (Vec<usize>, Vec<u32>)>, stored: &dyn Fn(&str) -> String| {
+        for (name, (shape, bits)) in &found {
+            let want = expected.load(&stored(name), &Device::Cpu).unwrap();
+            let want_bits: Vec<_> =
+                want.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
+            assert_eq!((want.dims(), &want_bits), (shape.as_slice(), bits), "{name}");
+        }
+        found.len()
+    };
+    let llama = |name: &str| names::for_file(Family::Llama, name).unwrap();
+    assert_eq!(check(drain(Weights::language(&pickled("single")).unwrap().1), &llama), 12);
+    assert_eq!(check(drain(Weights::language(&pickled("sharded")).unwrap().1), &llama), 12);
+    let projector = |name: &str| match name.strip_prefix("projector.linear_").unwrap().split_once('.').unwrap() {
+        ("1", kind) => format!("model.mm_projector.0.{kind}"),
+        (_, kind) => format!("model.mm_projector.2.{kind}"),
+    };
+    assert_eq!(check(drain(Weights::projector(&pickled("mm_projector.bin")).unwrap()), &projector), 4);
+}
+
+#[test]
+fn damaged_and_absent_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = |from: PathBuf, keep: usize| {
+        let to = dir.path().join(from.file_name().unwrap());
+        std::fs::write(&to, &std::fs::read(from).unwrap()[..keep]).unwrap();
+        to
+    };
+    let open = |path: &Path| Tensors::open_file(path).err().unwrap().report();
+    let bin = open(&copy(pickled("single/pytorch_model.bin"), 2000));
+    assert!(
+        bin.contains("pytorch_model.bin (2000 bytes) cannot be read as a PyTorch file")
+            && bin.contains("copy or download it")
+    );
+    let safe = open(&copy(golden("language/model.safetensors"), 200_000));
+    assert!(safe.contains("model.safetensors is damaged: expected 240504 bytes, found 200000"), "{safe}");
+    assert!(open(&dir.path().join("none.safetensors")).contains("cannot open"));
+    std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    copy(pickled("sharded/pytorch_model-00001-of-00002.bin"), 100);
+    std::fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
+    let folder = || Tensors::open(dir.path()).err().unwrap().report();
+    assert!(
+        folder().contains("no weights in") && folder().contains("expected one of model.safetensors, "),
+        "{}",
+        folder()
+    );
+    std::fs::copy(pickled("sharded/pytorch_model.bin.index.json"), dir.path().join("pytorch_model.bin.index.json"))
+        .unwrap();
+    assert!(folder().contains("pytorch_model-00002-of-00002.bin, which is missing"), "{}", folder());
+    std::fs::write(dir.path().join("pytorch_model.bin.index.json"), r#"{ "weight_map": { "a": "../x.bin" } }"#)
+        .unwrap();
+    assert!(folder().contains("has no `weight_map` from tensors to files beside it"), "{}", folder());
+}
