@@ -86,22 +86,26 @@ pub fn save_projector(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result
         .filter(|(name, _)| name.starts_with("projector."))
         .filter_map(|(name, t)| Some((names::for_file(Family::Llava, name)?, t)))
         .collect();
+    if named.is_empty() {
+        bail!("there is no projector to save at {}", path.display());
+    }
     let list = named.iter().map(|(name, t)| (name.as_str(), *t)).collect();
     safetensors::save_list(path, list, &format())
 }
 
 /// How LlavaProcessor of transformers expands the image token.
 fn processor(config: &LlavaConfig, image_token: &str) -> Value {
-    let (strategy, class_tokens) = match config.select_feature {
-        SelectFeature::Patch => ("default", 1),
-        SelectFeature::Full => ("full", 1),
+    let strategy = match config.select_feature {
+        SelectFeature::Patch => "default",
+        SelectFeature::Full => "full",
     };
     json!({
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": class_tokens,
+        // The class token, which the strategy `default` takes off again.
+        "num_additional_image_tokens": 1,
     })
 }
 
