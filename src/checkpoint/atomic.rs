@@ -15,15 +15,15 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Re
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
     let prefix = temporary_prefix(path);
-    builder.prefix(&prefix).suffix(".tmp");
+    builder.prefix(&prefix).suffix(TMP);
     ordinary_permissions(&mut builder, 0o666);
     let temp = builder.tempfile_in(dir).map_err(|e| storage_error(path, e))?;
     let (file, temp) = temp.into_parts();
     // The disk may fill up at any byte; remember the reason, which `fill` may have wrapped in another error.
     let mut sink = Watched { inner: BufWriter::with_capacity(1 << 20, file), failed: None };
     let filled = fill(&mut sink).and_then(|()| Ok(sink.flush()?));
-    if let Some(kind) = sink.failed {
-        return Err(storage_error(path, kind));
+    if let Some(reason) = sink.failed {
+        return Err(storage_error(path, reason));
     }
     filled.with_context(|| format!("cannot write {}", path.display()))?;
     let file = sink.inner.into_inner().map_err(|e| storage_error(path, e.into_error()))?;
@@ -45,13 +45,13 @@ pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
     let prefix = temporary_prefix(path);
-    builder.prefix(&prefix).suffix(".tmp");
+    builder.prefix(&prefix).suffix(TMP);
     ordinary_permissions(&mut builder, 0o777);
     let temp = builder.tempdir_in(dir).map_err(|e| storage_error(path, e))?;
     fill(temp.path())?;
     sync_tree(temp.path()).map_err(|e| storage_error(path, e))?;
     // The folder for the old version is made (and later removed) by its guard; an empty one is replaced by the rename.
-    let aside = builder.tempdir_in(dir).map_err(|e| storage_error(path, e))?;
+    let aside = builder.suffix(OLD).tempdir_in(dir).map_err(|e| storage_error(path, e))?;
     let replaced = match fs::rename(path, aside.path()) {
         Ok(()) => true,
         Err(e) if e.kind() == ErrorKind::NotFound => false,
@@ -66,6 +66,26 @@ pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
     // Renamed away: there is nothing left for the guard to remove.
     let _ = temp.keep();
     sync_dir(dir).map_err(|e| storage_error(path, e))
+}
+
+/// Tidies up in `dir` after a process that was killed: removes what it had not finished, and puts back a folder that it had
+/// moved aside but not yet replaced. Nobody else may be writing there. Returns what was removed or put back.
+pub fn recover(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut done = Vec::new();
+    for path in entries(dir).with_context(|| dir.display().to_string())? {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let Some((target, kind)) = temporary_target(name) else { continue };
+        let target = dir.join(target);
+        let unreplaced = kind == OLD && !target.exists() && entries(&path).is_ok_and(|e| !e.is_empty());
+        let result = match () {
+            () if unreplaced => fs::rename(&path, &target),
+            () if path.is_dir() => fs::remove_dir_all(&path),
+            () => fs::remove_file(&path),
+        };
+        result.map_err(|e| storage_error(&path, e))?;
+        done.push(if unreplaced { target } else { path });
+    }
+    Ok(done)
 }
 
 /// An error that names the path and, where the disk is the reason, says so.
@@ -90,10 +110,9 @@ struct Watched<W> {
 
 impl<W: Write> Watched<W> {
     fn note<T>(&mut self, result: std::io::Result<T>) -> std::io::Result<T> {
-        result.map_err(|e| {
+        result.inspect_err(|e| {
             let copy = e.raw_os_error().map_or_else(|| e.kind().into(), std::io::Error::from_raw_os_error);
             self.failed = Some(copy);
-            e
         })
     }
 }
@@ -111,6 +130,17 @@ impl<W: Write> Write for Watched<W> {
 
 fn persist(temp: TempPath, path: &Path) -> Result<()> {
     temp.persist(path).map_err(|e| storage_error(path, e.error))
+}
+
+/// Endings of what is being written, and of a folder that is being replaced.
+const TMP: &str = ".tmp";
+const OLD: &str = ".old";
+
+/// The target and the ending of a name of ours, `.NAME.XXXXXX.tmp` or `.NAME.XXXXXX.old`.
+fn temporary_target(name: &str) -> Option<(&str, &'static str)> {
+    let kind = [TMP, OLD].into_iter().find(|kind| name.ends_with(kind))?;
+    let (target, random) = name.strip_prefix('.')?.strip_suffix(kind)?.rsplit_once('.')?;
+    (random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric())).then_some((target, kind))
 }
 
 /// Temporary files of one target begin alike: `.NAME.`.
@@ -140,12 +170,17 @@ fn ordinary_permissions(_: &mut Builder<'_, '_>, _: u32) {}
 
 /// Syncs every file and folder below `dir`, and `dir` itself.
 fn sync_tree(dir: &Path) -> std::io::Result<()> {
-    let mut entries: Vec<PathBuf> = fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
-    entries.sort();
-    for entry in entries {
+    for entry in entries(dir)? {
         if entry.is_dir() { sync_tree(&entry)? } else { File::open(&entry)?.sync_all()? }
     }
     sync_dir(dir)
+}
+
+/// What is in `dir`, sorted.
+fn entries(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut entries: Vec<PathBuf> = fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    entries.sort();
+    Ok(entries)
 }
 
 /// Makes a rename in `dir` last; only Unix can open folders.
@@ -194,6 +229,25 @@ mod tests {
         assert_eq!(names(&path.join("sub")), ["a"]);
         directory(&path, fill("c")).unwrap();
         assert_eq!((names(&path.join("sub")), names(dir.path())), (vec!["c".to_string()], vec!["adapter".to_string()]));
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_tidied_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in [
+            ".state.bin.aB3dE6.tmp",
+            ".gone.aB3dE6.old/x",
+            ".kept.aB3dE6.old/x",
+            "kept/y",
+            ".new.aB3dE6.tmp/x",
+            ".other.tmp",
+        ] {
+            write_bytes(&at(name), b"").unwrap();
+        }
+        assert_eq!(recover(dir.path()).unwrap().len(), 4);
+        assert_eq!(names(dir.path()), [".other.tmp", "gone", "kept"]);
+        assert_eq!(names(&at("gone")), ["x"]);
     }
 
     #[cfg(target_os = "linux")]

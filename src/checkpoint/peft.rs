@@ -59,7 +59,8 @@ impl LoraAdapter {
         })?;
         let read = || Config::parse(&serde_json::from_str(&text)?);
         let config = read().with_context(|| path.display().to_string())?;
-        let file = ["adapter_model.safetensors", "adapter_model.bin"].map(|n| dir.join(n)).into_iter().find(|p| p.exists());
+        let file =
+            ["adapter_model.safetensors", "adapter_model.bin"].map(|n| dir.join(n)).into_iter().find(|p| p.exists());
         let Some(file) = file else { bail!("{} has no adapter_model.safetensors", dir.display()) };
         let tensors = load_pairs(&Tensors::open_file(&file)?).with_context(|| file.display().to_string())?;
         let (mut alphas, mut adapter_tensors) = (BTreeMap::new(), BTreeMap::new());
@@ -142,16 +143,39 @@ struct Config {
 impl Config {
     /// Fields that are read, and fields that say how an adapter was made but not what it computes.
     const KNOWN: [&str; 26] = [
-        "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "bias",
-        "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type",
-        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "megatron_core",
-        "megatron_config", "qalora_group_size", "loftq_config", "eva_config", "ensure_weight_tying", "runtime_config",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+        "bias",
+        "init_lora_weights",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "megatron_core",
+        "megatron_config",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "ensure_weight_tying",
+        "runtime_config",
     ];
 
     fn parse(json: &Value) -> Result<Self> {
         let Some(map) = json.as_object() else { bail!("not a JSON object") };
         let get = |key: &str| map.get(key).filter(|v| !v.is_null());
-        let text = |key: &str, default: &'static str| get(key).map_or(default, |v| v.as_str().unwrap_or("?")).to_string();
+        let text =
+            |key: &str, default: &'static str| get(key).map_or(default, |v| v.as_str().unwrap_or("?")).to_string();
         if text("peft_type", "LORA") != "LORA" {
             bail!("`peft_type` is {}", text("peft_type", ""); "only LORA adapters are supported");
         }
@@ -199,7 +223,8 @@ fn pattern(value: Option<&Value>, key: &str) -> Result<BTreeMap<String, f64>> {
         let plain = name.trim_start_matches('^').chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
         match v.as_f64() {
             Some(v) if plain => Ok((name.clone(), v)),
-            _ => Err(Error::new(format!("`{key}` has the entry {name} = {v}")).hint("only module names and numbers are supported")),
+            _ => Err(Error::new(format!("`{key}` has the entry {name} = {v}"))
+                .hint("only module names and numbers are supported")),
         }
     };
     entries.map(read).collect()

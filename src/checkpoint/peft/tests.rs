@@ -85,9 +85,16 @@ fn ranks_and_alphas_by_module_round_trip() {
 #[test]
 fn patterns_of_target_modules() {
     let modules = |list: &[&str], base| target_modules(list.iter().copied(), base);
-    let both = ["language.layers.0.mlp.up_proj", "language.layers.10.mlp.up_proj", "language.layers.0.self_attn.q_proj",
-        "language.layers.10.self_attn.q_proj"];
-    assert_eq!(modules(&both, Base::Llava), r"(.*\.)?language_model\.(model\.)?layers\.(0|10)\.(mlp\.up_proj|self_attn\.q_proj)");
+    let both = [
+        "language.layers.0.mlp.up_proj",
+        "language.layers.10.mlp.up_proj",
+        "language.layers.0.self_attn.q_proj",
+        "language.layers.10.self_attn.q_proj",
+    ];
+    assert_eq!(
+        modules(&both, Base::Llava),
+        r"(.*\.)?language_model\.(model\.)?layers\.(0|10)\.(mlp\.up_proj|self_attn\.q_proj)"
+    );
     assert_eq!(modules(&both[..1], Base::Language), r"(model\.)?layers\.(0)\.(mlp\.up_proj)");
     let mixed = ["language.lm_head", "projector.linear_1", "vision.encoder.layers.3.mlp.fc1"];
     assert_eq!(
@@ -99,11 +106,12 @@ fn patterns_of_target_modules() {
 #[test]
 fn what_would_change_the_result_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
-    let q = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"];
-    let report = |config: Value, keys: &[&str]| {
-        LoraAdapter::load(&folder(dir.path(), config, keys), "x").unwrap_err().report()
-    };
+    let q = [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    ];
+    let report =
+        |config: Value, keys: &[&str]| LoraAdapter::load(&folder(dir.path(), config, keys), "x").unwrap_err().report();
     let config = |key: &str, value: Value| report(json!({ "r": 2, key: value }), &q);
     assert!(config("bias", json!("all")).contains("`bias` is all"));
     assert!(config("use_dora", json!(true)).contains("`use_dora` is true, which is not supported\n\nhint: merge"));
@@ -115,5 +123,7 @@ fn what_would_change_the_result_is_an_error() {
     assert!(report(json!({ "r": 2 }), &q[..1]).contains("has only one of lora_A and lora_B"));
     let strange = report(json!({ "r": 2 }), &["base_model.model.model.embed_tokens.lora_embedding_A"]);
     assert!(strange.contains("is no part of a LoRA on a linear layer"), "{strange}");
-    assert!(adapter(&[("vision.encoder.layers.0.mlp.fc1", 2)]).save(&dir.path().join("x"), Base::Language, None).is_err());
+    assert!(
+        adapter(&[("vision.encoder.layers.0.mlp.fc1", 2)]).save(&dir.path().join("x"), Base::Language, None).is_err()
+    );
 }

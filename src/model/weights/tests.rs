@@ -67,7 +67,8 @@ fn pytorch_files_give_what_pytorch_saved() {
     let check = |found: BTreeMap<String, (Vec<usize>, Vec<u32>)>, stored: &dyn Fn(&str) -> String| {
         for (name, (shape, bits)) in &found {
             let want = expected.load(&stored(name), &Device::Cpu).unwrap();
-            let want_bits: Vec<_> = want.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
+            let want_bits: Vec<_> =
+                want.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
             assert_eq!((want.dims(), &want_bits), (shape.as_slice(), bits), "{name}");
         }
         found.len()
@@ -92,7 +93,10 @@ fn damaged_and_absent_files_are_named() {
     };
     let open = |path: &Path| Tensors::open_file(path).err().unwrap().report();
     let bin = open(&copy(pickled("single/pytorch_model.bin"), 2000));
-    assert!(bin.contains("pytorch_model.bin (2000 bytes) cannot be read as a PyTorch file") && bin.contains("copy or download it"));
+    assert!(
+        bin.contains("pytorch_model.bin (2000 bytes) cannot be read as a PyTorch file")
+            && bin.contains("copy or download it")
+    );
     let safe = open(&copy(golden("language/model.safetensors"), 200_000));
     assert!(safe.contains("model.safetensors is damaged: expected 240504 bytes, found 200000"), "{safe}");
     assert!(open(&dir.path().join("none.safetensors")).contains("cannot open"));
@@ -100,9 +104,15 @@ fn damaged_and_absent_files_are_named() {
     copy(pickled("sharded/pytorch_model-00001-of-00002.bin"), 100);
     std::fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
     let folder = || Tensors::open(dir.path()).err().unwrap().report();
-    assert!(folder().contains("no weights in") && folder().contains("expected one of model.safetensors, "), "{}", folder());
-    std::fs::copy(pickled("sharded/pytorch_model.bin.index.json"), dir.path().join("pytorch_model.bin.index.json")).unwrap();
+    assert!(
+        folder().contains("no weights in") && folder().contains("expected one of model.safetensors, "),
+        "{}",
+        folder()
+    );
+    std::fs::copy(pickled("sharded/pytorch_model.bin.index.json"), dir.path().join("pytorch_model.bin.index.json"))
+        .unwrap();
     assert!(folder().contains("pytorch_model-00002-of-00002.bin, which is missing"), "{}", folder());
-    std::fs::write(dir.path().join("pytorch_model.bin.index.json"), r#"{ "weight_map": { "a": "../x.bin" } }"#).unwrap();
+    std::fs::write(dir.path().join("pytorch_model.bin.index.json"), r#"{ "weight_map": { "a": "../x.bin" } }"#)
+        .unwrap();
     assert!(folder().contains("has no `weight_map` from tensors to files beside it"), "{}", folder());
 }

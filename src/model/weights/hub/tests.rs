@@ -40,7 +40,9 @@ impl Loopback {
             let base = format!("http://{}", s.server_addr());
             for request in s.incoming_requests() {
                 let range = header(&request, "Range");
-                l.lock().unwrap().push(format!("{} {}", request.url(), range.as_deref().unwrap_or("")).trim().to_string());
+                l.lock()
+                    .unwrap()
+                    .push(format!("{} {}", request.url(), range.as_deref().unwrap_or("")).trim().to_string());
                 let response = answer(&r.lock().unwrap(), &base, &request, range.as_deref());
                 request.respond(response).unwrap();
             }
@@ -158,7 +160,9 @@ fn a_sharded_repository_is_fetched_once_and_then_needs_no_network() {
     let offline = Hub { offline: true, endpoint: endpoint.clone(), ..hub.clone() };
     assert_eq!(resolve_with("tiny/model", MODEL, &offline).unwrap(), snapshot);
     let report = resolve_with("tiny/other", MODEL, &offline).unwrap_err().report();
-    assert!(report.contains("tiny/other@main is not complete in the cache") && report.contains("HF_HUB_OFFLINE is set"));
+    assert!(
+        report.contains("tiny/other@main is not complete in the cache") && report.contains("HF_HUB_OFFLINE is set")
+    );
     // An optional file that nobody has asked for yet: the hub is away, what is there will do.
     let away = Hub { endpoint, ..hub };
     assert_eq!(resolve_with("tiny/model", &["config.json", "?tokenizer.json"], &away).unwrap(), snapshot);
@@ -175,7 +179,10 @@ fn a_cache_filled_by_another_tool_is_used() {
     for (path, text) in [(folder.join("refs/refs/pr/1"), COMMIT), (snapshot.join("config.json"), "{}")] {
         write_new(&path, text).unwrap();
     }
-    let hub = Hub { offline: true, ..Hub::from_vars(|n| (n == "HF_HOME").then(|| dir.path().display().to_string())).unwrap() };
+    let hub = Hub {
+        offline: true,
+        ..Hub::from_vars(|n| (n == "HF_HOME").then(|| dir.path().display().to_string())).unwrap()
+    };
     let found = resolve_with("tiny/model@refs/pr/1", &["config.json"], &hub).unwrap();
     assert_eq!(found, Snapshot { dir: snapshot, revision: Some(COMMIT.into()) });
 }
@@ -207,14 +214,20 @@ fn refusals_say_what_to_do() {
     let hub = server.hub(dir.path());
     let report = |source: &str, what: &[&str], hub: &Hub| resolve_with(source, what, hub).unwrap_err().report();
     let denied = report("tiny/model", MODEL, &hub);
-    assert!(denied.contains("http status: 401") && denied.contains("set HF_TOKEN if it is private or gated"), "{denied}");
+    assert!(
+        denied.contains("http status: 401") && denied.contains("set HF_TOKEN if it is private or gated"),
+        "{denied}"
+    );
     let hub = Hub { token: Some(TOKEN.into()), ..hub };
     assert!(!format!("{hub:?}").contains(TOKEN));
     resolve_with("tiny/model", MODEL, &hub).unwrap();
     let unknown = report("tiny/none", MODEL, &hub);
     assert!(unknown.contains("http status: 404") && unknown.contains("no such repository"), "{unknown}");
     let lacking = report("tiny/model", &["tokenizer.json"], &hub);
-    assert!(lacking.contains("tiny/model@main has no tokenizer.json\n\nhint: it holds: config.json, model-1"), "{lacking}");
+    assert!(
+        lacking.contains("tiny/model@main has no tokenizer.json\n\nhint: it holds: config.json, model-1"),
+        "{lacking}"
+    );
 }
 
 #[test]
