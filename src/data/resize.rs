@@ -96,8 +96,7 @@ fn taps(from: usize, to: usize, window: Range<usize>, filter: Filter) -> Vec<Tap
         let centre = (out as f64 + 0.5) * scale;
         let start = (centre - support + 0.5).max(0.0) as usize;
         let end = ((centre + support + 0.5) as usize).min(from);
-        let raw: Vec<f64> =
-            (start..end).map(|x| filter.weight((x as f64 - centre + 0.5) * inverse)).collect();
+        let raw: Vec<f64> = (start..end).map(|x| filter.weight((x as f64 - centre + 0.5) * inverse)).collect();
         let sum: f64 = raw.iter().sum();
         let fixed = |w: &f64| {
             let w = if sum != 0.0 { w / sum } else { *w } * f64::from(1 << BITS);
