@@ -6,7 +6,9 @@ use candle_core::{DType, Tensor, Var};
 
 fn inputs(case: &Case, dtype: DType) -> Vec<Tensor> {
     let key = Key::new(7, &format!("{} {}", case.op, case.label));
-    let draw = |(i, s): (usize, &Vec<usize>)| normal(key.index(i as u64), s, 1.0, DType::F64).unwrap().to_dtype(dtype).unwrap();
+    let draw = |(i, s): (usize, &Vec<usize>)| {
+        normal(key.index(i as u64), s, 1.0, DType::F64).unwrap().to_dtype(dtype).unwrap()
+    };
     case.inputs.iter().enumerate().map(draw).collect()
 }
 
@@ -19,7 +21,10 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let (a, b) = (flat(a), flat(b));
     let scale = b.iter().fold(1f64, |m, x| m.max(x.abs()));
-    a.iter().zip(&b).map(|(x, y)| if x.is_nan() || y.is_nan() { f64::INFINITY } else { (x - y).abs() / scale }).fold(0.0, f64::max)
+    a.iter()
+        .zip(&b)
+        .map(|(x, y)| if x.is_nan() || y.is_nan() { f64::INFINITY } else { (x - y).abs() / scale })
+        .fold(0.0, f64::max)
 }
 
 fn upstream(case: &Case, y: &Tensor) -> Tensor {

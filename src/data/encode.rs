@@ -150,9 +150,8 @@ impl TextEncoder {
     /// As [`Self::conversation`].
     pub fn preference(&self, p: &Preference, template: Template) -> Result<(Sample, Sample)> {
         let (chosen, rejected) = p.conversations();
-        let encode = |c, which: &str| {
-            self.sample(c, template).with_context(|| format!("sample {}, {which} answer", p.id))
-        };
+        let encode =
+            |c, which: &str| self.sample(c, template).with_context(|| format!("sample {}, {which} answer", p.id));
         Ok((encode(&chosen, "chosen")?, encode(&rejected, "rejected")?))
     }
 

@@ -133,9 +133,9 @@ fn refuses_or_cuts_long_samples() {
 fn a_cut_through_a_picture_takes_the_whole_picture_away() {
     let encoder = encoder();
     let (img, n) = (encoder.image_token_id(), encoder.tokens_per_image());
-    let mut ids = vec![1, 2];
+    let mut ids = vec![encoder.eos_ids()[0]; 2];
     ids.extend(std::iter::repeat_n(img, n));
-    ids.push(3);
+    ids.push(encoder.eos_ids()[0]);
     ids.extend(std::iter::repeat_n(img, n));
     let end = ids.len();
     encoder.truncate(&mut ids, end - 1);

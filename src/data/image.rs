@@ -196,9 +196,8 @@ impl ImageProcessor {
         let plane = picture.width * picture.height;
         let mut out = Vec::with_capacity(plane * 3);
         for c in 0..3 {
-            let table: Vec<f32> = (0..=255u8)
-                .map(|v| ((f64::from(v) * self.rescale) as f32 - self.mean[c]) / self.std[c])
-                .collect();
+            let table: Vec<f32> =
+                (0..=255u8).map(|v| ((f64::from(v) * self.rescale) as f32 - self.mean[c]) / self.std[c]).collect();
             out.extend(picture.data.iter().skip(c).step_by(3).map(|&v| table[usize::from(v)]));
         }
         out

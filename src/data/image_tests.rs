@@ -103,7 +103,9 @@ fn bad_files_are_named() {
     let e = p.load(&missing, Resize::Crop, Alpha::Drop).unwrap_err();
     assert!(e.cause().contains("none.png") && e.hint_text().unwrap().contains("images"), "{e}");
     let whole = std::fs::read(Path::new(GOLDEN).join("images/landscape.png")).unwrap();
-    for (name, bytes) in [("cut.png", &whole[..whole.len() / 2]), ("text.png", b"hello there" as &[u8]), ("empty.jpg", b"")] {
+    for (name, bytes) in
+        [("cut.png", &whole[..whole.len() / 2]), ("text.png", b"hello there" as &[u8]), ("empty.jpg", b"")]
+    {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
         let e = p.load(&path, Resize::Crop, Alpha::Drop).unwrap_err();
@@ -112,7 +114,14 @@ fn bad_files_are_named() {
 }
 
 /// A PNG file of the given colour type and bit depth.
-fn png_file(width: u32, height: u32, color: png::ColorType, depth: png::BitDepth, extra: Extra, data: &[u8]) -> Vec<u8> {
+fn png_file(
+    width: u32,
+    height: u32,
+    color: png::ColorType,
+    depth: png::BitDepth,
+    extra: Extra,
+    data: &[u8],
+) -> Vec<u8> {
     let mut out = Vec::new();
     let mut encoder = png::Encoder::new(&mut out, width, height);
     encoder.set_color(color);

@@ -125,7 +125,8 @@ struct RawPreference {
 /// An unreadable file, a missing key, an unknown speaker, turns that do not alternate, or images that do not match the
 /// `<image>` marks; the error names file and sample.
 pub fn conversations(data: &Data) -> Result<Vec<Conversation>> {
-    let hint = "a sample looks like {\"id\": …, \"image\": …, \"conversations\": [{\"from\": \"human\", \"value\": …}, …]}";
+    let hint =
+        "a sample looks like {\"id\": …, \"image\": …, \"conversations\": [{\"from\": \"human\", \"value\": …}, …]}";
     let raw: Vec<RawConversation> = read(data, hint)?;
     let convert = |(i, raw): (usize, RawConversation)| {
         let id = sample_id(raw.id, data, i);
@@ -243,8 +244,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
-        let data =
-            Data { path, images: None, template: None, resize: Resize::Pad, alpha: Alpha::Drop, limit: None };
+        let data = Data { path, images: None, template: None, resize: Resize::Pad, alpha: Alpha::Drop, limit: None };
         (dir, data)
     }
 
@@ -262,10 +262,7 @@ mod tests {
         assert_eq!(a[0].id, "7");
         assert_eq!(a[0].turns.len(), 2);
         assert_eq!(a[0].turns, b[0].turns);
-        assert_eq!(
-            a[0].images,
-            [ImageRef { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop }]
-        );
+        assert_eq!(a[0].images, [ImageRef { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop }]);
         assert_eq!(a[1].id, format!("{}:1", json.path.display()));
         assert_eq!((a[1].category.as_deref(), &a[1].absent[..]), (Some("c"), &["x".to_string()][..]));
         let limited = conversations(&Data { limit: Some(1), ..lines }).unwrap();
@@ -295,7 +292,8 @@ mod tests {
 
     #[test]
     fn reads_preferences() {
-        let (_dir, data) = entry("d.jsonl", "{\"id\": \"p\", \"prompt\": \"q\", \"chosen\": \"a\", \"rejected\": \"b\"}\n");
+        let (_dir, data) =
+            entry("d.jsonl", "{\"id\": \"p\", \"prompt\": \"q\", \"chosen\": \"a\", \"rejected\": \"b\"}\n");
         let pairs = preferences(&data).unwrap();
         let (chosen, rejected) = pairs[0].conversations();
         assert_eq!((chosen.turns[1].text.as_str(), rejected.turns[1].text.as_str()), ("a", "b"));

@@ -19,10 +19,7 @@ use Role::{Assistant as A, System as S, User as U};
 fn vicuna_puts_pictures_first_and_trains_on_answers() {
     let c = talk(&[(U, "Look at <image> and <image> now."), (A, "yes"), (U, "so?"), (A, "so")]);
     let r = vicuna_v1(&c, "SYS", &marks());
-    assert_eq!(
-        r.text,
-        "SYS USER: <image>\n<image>\nLook at  and  now. ASSISTANT: yes</s>USER: so? ASSISTANT: so</s>"
-    );
+    assert_eq!(r.text, "SYS USER: <image>\n<image>\nLook at  and  now. ASSISTANT: yes</s>USER: so? ASSISTANT: so</s>");
     assert_eq!(spans(&r), [" yes</s>", " so</s>"]);
     let own = vicuna_v1(&talk(&[(S, "Mine."), (U, "q"), (A, "a")]), "SYS", &marks());
     assert_eq!(own.text, "Mine. USER: q ASSISTANT: a</s>");

@@ -41,7 +41,8 @@ pub fn all() -> Vec<Case> {
         out.push(swiglu_case(n, d));
     }
     out.extend([(1, 1, 2), (7, 3, 6), (19, 2, 64)].map(|(n, h, hd)| rope_case(n, h, hd)));
-    let spans: [&[(usize, usize)]; 4] = [&[(1, 1)], &[(5, 5), (1, 1), (9, 9)], &[(70, 70), (130, 130)], &[(3, 11), (1, 6)]];
+    let spans: [&[(usize, usize)]; 4] =
+        [&[(1, 1)], &[(5, 5), (1, 1), (9, 9)], &[(70, 70), (130, 130)], &[(3, 11), (1, 6)]];
     for (heads, kv_heads, head_dim) in [(1, 1, 4), (4, 2, 8), (6, 2, 5)] {
         for s in spans {
             for causal in [true, false] {
@@ -191,7 +192,13 @@ fn attention_case(cfg: Config, spans: &[(usize, usize)]) -> Case {
     let (s1, s2) = (segments.clone(), segments.clone());
     Case {
         op: "attention",
-        label: format!("{spans:?} heads {}/{} of {}{}", cfg.heads, cfg.kv_heads, cfg.head_dim, if cfg.causal { " causal" } else { "" }),
+        label: format!(
+            "{spans:?} heads {}/{} of {}{}",
+            cfg.heads,
+            cfg.kv_heads,
+            cfg.head_dim,
+            if cfg.causal { " causal" } else { "" }
+        ),
         inputs: vec![vec![n, qw], vec![m, kw], vec![m, kw]],
         forward: Box::new(move |t| Ok(attention::forward(cfg, &segments, &t[0], &t[1], &t[2])?.0)),
         backward: Box::new(move |t, dy| {
