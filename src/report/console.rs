@@ -104,8 +104,8 @@ impl Reporter {
         }
         let Some(stage) = stage else { return };
         if let Some(bar) = &stage.bar {
-            bar.set_message(summary(metrics));
             bar.set_position(metrics.step as u64);
+            bar.set_message(summary(metrics));
         } else if stage.is_due(metrics.step) {
             stage.last_line = Instant::now();
             let (width, left) = (stage.total_steps.to_string().len(), human::duration(stage.left(metrics.step)));
