@@ -1,1 +1,79 @@
-//! (being built)
+//! Commands: arguments in, exit code out. One file per command.
+
+mod check;
+mod device;
+mod generate;
+mod model;
+mod score;
+mod synth;
+mod train;
+
+use crate::report::{LogFormat, Reporter};
+use clap::{Parser, Subcommand, ValueEnum};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Trains vision-language models on frozen backbones: projector, LoRA SFT and DPO from one recipe.
+#[derive(Debug, Parser)]
+#[command(name = "adfreeze", version, about, arg_required_else_help = true)]
+pub struct Args {
+    /// How progress is written to stderr.
+    #[arg(long, value_enum, default_value = "auto", global = true)]
+    log: Log,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Log {
+    /// A progress bar on a terminal, plain lines elsewhere.
+    Auto,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the stages of a recipe in order; the same command again resumes.
+    Train(train::Args),
+    /// Validate a recipe, its weights, tokenizer and data, without training.
+    Check(check::Args),
+    /// Answer a prompt about a picture.
+    Generate(generate::Args),
+    /// Loss and log-probabilities of every sample of a data file.
+    Score(score::Args),
+    /// Make the built-in data.
+    Synth(synth::Args),
+}
+
+/// Runs the command line; errors go to stderr as cause, blank line, hint.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let format = match args.log {
+        Log::Auto => LogFormat::Auto,
+        Log::Json => LogFormat::Json,
+    };
+    trace();
+    let reporter = Reporter::new(format);
+    let result = match args.command {
+        Command::Train(a) => train::run(&a, &reporter),
+        Command::Check(a) => check::run(&a, &reporter),
+        Command::Generate(a) => generate::run(&a),
+        Command::Score(a) => score::run(&a, &reporter),
+        Command::Synth(a) => synth::run(&a, &reporter),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", e.report());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Tracing spans go to stderr if `ADFREEZE_LOG` (the syntax of `RUST_LOG`) asks for them.
+fn trace() {
+    let filter = EnvFilter::try_from_env("ADFREEZE_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
+    let spans = tracing_subscriber::fmt::format::FmtSpan::CLOSE;
+    tracing_subscriber::fmt().with_env_filter(filter).with_span_events(spans).with_writer(std::io::stderr).init();
+}

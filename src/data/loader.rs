@@ -16,15 +16,16 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 /// Pixels of a picture: `[3, crop, crop]`, normalised.
-pub type Pixels = Arc<Vec<f32>>;
+type Pixels = Arc<Vec<f32>>;
 
 /// What one step needs.
 #[derive(Debug, Clone)]
 pub struct StepData {
     pub step: usize,
-    pub items: Vec<Item>,
+    /// Indices of the step's items in the data set.
+    pub indices: Vec<usize>,
     /// The pixels of every distinct picture of `items`.
-    pub pixels: BTreeMap<ImageRef, Pixels>,
+    pub pixels: super::Pixels,
 }
 
 /// How far ahead, with how many threads, and how much is kept.
@@ -75,7 +76,7 @@ impl Loader {
     /// If no thread can be started.
     pub fn new<B>(
         dataset: Arc<Dataset>,
-        processor: Arc<ImageProcessor>,
+        processor: Option<Arc<ImageProcessor>>,
         batches: B,
         options: LoaderOptions,
     ) -> Result<Self>
@@ -87,13 +88,13 @@ impl Loader {
         let (job_tx, job_rx) = bounded::<Job>(threads * 2);
         // The consumer holds one step and the feeder works on another.
         let (pending_tx, pending_rx) = bounded(options.ahead.saturating_sub(1));
-        let bytes = 3 * processor.crop * processor.crop * size_of::<f32>();
+        let bytes = processor.as_ref().map_or(1, |p| 3 * p.crop * p.crop * size_of::<f32>());
         let stop = Arc::new(AtomicBool::new(false));
         let mut loader =
             Self { dataset: dataset.clone(), pending: Some(pending_rx), stop: stop.clone(), threads: vec![] };
         for _ in 0..threads {
             let (jobs, processor, stop) = (job_rx.clone(), processor.clone(), stop.clone());
-            loader.spawn(move || work(&jobs, &processor, &stop))?;
+            loader.spawn(move || work(&jobs, processor.as_deref(), &stop))?;
         }
         let batches = batches.into_iter();
         let cache = Cache::new(options.cache_bytes / bytes.max(1));
@@ -110,13 +111,13 @@ impl Loader {
 
     /// Waits for the pictures of a step.
     fn finish(&self, pending: Pending) -> Result<StepData> {
-        let items: Vec<Item> = pending.items.iter().map(|&i| self.dataset.items[i].clone()).collect();
+        let items = || pending.items.iter().map(|&i| &self.dataset.items[i]);
         let mut pixels = BTreeMap::new();
         for (image, slot) in pending.slots {
             match slot.wait() {
                 Ok(p) => pixels.insert(image, p.clone()),
                 Err(e) => {
-                    let owner = items.iter().find(|i| i.images().contains(&image)).map_or("?", Item::id);
+                    let owner = items().find(|i| i.images().contains(&image)).map_or("?", Item::id);
                     let again = Error::new(format!("sample {owner}: {e}"));
                     return Err(match e.hint_text() {
                         Some(hint) => again.hint(hint),
@@ -125,7 +126,7 @@ impl Loader {
                 }
             };
         }
-        Ok(StepData { step: pending.step, items, pixels })
+        Ok(StepData { step: pending.step, indices: pending.items, pixels })
     }
 }
 
@@ -175,12 +176,15 @@ fn feed(
     }
 }
 
-fn work(jobs: &Receiver<Job>, processor: &ImageProcessor, stop: &AtomicBool) {
+fn work(jobs: &Receiver<Job>, processor: Option<&ImageProcessor>, stop: &AtomicBool) {
     for Job { image, slot } in jobs {
         if stop.load(Ordering::Relaxed) {
             continue;
         }
-        let load = || processor.load(&image.path, image.resize, image.alpha);
+        let load = || match processor {
+            Some(p) => p.load(&image.path, image.resize, image.alpha),
+            None => Err(Error::new(format!("{}: the model has no vision tower", image.path.display()))),
+        };
         // A decoder that panics must not leave the consumer waiting.
         let result = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&image, &*panic)));
         // The slot is this job's alone, so it cannot be full.
@@ -245,8 +249,8 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/a").join(name)
     }
 
-    fn processor() -> Arc<ImageProcessor> {
-        Arc::new(ImageProcessor::from_dir(&golden("model")).unwrap())
+    fn processor() -> Option<Arc<ImageProcessor>> {
+        Some(Arc::new(ImageProcessor::from_dir(&golden("model")).unwrap()))
     }
 
     fn image(path: PathBuf) -> ImageRef {
@@ -279,8 +283,8 @@ mod tests {
             let mut steps = 5;
             for data in Loader::new(ds.clone(), p.clone(), batches, options(cache)).unwrap() {
                 let data = data.unwrap();
-                assert_eq!((data.step, data.items.len(), data.pixels.len()), (steps, 4, 2));
-                assert_eq!(data.items[1], ds.items[(steps + 1) % 4]);
+                assert_eq!((data.step, data.indices.len(), data.pixels.len()), (steps, 4, 2));
+                assert_eq!(data.indices[1], (steps + 1) % 4);
                 for (image, pixels) in &data.pixels {
                     assert_eq!(**pixels, p.load(&image.path, image.resize, image.alpha).unwrap());
                 }

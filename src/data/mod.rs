@@ -12,7 +12,9 @@ pub mod synth;
 pub mod template;
 mod tokenizer;
 
-pub use dataset::{Dataset, Item};
+pub use dataset::{Dataset, Item, Stats};
 pub use encode::{IGNORE, Sample, TextEncoder, TextSettings};
 pub use image::{ImageProcessor, ImageRef};
+pub use loader::{Loader, LoaderOptions};
 pub use pixels::{Pixels, load_pixels};
+pub use sampler::Plan;

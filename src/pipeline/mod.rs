@@ -1,1 +1,171 @@
-//! (being built)
+//! A run: stages in order, hand-over between them, the run directory, resume.
+//!
+//! Every stage starts from what its parent stage left in the run directory, so that a resumed run and an unbroken one
+//! compute the same bits.
+
+pub mod assemble;
+pub mod check;
+pub mod checkpoints;
+pub mod evaluation;
+pub mod export;
+pub mod freeze;
+pub mod merge;
+pub mod run_dir;
+pub mod stage;
+pub mod state;
+
+use crate::bail;
+use crate::data::synth;
+use crate::error::{Context, Result};
+use crate::recipe::schema::{Recipe, SynthKind};
+use crate::report::Reporter;
+use assemble::{Assembly, assemble};
+use evaluation::Evaluations;
+use run_dir::{RunDir, checksums};
+use stage::{Run, SideFiles, dataset, run_stage};
+use state::{State, lineage, parent};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// How a recipe is run.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Run only these stages.
+    pub stages: Vec<String>,
+    /// Go on although recipe or inputs differ from what the run directory says.
+    pub allow_changes: bool,
+}
+
+/// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
+pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<()> {
+    let wanted = chosen_stages(recipe, options)?;
+    make_data(recipe, reporter)?;
+    let mut assembly = assemble(recipe)?;
+    let inputs = inputs(recipe, &assembly)?;
+    let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
+    let mut evals = None;
+    let mut at: Option<(String, State)> = None;
+    for name in wanted {
+        if let Some(done) = dir.done(recipe, name)? {
+            reporter.info(&format!("{name}: done ({} steps, loss {:.4})", done.steps, done.loss));
+            continue;
+        }
+        let mut state = start(recipe, &dir, &mut assembly, at.take(), name, reporter)?;
+        if evals.is_none() {
+            let names: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
+            evals = Some(Evaluations::load(recipe, &names, &assembly.encoder, assembly.images.as_ref())?);
+        }
+        let run = Run {
+            recipe,
+            dir: &dir,
+            encoder: &assembly.encoder,
+            images: assembly.images.as_ref(),
+            sides: SideFiles::of(&assembly),
+            reporter,
+        };
+        if let Some(evals) = &evals {
+            run_stage(&run, &mut state, name, evals)?;
+        }
+        if let Some(table) = evaluation::table(recipe, &dir.results()?)? {
+            reporter.table(&table);
+        }
+        at = Some((name.to_string(), state));
+    }
+    reporter.info(&format!("the run is in {}", dir.root().display()));
+    Ok(())
+}
+
+/// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
+fn start(
+    recipe: &Recipe,
+    dir: &RunDir,
+    assembly: &mut Assembly,
+    at: Option<(String, State)>,
+    name: &str,
+    reporter: &Reporter,
+) -> Result<State> {
+    let before = parent(recipe, name)?;
+    let mut state = match (before, at) {
+        (Some(p), Some((done, state))) if p == done => state,
+        (Some(p), _) => restore(recipe, dir, assembly, p)?,
+        (None, _) => fresh_state(recipe, assembly)?,
+    };
+    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))?;
+    Ok(state)
+}
+
+/// The model as a finished stage left it.
+pub fn restore(recipe: &Recipe, dir: &RunDir, assembly: &mut Assembly, stage: &str) -> Result<State> {
+    let Some(_) = dir.done(recipe, stage)? else {
+        bail!("stage `{stage}` is not finished in {}", dir.root().display(); "run it first: `adfreeze train RECIPE --stages {stage}`")
+    };
+    let mut state = fresh_state(recipe, assembly)?;
+    for ancestor in lineage(recipe, stage)? {
+        state.enter(&recipe.stage[ancestor], ancestor)?;
+    }
+    state.load(&dir.stage(recipe, stage).join("final"))?;
+    Ok(state)
+}
+
+/// The model as loaded, before any stage. The backbones in `assembly` are handed over once and read again after that.
+fn fresh_state(recipe: &Recipe, assembly: &mut Assembly) -> Result<State> {
+    if assembly.used {
+        *assembly = assemble(recipe)?;
+    }
+    assembly.used = true;
+    Ok(State::new(assembly.vlm.clone(), assembly.start_adapter.clone()))
+}
+
+fn chosen_stages<'a>(recipe: &'a Recipe, options: &Options) -> Result<Vec<&'a str>> {
+    if let Some(unknown) = options.stages.iter().find(|s| !recipe.stages.contains(s)) {
+        bail!("--stages: the recipe has no stage `{unknown}`"; "it has: {}", recipe.stages.join(", "))
+    }
+    let all = recipe.stages.iter().map(String::as_str);
+    Ok(all.filter(|s| options.stages.is_empty() || options.stages.iter().any(|o| o == s)).collect())
+}
+
+/// Makes the built-in data that the recipe asks for, unless it is there.
+pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
+    for (name, s) in &recipe.synth {
+        let SynthKind::Shapes = s.kind;
+        if synth::is_complete(&s.out, s.n, s.seed)? {
+            continue;
+        }
+        reporter.info(&format!("making {} pictures of shapes in {}", s.n, s.out.display()));
+        synth::shapes(&s.out, s.n, s.seed).with_context(|| format!("synth.{name}"))?;
+    }
+    Ok(())
+}
+
+/// Checksums of everything the run reads.
+fn inputs(recipe: &Recipe, assembly: &Assembly) -> Result<std::collections::BTreeMap<String, String>> {
+    let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
+    let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
+    let mut names: BTreeSet<&String> = BTreeSet::new();
+    for stage in recipe.stages.iter().map(|s| &recipe.stage[s]) {
+        files.extend(stage.data.iter().map(|d| d.path.clone()));
+        pictures.extend(dataset(recipe, stage, &assembly.encoder)?.images().into_iter().map(|i| i.path.clone()));
+        names.extend(&stage.eval);
+    }
+    files.extend(names.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
+    let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
+    checksums(&assembly.sources, &files, &pictures)
+}
+
+/// A finished run's model, for `generate` and `score`: the last finished stage, or the one named.
+pub fn open_run(root: &Path, stage: Option<&str>) -> Result<(Recipe, Assembly, State)> {
+    let dir = RunDir::existing(root)?;
+    let recipe = dir.recipe()?;
+    let mut found = None;
+    for s in &recipe.stages {
+        if dir.done(&recipe, s)?.is_some() && stage.is_none_or(|wanted| wanted == s) {
+            found = Some(s.clone());
+        }
+    }
+    let Some(name) = found else {
+        bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
+    };
+    let mut assembly = assemble(&recipe)?;
+    let state = restore(&recipe, &dir, &mut assembly, &name)?;
+    Ok((recipe, assembly, state))
+}

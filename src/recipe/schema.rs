@@ -332,6 +332,13 @@ pub struct Data {
     pub limit: Option<usize>,
 }
 
+impl Data {
+    /// All of a file, everything else by default.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, images: None, template: None, resize: Resize::default(), alpha: Alpha::default(), limit: None }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Resize {

@@ -102,6 +102,23 @@ impl FileEntry {
     }
 }
 
+/// Written last.
+const MANIFEST: &str = "manifest.json";
+
+/// Does `out` hold what [`shapes`] writes for these settings, every file of the right size?
+pub fn is_complete(out: &Path, n: usize, seed: u64) -> Result<bool> {
+    let path = out.join(MANIFEST);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let found: Manifest = serde_json::from_slice(&std::fs::read(&path)?).with_context(|| path.display().to_string())?;
+    let whole = |name: &String, entry: &FileEntry| {
+        let file = out.join(name);
+        file.is_dir() || file.metadata().is_ok_and(|m| m.len() == entry.bytes)
+    };
+    Ok(found.n == n && found.seed == seed && found.files.iter().all(|(name, entry)| whole(name, entry)))
+}
+
 /// Writes the built-in pictures and their texts for `n` training pictures into `out`, replacing files of the same names.
 ///
 /// Errors: `n` is 0 or above 100 000, or a file cannot be written (the error names it).
@@ -135,7 +152,7 @@ pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
     writer.document("tokenizer/tokenizer.json", words, &tokenizer::tokenizer_json())?;
     writer.document("tokenizer/tokenizer_config.json", 1, &tokenizer::tokenizer_config())?;
     let manifest = Manifest { kind: "shapes".into(), n, seed, files: writer.files };
-    write(&out.join("manifest.json"), &pretty(&serde_json::to_value(&manifest)?)?)?;
+    write(&out.join(MANIFEST), &pretty(&serde_json::to_value(&manifest)?)?)?;
     Ok(manifest)
 }
 

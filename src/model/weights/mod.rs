@@ -179,7 +179,8 @@ impl Weights {
 }
 
 /// Whether `config.json` in `dir` describes a whole LLaVA model; any problem with the file is reported by its reader.
-fn is_llava(dir: &Path) -> bool {
+/// Does the folder hold a whole `LlavaForConditionalGeneration`?
+pub fn is_llava(dir: &Path) -> bool {
     let json =
         std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
     json.is_some_and(|c| c.get("model_type").and_then(|t| t.as_str()) == Some("llava"))

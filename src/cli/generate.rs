@@ -1,0 +1,85 @@
+//! `adfreeze generate`: the answer goes to stdout as it comes.
+
+use super::model;
+use crate::bail;
+use crate::data::{ImageRef, Item, Sample, load_pixels};
+use crate::error::Result;
+use crate::recipe::schema::{Alpha, Resize};
+use crate::train::collate::collate;
+use crate::train::generate::{Sampling, generate};
+use std::io::Write;
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: model::Args,
+    /// A picture; may be given several times.
+    #[arg(long)]
+    image: Vec<PathBuf>,
+    /// The question; `<image>` says where the pictures stand (default: in front).
+    #[arg(long)]
+    prompt: String,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Sample from the smallest set of tokens with this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    #[arg(long, default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Pad pictures to a square first, as LLaVA-1.5 does.
+    #[arg(long)]
+    pad: bool,
+    /// Where to compute: auto or cpu.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    super::device::check(&args.device)?;
+    if !(0.0..=1.0).contains(&args.top_p) || args.top_p == 0.0 || args.temperature < 0.0 {
+        bail!("--temperature {} --top-p {}", args.temperature, args.top_p; "a temperature of 0 or more, and 0 < top-p ≤ 1")
+    }
+    let m = args.model.load()?;
+    let encoder = &m.assembly.encoder;
+    let ids = encoder.prompt(&args.prompt, args.image.len(), m.template)?;
+    let resize = if args.pad { Resize::Pad } else { Resize::Crop };
+    let images = args.image.iter().map(|p| ImageRef { path: p.clone(), resize, alpha: Alpha::Drop }).collect();
+    let labels = vec![crate::data::IGNORE; ids.len()];
+    let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });
+    let pixels = load_pixels([&item], m.assembly.images.as_ref())?;
+    let samples: Vec<&Sample> = item.samples().collect();
+    let batch = collate(&samples, &pixels, m.vlm.language.dtype())?;
+    let how = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        max_new_tokens: args.max_new_tokens,
+    };
+    // A token may be part of a character: print what the text has grown by.
+    let (mut out, mut shown) = (std::io::stdout().lock(), String::new());
+    let mut so_far = Vec::new();
+    let mut result = Ok(());
+    generate(&m.vlm, &batch, encoder.eos_ids(), how, |t| {
+        so_far.push(t);
+        let mut print = || -> Result<()> {
+            let text = encoder.decode(&so_far)?;
+            if !text.ends_with('\u{fffd}') && text.starts_with(&shown) {
+                write!(out, "{}", &text[shown.len()..])?;
+                out.flush()?;
+                shown = text;
+            }
+            Ok(())
+        };
+        if result.is_ok() {
+            result = print();
+        }
+    })?;
+    result?;
+    let text = encoder.decode(&so_far)?;
+    writeln!(out, "{}", text.strip_prefix(&shown).unwrap_or(""))?;
+    Ok(())
+}

@@ -1,0 +1,32 @@
+//! `adfreeze train`.
+
+use crate::error::Result;
+use crate::pipeline::{self, Options};
+use crate::recipe;
+use crate::report::Reporter;
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The recipe (TOML).
+    recipe: PathBuf,
+    /// Override a value, e.g. --set stage.sft.lr=1e-4 or --set defaults.seed=7; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Run only these stages, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    stages: Vec<String>,
+    /// Where to compute: auto or cpu.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Go on although the recipe or its inputs have changed since the run began.
+    #[arg(long)]
+    allow_changes: bool,
+}
+
+pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
+    super::device::check(&args.device)?;
+    let recipe = recipe::load(&args.recipe, &args.sets)?;
+    let options = Options { stages: args.stages.clone(), allow_changes: args.allow_changes };
+    pipeline::train(&recipe, &options, reporter)
+}

@@ -1,0 +1,62 @@
+//! What a stage leaves behind: everything for adfreeze itself in one file, and the same in the formats of others.
+
+use super::stage::SideFiles;
+use super::state::{State, is_adapter};
+use crate::adapters::lora;
+use crate::checkpoint::atomic;
+use crate::checkpoint::{hf, peft};
+use crate::data::{ImageProcessor, TextEncoder};
+use crate::error::Result;
+use crate::model::params::Module;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Writes `dir`: `trained.safetensors`; `projector.safetensors` if there is a projector; `adapters/NAME/` in PEFT's
+/// format; `vision/` and `language/` in HF's layout if their own weights have changed.
+pub fn write_final(
+    state: &mut State,
+    dir: &Path,
+    sides: &SideFiles,
+    images: Option<&ImageProcessor>,
+    encoder: &TextEncoder,
+) -> Result<()> {
+    let base = if state.vlm.vision.is_some() { peft::Base::Llava } else { peft::Base::Language };
+    atomic::directory(dir, |dir| {
+        state.save(dir)?;
+        let params = state.vlm.params();
+        let part = |prefix: &str| -> BTreeMap<_, _> {
+            params
+                .iter()
+                .filter(|(n, _)| n.starts_with(prefix) && !is_adapter(n))
+                .map(|(n, t)| (n.clone(), t.clone()))
+                .collect()
+        };
+        let projector = part("projector.");
+        if !projector.is_empty() {
+            hf::save_projector(&dir.join("projector.safetensors"), &projector)?;
+        }
+        for (name, cfg) in state.adapters.clone() {
+            let adapter = lora::export(&mut state.vlm, &name, &cfg);
+            adapter.save(&dir.join("adapters").join(&name), base, None)?;
+        }
+        let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));
+        if let (true, Some(tower)) = (changed("vision."), &state.vlm.vision) {
+            let out = dir.join("vision");
+            let sources: Vec<&Path> = sides.vision.as_deref().into_iter().collect();
+            hf::save_vision(&out, &tower.config, &part("vision."), &sources)?;
+            if let (None, Some(images)) = (&sides.vision, images) {
+                let json = serde_json::to_string_pretty(&images.to_json())?;
+                atomic::write_bytes(&out.join("preprocessor_config.json"), json.as_bytes())?;
+            }
+        }
+        if changed("language.") {
+            let language = &state.vlm.language;
+            let out = dir.join("language");
+            hf::save_language(&out, &language.config, &part("language."), &[&sides.tokenizer])?;
+            if encoder.image_token_added() {
+                atomic::write_bytes(&out.join("tokenizer.json"), encoder.tokenizer_json()?.as_bytes())?;
+            }
+        }
+        Ok(())
+    })
+}

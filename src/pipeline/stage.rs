@@ -1,0 +1,224 @@
+//! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
+
+use super::assemble::Assembly;
+use super::checkpoints;
+use super::evaluation::Evaluations;
+use super::export::write_final;
+use super::freeze::{self, GradientWatch};
+use super::run_dir::{Done, RunDir, sha256_file};
+use super::state::{State, TRAINED};
+use crate::bail;
+use crate::checkpoint::atomic::write_bytes;
+use crate::checkpoint::safetensors;
+use crate::data::{Dataset, ImageProcessor, Loader, LoaderOptions, Plan, TextEncoder, load_pixels};
+use crate::error::{Context, Result};
+use crate::model::params::Module;
+use crate::ops::random::Key;
+use crate::ops::tensor;
+use crate::optim::AdamW;
+use crate::recipe::schema::{Objective, Recipe, Reference, Stage};
+use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics, peak_memory_bytes};
+use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What all stages of a run share.
+pub struct Run<'a> {
+    pub recipe: &'a Recipe,
+    pub dir: &'a RunDir,
+    pub encoder: &'a TextEncoder,
+    pub images: Option<&'a ImageProcessor>,
+    pub sides: SideFiles,
+    pub reporter: &'a Reporter,
+}
+
+/// Folders whose tokenizer and preprocessor files go with an exported backbone.
+#[derive(Debug, Clone)]
+pub struct SideFiles {
+    pub tokenizer: PathBuf,
+    pub vision: Option<PathBuf>,
+}
+
+impl SideFiles {
+    /// Of an assembled model.
+    pub fn of(a: &Assembly) -> Self {
+        Self { tokenizer: a.tokenizer_dir.clone(), vision: a.vision_dir.clone() }
+    }
+}
+
+/// The samples of a stage, as its objective takes them.
+pub fn dataset(recipe: &Recipe, stage: &Stage, encoder: &TextEncoder) -> Result<Dataset> {
+    match stage.objective {
+        Objective::Sft => Dataset::conversations(&stage.data, encoder, recipe.model.template),
+        Objective::Dpo(_) => Dataset::preferences(&stage.data, encoder, recipe.model.template),
+    }
+}
+
+/// Optimizer steps of a stage, and of one epoch of it.
+pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
+    let epoch = items.div_ceil(stage.batch.global.max(1));
+    let total = stage.max_steps.unwrap_or_else(|| Plan::steps_for(items, stage.epochs, stage.batch.global));
+    (total, epoch)
+}
+
+/// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint.
+pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) -> Result<Done> {
+    let _span = tracing::info_span!("stage", name).entered();
+    let stage = &run.recipe.stage[name];
+    let dir = run.dir.stage(run.recipe, name);
+    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
+    check_reachable(state, name, !data.images().is_empty())?;
+    let rows = freeze::rows(state, stage)?;
+    write_bytes(&dir.join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
+    run.reporter.table(&freeze::table(&format!("{name}: parameters"), &rows));
+    let frozen = freeze::frozen_checksums(state)?;
+
+    let (total, epoch) = step_counts(stage, data.items.len());
+    let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
+    let mut optimizer = AdamW::of_stage(stage, total, &shapes).with_context(|| format!("stage.{name}"))?;
+    let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
+    let first = checkpoints::resume(&dir, state, &mut optimizer)?;
+    if first > 0 {
+        run.reporter.info(&format!("{name}: goes on after step {first} of {total}"));
+    }
+    let loss = steps(run, state, name, &data, &mut optimizer, &reference, (first, total, epoch), &dir)?;
+
+    let unchanged = freeze::prove_frozen(state, &frozen)?;
+    let last = dir.join("final");
+    write_final(state, &last, &run.sides, run.images, run.encoder)?;
+    let figures = evals.run(&state.vlm, run.encoder, &stage.eval)?;
+    run.dir.add_results(name, serde_json::to_value(&figures)?)?;
+    let trained_sha256 = sha256_file(&last.join(TRAINED))?;
+    let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
+    write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
+    Ok(done)
+}
+
+/// Every trained parameter must be one that a gradient can reach.
+pub fn check_reachable(state: &mut State, name: &str, pictures: bool) -> Result<()> {
+    let lost = state.vlm.unreachable(pictures);
+    if lost.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = lost.iter().take(6).map(|(n, why)| format!("{n}: {why}")).collect();
+    let more =
+        if lost.len() > lines.len() { format!("\n  … and {} more", lost.len() - lines.len()) } else { String::new() };
+    bail!("stage.{name} trains parameters that no gradient can reach:\n  {}{more}", lines.join("\n  ");
+        "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
+}
+
+#[allow(clippy::too_many_arguments)]
+fn steps(
+    run: &Run,
+    state: &mut State,
+    name: &str,
+    data: &Arc<Dataset>,
+    optimizer: &mut AdamW,
+    reference: &ReferenceTable,
+    (first, total, epoch): (usize, usize, usize),
+    dir: &Path,
+) -> Result<f64> {
+    let stage = &run.recipe.stage[name];
+    let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
+    let batches = (first..total).map(move |s| (s, plan.step(s)));
+    let images = run.images.cloned().map(Arc::new);
+    let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
+    let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
+    let params = state.vlm.trainable();
+    let mut watch = GradientWatch::new(params.keys().cloned(), epoch.min(total));
+    let task = match &stage.objective {
+        Objective::Sft => Task::Sft,
+        Objective::Dpo(settings) => Task::Dpo { settings, reference },
+    };
+    let dropout = Key::new(stage.seed, &format!("dropout/{name}"));
+    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
+    let mut last_loss = f64::NAN;
+    run.reporter.stage_start(name, first, total);
+    for step in loader {
+        let step = step?;
+        let _span = tracing::debug_span!("step", step = step.step).entered();
+        let started = Instant::now();
+        let cfg = StepConfig { micro, activations: stage.activations, dropout: dropout.index(step.step as u64) };
+        let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
+        let at = || format!("{name}, step {}", step.step + 1);
+        let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;
+        if first == 0 {
+            watch.see(step.step, done.grads.by_name()).with_context(at)?;
+        }
+        let report = optimizer.step(&params, done.grads.by_name()).with_context(at)?;
+        last_loss = done.loss;
+        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64());
+        metrics.append(&line)?;
+        run.reporter.step(&line);
+        let n = step.step + 1;
+        let every = stage.checkpoint.every_steps;
+        if every > 0 && n % every == 0 && n < total {
+            metrics.sync()?;
+            checkpoints::save(dir, n, &params, optimizer, stage.checkpoint.keep)?;
+        }
+    }
+    run.reporter.stage_end();
+    Ok(last_loss)
+}
+
+fn metrics_line(
+    stage: &str,
+    step: usize,
+    done: &Computed,
+    report: &crate::optim::StepReport,
+    seconds: f64,
+) -> StepMetrics {
+    StepMetrics {
+        step: step + 1,
+        stage: stage.to_string(),
+        loss: done.loss,
+        lr: report.groups.iter().map(|g| (g.name.clone(), g.lr)).collect(),
+        grad_norm: report.groups.iter().map(|g| (g.name.clone(), g.grad_norm)).collect(),
+        grad_norm_total: report.grad_norm,
+        label_tokens: done.label_tokens,
+        tokens_per_s: done.tokens as f64 / seconds,
+        samples_per_s: done.sequences as f64 / seconds,
+        peak_memory_bytes: peak_memory_bytes(),
+        preference: done.dpo.map(|m| PreferenceMetrics {
+            reward_chosen: m.reward_chosen,
+            reward_rejected: m.reward_rejected,
+            margin: m.margin,
+            accuracy: m.accuracy,
+            logp_chosen: m.chosen,
+            logp_rejected: m.rejected,
+        }),
+    }
+}
+
+/// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
+fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
+    let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
+    if path.exists() {
+        let all = safetensors::load(path)?;
+        let column = |k: &str| -> Result<Vec<f64>> {
+            let Some(t) = all.get(k) else {
+                bail!("{} lacks `{k}`", path.display(); "delete the file: it will be computed again")
+            };
+            Ok(t.to_vec1()?)
+        };
+        let rows = column("chosen")?.into_iter().zip(column("rejected")?);
+        return Ok(rows.enumerate().collect());
+    }
+    run.reporter.info(&format!("log-probabilities of {} pairs under the reference", data.items.len()));
+    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
+    let items: Vec<_> = data.items.iter().enumerate().collect();
+    let mut table = ReferenceTable::new();
+    for part in items.chunks(micro) {
+        let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
+        table.extend(pair_logps(&state.vlm, part, &pixels, settings.reference == Reference::Base)?);
+    }
+    let (chosen, rejected): (Vec<f64>, Vec<f64>) = table.values().copied().unzip();
+    let n = table.len();
+    let columns =
+        BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
+    safetensors::save(path, &columns, &BTreeMap::new())?;
+    Ok(table)
+}

@@ -1,0 +1,190 @@
+//! The model as it goes from stage to stage: which adapters it carries, which of its own parameters have changed.
+
+use super::assemble::START_ADAPTER;
+use crate::adapters::lora;
+use crate::bail;
+use crate::checkpoint::safetensors::{load, save};
+use crate::error::{Context, Error, Result};
+use crate::model::init::fresh;
+use crate::model::params::{Module, Param};
+use crate::model::vlm::Vlm;
+use crate::ops::random::Key;
+use crate::recipe::pattern::Patterns;
+use crate::recipe::schema::{self, HandOver, Recipe, Stage};
+use candle_core::Tensor;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// File of all tensors that differ from the backbones as loaded.
+pub const TRAINED: &str = "trained.safetensors";
+
+/// A model between or in stages.
+pub struct State {
+    pub vlm: Vlm,
+    /// Adapters on the model, as the recipe declared them.
+    pub adapters: BTreeMap<String, schema::Lora>,
+    /// Parameters of the base model that were trained, reset or merged into so far.
+    pub changed: BTreeSet<String>,
+}
+
+impl State {
+    /// The model as assembled; a loaded start adapter is described by `start`.
+    pub fn new(mut vlm: Vlm, start: Option<schema::Lora>) -> Self {
+        let projector = vlm.params().into_keys().filter(|n| n.starts_with("projector.")).collect();
+        let adapters = start.map(|l| (START_ADAPTER.to_string(), l)).into_iter().collect();
+        Self { vlm, adapters, changed: projector }
+    }
+
+    /// Does what the stage says about structure: hand-over of adapters, fresh parameters, new adapters, what trains.
+    pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
+        let before: Vec<String> = self.adapters.keys().cloned().collect();
+        if hand_over(stage) == HandOver::Merge {
+            self.merge(&before)?;
+        }
+        self.reset(stage, name)?;
+        let declared = self.declare(stage, name)?;
+        let continued = if hand_over(stage) == HandOver::Continue { before } else { Vec::new() };
+        let trainable = self.trainable(stage, &continued, &declared)?;
+        self.changed.extend(trainable.iter().filter(|n| !is_adapter(n)).cloned());
+        self.vlm.train_only(&trainable);
+        Ok(())
+    }
+
+    fn merge(&mut self, adapters: &[String]) -> Result<()> {
+        for a in adapters {
+            self.changed.extend(self.vlm.deltas(a).into_keys().map(|n| format!("{n}.weight")));
+            lora::merge(&mut self.vlm, a)?;
+            self.adapters.remove(a);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, stage: &Stage, name: &str) -> Result<()> {
+        if stage.reset.is_empty() {
+            return Ok(());
+        }
+        let key = Key::new(stage.seed, &format!("reset/{name}"));
+        let known: Vec<String> = self.vlm.params().into_keys().collect();
+        let patterns = Patterns::new(&stage.reset, &known).with_context(|| format!("stage.{name}.reset"))?;
+        let mut values = BTreeMap::new();
+        for (n, t) in self.vlm.params() {
+            if patterns.matches(&n) {
+                values.insert(n.clone(), fresh(key, &n, t.dims(), t.dtype())?);
+                self.changed.insert(n);
+            }
+        }
+        assign(&mut self.vlm, &values);
+        Ok(())
+    }
+
+    /// Grafts the stage's own adapters; returns the names of those that train.
+    fn declare(&mut self, stage: &Stage, name: &str) -> Result<Vec<String>> {
+        let mut trained = Vec::new();
+        for (i, schema::Adapter::Lora(cfg)) in stage.adapters.iter().enumerate() {
+            let fallback = if i == 0 { name.to_string() } else { format!("{name}_{}", i + 1) };
+            let adapter = cfg.name.clone().unwrap_or(fallback);
+            let key = Key::new(stage.seed, &format!("adapter/{name}"));
+            lora::attach(&mut self.vlm, cfg, &adapter, key)
+                .with_context(|| format!("stage.{name}.adapters[{i}].lora"))?;
+            self.adapters.insert(adapter.clone(), cfg.clone());
+            if !cfg.freeze {
+                trained.push(adapter);
+            }
+        }
+        Ok(trained)
+    }
+
+    fn trainable(&mut self, stage: &Stage, continued: &[String], declared: &[String]) -> Result<BTreeSet<String>> {
+        let own: Vec<String> = self.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
+        let mut out: BTreeSet<String> = if stage.train.is_empty() {
+            BTreeSet::new()
+        } else {
+            let patterns = Patterns::new(&stage.train, &own)?;
+            own.into_iter().filter(|n| patterns.matches(n)).collect()
+        };
+        for adapter in continued.iter().chain(declared) {
+            for d in self.vlm.deltas(adapter).into_values() {
+                out.extend([d.a.name, d.b.name]);
+            }
+        }
+        if out.is_empty() {
+            bail!("nothing trains in this stage"; "list patterns under `train`, or declare an adapter under `adapters`")
+        }
+        Ok(out)
+    }
+
+    /// Everything that differs from the loaded backbones, by name.
+    pub fn own(&mut self) -> BTreeMap<String, Tensor> {
+        let mut all = self.vlm.params();
+        all.retain(|n, _| is_adapter(n) || self.changed.contains(n));
+        all
+    }
+
+    /// Writes [`State::own`] into `dir`.
+    pub fn save(&mut self, dir: &Path) -> Result<()> {
+        save(&dir.join(TRAINED), &self.own(), &BTreeMap::new())
+    }
+
+    /// Takes the values of a [`State::save`]; structure must be the same.
+    pub fn load(&mut self, dir: &Path) -> Result<()> {
+        let path = dir.join(TRAINED);
+        let values = load(&path)?;
+        let known = self.vlm.params();
+        for (n, t) in &values {
+            match known.get(n) {
+                Some(k) if k.dims() == t.dims() => {}
+                Some(k) => bail!("{}: {n} has shape {:?}, the model {:?}", path.display(), t.dims(), k.dims()),
+                None => {
+                    bail!("{}: the model has no parameter {n}", path.display(); "the run's recipe was changed after this stage")
+                }
+            }
+        }
+        if let Some(n) = self.own().keys().find(|n| !values.contains_key(*n)) {
+            bail!("{} lacks {n}", path.display(); "the file belongs to another recipe")
+        }
+        assign(&mut self.vlm, &values);
+        Ok(())
+    }
+}
+
+/// Is this a parameter of an adapter?
+pub fn is_adapter(name: &str) -> bool {
+    name.contains(".lora_A.") || name.contains(".lora_B.")
+}
+
+/// What a stage does with the adapters it finds.
+pub fn hand_over(stage: &Stage) -> HandOver {
+    stage.from.as_ref().map_or(HandOver::Continue, |f| f.adapters)
+}
+
+/// The stage that `name` starts from: the one it names, or the one before it in the recipe's order.
+pub fn parent<'a>(recipe: &'a Recipe, name: &str) -> Result<Option<&'a str>> {
+    let stage = recipe.stage.get(name).ok_or_else(|| Error::new(format!("the recipe has no stage `{name}`")))?;
+    if let Some(f) = &stage.from {
+        return Ok(recipe.stages.iter().find(|s| **s == f.stage).map(String::as_str));
+    }
+    let at = recipe.stages.iter().position(|s| s == name).unwrap_or(0);
+    Ok(at.checked_sub(1).map(|i| recipe.stages[i].as_str()))
+}
+
+/// The stages that lead to `name`, the first one first, `name` last.
+pub fn lineage<'a>(recipe: &'a Recipe, name: &'a str) -> Result<Vec<&'a str>> {
+    let mut chain = vec![name];
+    while let Some(p) = parent(recipe, chain[chain.len() - 1])? {
+        if chain.contains(&p) {
+            bail!("stage `{p}` starts from itself")
+        }
+        chain.push(p);
+    }
+    chain.reverse();
+    Ok(chain)
+}
+
+/// Sets parameters by name.
+pub fn assign(vlm: &mut Vlm, values: &BTreeMap<String, Tensor>) {
+    vlm.visit(&mut |p: &mut Param| {
+        if let Some(v) = values.get(&p.name) {
+            p.value = v.clone();
+        }
+    });
+}
