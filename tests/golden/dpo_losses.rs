@@ -17,7 +17,8 @@ pub fn run(g: &Golden) {
             chosen_tokens: f("chosen_len") as usize,
             rejected_tokens: f("rejected_len") as usize,
         };
-        for l in row["losses"].as_array().unwrap() {
+        // TRL itself; the other rows are formulas that it does not compute.
+        for l in row["losses"].as_array().unwrap().iter().filter(|l| l["source"] == "trl") {
             let name = l["loss_type"].as_str().unwrap();
             let loss = match name {
                 "sigmoid" => DpoLoss::Sigmoid,

@@ -217,7 +217,9 @@ impl Tower {
         let (b, d, t) = (pixels.dim(0)?, self.config.hidden_size, self.config.num_patches() + 1);
         let patches = patches::unfold(pixels, self.config.patch_size)?;
         let kernel = self.patch_embedding.value.reshape((d, ()))?;
-        let x = self.position_embedding.value.repeat((b, 1))?;
+        // A copy in any case: `repeat` of a single picture would hand out the parameter itself.
+        let positions: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
+        let x = gather(&self.position_embedding.value, &positions)?;
         let words = matmul(Mat::N(&patches), Mat::T(&kernel))?;
         crate::ops::embedding::scatter_add_(&x, &self.patch_rows(b), &words)?;
         let class_rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
