@@ -108,6 +108,17 @@ impl Loader {
         Ok(())
     }
 
+    /// Stops and joins all threads. Steps must not end early in silence because one of them panicked.
+    fn end(&mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.pending = None;
+        let ends: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
+        match ends.into_iter().find_map(std::result::Result::err) {
+            Some(panic) => Err(Error::new(format!("a loader thread failed: {}", panic_text(&*panic)))),
+            None => Ok(()),
+        }
+    }
+
     /// Waits for the pictures of a step.
     fn finish(&self, pending: Pending) -> Result<StepData> {
         let items: Vec<Item> = pending.items.iter().map(|&i| self.dataset.items[i].clone()).collect();
@@ -133,19 +144,17 @@ impl Iterator for Loader {
     type Item = Result<StepData>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let pending = self.pending.as_ref()?.recv().ok()?;
-        Some(self.finish(pending))
+        match self.pending.as_ref()?.recv() {
+            Ok(pending) => Some(self.finish(pending)),
+            Err(_) => self.end().err().map(Err),
+        }
     }
 }
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.pending = None;
-        for thread in self.threads.drain(..) {
-            // Workers catch panics of decoders; there is nothing left to report one to.
-            let _ = thread.join();
-        }
+        // Nobody is left to hear of an error.
+        let _ = self.end();
     }
 }
 
@@ -189,10 +198,12 @@ fn work(jobs: &Receiver<Job>, processor: &ImageProcessor, stop: &AtomicBool) {
 }
 
 fn panicked(image: &ImageRef, panic: &(dyn Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    let path = image.path.display();
-    Error::new(format!("the decoder failed on the image {path}: {}", text.unwrap_or("panic")))
+    Error::new(format!("the decoder failed on the image {}: {}", image.path.display(), panic_text(panic)))
         .hint("replace the file, or take its samples out of the data")
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")
 }
 
 /// The pictures used last; all have the same size, so they are counted.
@@ -317,6 +328,16 @@ mod tests {
             done.send(()).unwrap();
         });
         ended.recv_timeout(Duration::from_secs(60)).expect("a loader thread did not end");
+    }
+
+    #[test]
+    fn a_panic_of_the_feeder_is_an_error_and_not_an_end() {
+        let batches = (0..3).map(|s| (s, vec![s * 4]));
+        let mut loader = Loader::new(dataset(&pictures()), processor(), batches, options(1)).unwrap();
+        assert!(loader.next().unwrap().is_ok() && loader.next().unwrap().is_ok());
+        let e = loader.next().unwrap().unwrap_err();
+        assert!(e.cause().contains("loader thread failed"), "{e}");
+        assert!(loader.next().is_none());
     }
 
     #[test]
