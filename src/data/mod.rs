@@ -4,8 +4,15 @@ pub mod dataset;
 pub mod encode;
 pub mod image;
 pub mod loader;
+pub mod pixels;
 pub mod resize;
 pub mod sampler;
 pub mod source;
+pub mod synth;
 pub mod template;
 mod tokenizer;
+
+pub use dataset::{Dataset, Item};
+pub use encode::{IGNORE, Sample, TextEncoder, TextSettings};
+pub use image::{ImageProcessor, ImageRef};
+pub use pixels::{Pixels, load_pixels};

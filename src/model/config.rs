@@ -1,6 +1,19 @@
 //! Shapes of the backbones, read from and written as Hugging Face `config.json` files.
+//!
+//! Both spellings of the ecosystem are read (`rope_theta` + `rope_scaling` and `rope_parameters`, nested and flat CLIP
+//! files), and an absent field takes the default of its HF class, since published files leave those out. What changes
+//! the computation and is not built is an error, never ignored.
 
+mod fields;
+#[cfg(test)]
+mod tests;
+
+use crate::bail;
+use crate::error::{Context, Error, Result};
 use crate::recipe::schema::{Activation, SelectFeature};
+use fields::Fields;
+use serde_json::{Value, json};
+use std::path::Path;
 
 /// The CLIP vision tower (HF `CLIPVisionConfig`).
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +35,77 @@ impl VisionConfig {
     /// Patches of one picture.
     pub fn num_patches(&self) -> usize {
         (self.image_size / self.patch_size).pow(2)
+    }
+
+    /// From a `config.json` of `CLIPVisionModel` or of `CLIPModel` (its `vision_config`).
+    pub fn from_json(config: &Value) -> Result<Self> {
+        let fields = Fields::new(config, "")?;
+        match fields.text("model_type")? {
+            None | Some("clip_vision_model") => Self::from_fields(&fields),
+            // The dictionary of the oldest files wins where both are given, as in transformers.
+            Some("clip") => {
+                let mut vision = serde_json::Map::new();
+                for key in ["vision_config", "vision_config_dict"] {
+                    if let Some(Value::Object(part)) = fields.get(key) {
+                        vision.extend(part.clone());
+                    }
+                }
+                Self::from_fields(&Fields::new(&Value::Object(vision), "vision_config.")?)
+            }
+            Some(other) => Err(unsupported("", "model_type", other, "clip_vision_model, clip")),
+        }
+    }
+
+    /// From a table the user wrote: as [`Self::from_json`], and an unknown key is an error.
+    pub fn from_init(config: &Value) -> Result<Self> {
+        let fields = Fields::new(config, "")?;
+        fields.text("model_type")?;
+        let config = Self::from_fields(&fields)?;
+        fields.deny_unknown().map(|()| config)
+    }
+
+    /// Reads `DIR/config.json`.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        from_file(dir, Self::from_json)
+    }
+
+    fn from_fields(f: &Fields) -> Result<Self> {
+        let config = Self {
+            hidden_size: f.count("hidden_size")?.unwrap_or(768),
+            intermediate_size: f.count("intermediate_size")?.unwrap_or(3072),
+            num_hidden_layers: f.count("num_hidden_layers")?.unwrap_or(12),
+            num_attention_heads: f.count("num_attention_heads")?.unwrap_or(12),
+            num_channels: f.count("num_channels")?.unwrap_or(3),
+            image_size: f.edge("image_size")?.unwrap_or(224),
+            patch_size: f.edge("patch_size")?.unwrap_or(32),
+            hidden_act: activation(f, "hidden_act")?.unwrap_or(Activation::QuickGelu),
+            layer_norm_eps: f.number("layer_norm_eps")?.unwrap_or(1e-5),
+        };
+        no_dropout(f)?;
+        divides(f, "num_attention_heads", config.num_attention_heads, "hidden_size", config.hidden_size)?;
+        divides(f, "patch_size", config.patch_size, "image_size", config.image_size)?;
+        if config.num_channels != 3 {
+            bail!("`{}num_channels` is {}, but pictures have 3", f.path(), config.num_channels);
+        }
+        Ok(config)
+    }
+
+    /// A `config.json` that `CLIPVisionModel` of transformers 4 and 5 reads.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "architectures": ["CLIPVisionModel"],
+            "model_type": "clip_vision_model",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_channels": self.num_channels,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_act": activation_name(self.hidden_act),
+            "layer_norm_eps": self.layer_norm_eps,
+            "attention_dropout": 0.0,
+        })
     }
 }
 
@@ -55,6 +139,114 @@ pub enum RopeScaling {
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position_embeddings: f64 },
 }
 
+impl LlamaConfig {
+    /// From a `config.json` of `LlamaForCausalLM`.
+    pub fn from_json(config: &Value) -> Result<Self> {
+        Self::from_fields(&Fields::new(config, "")?)
+    }
+
+    /// From a table the user wrote: as [`Self::from_json`], and an unknown key is an error.
+    pub fn from_init(config: &Value) -> Result<Self> {
+        let fields = Fields::new(config, "")?;
+        let config = Self::from_fields(&fields)?;
+        fields.deny_unknown().map(|()| config)
+    }
+
+    /// Reads `DIR/config.json`.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        from_file(dir, Self::from_json)
+    }
+
+    fn from_fields(f: &Fields) -> Result<Self> {
+        if let Some(other) = f.text("model_type")?.filter(|t| *t != "llama") {
+            return Err(unsupported(f.path(), "model_type", other, "llama"));
+        }
+        if let Some(other) = f.text("hidden_act")?.filter(|a| !matches!(*a, "silu" | "swish")) {
+            return Err(unsupported(f.path(), "hidden_act", other, "silu"));
+        }
+        for key in ["sliding_window", "quantization_config"] {
+            if let Some(value) = f.get(key) {
+                return Err(unsupported(f.path(), key, &value.to_string(), "null"));
+            }
+        }
+        no_dropout(f)?;
+        let hidden_size = f.count("hidden_size")?.unwrap_or(4096);
+        let heads = f.count("num_attention_heads")?.unwrap_or(32);
+        let kv_heads = f.count("num_key_value_heads")?.unwrap_or(heads);
+        let head_dim = match f.count("head_dim")? {
+            Some(d) => d,
+            None => divides(f, "num_attention_heads", heads, "hidden_size", hidden_size)?,
+        };
+        divides(f, "num_key_value_heads", kv_heads, "num_attention_heads", heads)?;
+        divides(f, "2", 2, "head_dim", head_dim)?;
+        let (rope_theta, rope_scaling) = rope(f)?;
+        Ok(Self {
+            vocab_size: f.count("vocab_size")?.unwrap_or(32000),
+            hidden_size,
+            intermediate_size: f.count("intermediate_size")?.unwrap_or(11008),
+            num_hidden_layers: f.count("num_hidden_layers")?.unwrap_or(32),
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim,
+            rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta,
+            rope_scaling,
+            max_position_embeddings: f.count("max_position_embeddings")?.unwrap_or(2048),
+            attention_bias: f.flag("attention_bias")?.unwrap_or(false),
+            mlp_bias: f.flag("mlp_bias")?.unwrap_or(false),
+            tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: f.token("bos_token_id")?.or((!f.has("bos_token_id")).then_some(1)),
+            eos_token_ids: f.tokens("eos_token_id")?.unwrap_or(if f.has("eos_token_id") { vec![] } else { vec![2] }),
+            pad_token_id: f.token("pad_token_id")?,
+        })
+    }
+
+    /// A `config.json` that `LlamaForCausalLM` of transformers 4 and 5 reads (both take the old spelling of RoPE).
+    pub fn to_json(&self) -> Value {
+        let eos = match self.eos_token_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            list => json!(list),
+        };
+        let scaling = match &self.rope_scaling {
+            RopeScaling::None => Value::Null,
+            RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                json!({
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": low_freq_factor,
+                    "high_freq_factor": high_freq_factor,
+                    "original_max_position_embeddings": *original_max_position_embeddings as u64,
+                })
+            }
+        };
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": self.max_position_embeddings,
+            "attention_bias": self.attention_bias,
+            "attention_dropout": 0.0,
+            "mlp_bias": self.mlp_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": self.pad_token_id,
+        })
+    }
+}
+
 /// A whole LLaVA model (HF `LlavaConfig`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlavaConfig {
@@ -65,4 +257,183 @@ pub struct LlavaConfig {
     pub select_feature: SelectFeature,
     pub projector_act: Activation,
     pub projector_bias: bool,
+}
+
+impl LlavaConfig {
+    /// From a `config.json` of `LlavaForConditionalGeneration`.
+    pub fn from_json(config: &Value) -> Result<Self> {
+        let f = Fields::new(config, "")?;
+        match f.text("model_type")? {
+            Some("llava") => {}
+            Some("llava_llama") => bail!("`model_type` is \"llava_llama\", the layout of the original LLaVA code";
+                "use its conversion for transformers (model_type \"llava\", e.g. llava-hf/llava-1.5-7b-hf), or give `vision`, \
+                 `projector` and `language` their own `source`"),
+            other => return Err(unsupported("", "model_type", other.unwrap_or("absent"), "llava")),
+        }
+        let vision = match f.object("vision_config")? {
+            Some(v) => match v.text("model_type")? {
+                None | Some("clip_vision_model") => VisionConfig::from_fields(&v)?,
+                Some(other) => return Err(unsupported(v.path(), "model_type", other, "clip_vision_model")),
+            },
+            None => Self::default_vision(),
+        };
+        let empty = json!({});
+        let text = f.object("text_config")?.map_or_else(|| Fields::new(&empty, "text_config."), Ok)?;
+        let mut text = LlamaConfig::from_fields(&text)?;
+        text.tie_word_embeddings |= f.flag("tie_word_embeddings")?.unwrap_or(false);
+        let image_token = match f.token("image_token_index")? {
+            Some(id) => id,
+            None => f.token("image_token_id")?.unwrap_or(32000),
+        };
+        Ok(Self {
+            vision,
+            text,
+            image_token_index: image_token,
+            select_layer: select_layer(&f)?,
+            select_feature: match f.text("vision_feature_select_strategy")? {
+                None | Some("default") => SelectFeature::Patch,
+                Some("full") => SelectFeature::Full,
+                Some(other) => {
+                    return Err(unsupported("", "vision_feature_select_strategy", other, "default, full"));
+                }
+            },
+            projector_act: activation(&f, "projector_hidden_act")?.unwrap_or(Activation::Gelu),
+            projector_bias: f.flag("multimodal_projector_bias")?.unwrap_or(true),
+        })
+    }
+
+    /// Reads `DIR/config.json`.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        from_file(dir, Self::from_json)
+    }
+
+    /// What an absent `vision_config` means: CLIP ViT-L/14 at 336 pixels.
+    fn default_vision() -> VisionConfig {
+        VisionConfig {
+            hidden_size: 1024,
+            intermediate_size: 4096,
+            num_hidden_layers: 24,
+            num_attention_heads: 16,
+            num_channels: 3,
+            image_size: 336,
+            patch_size: 14,
+            hidden_act: Activation::QuickGelu,
+            layer_norm_eps: 1e-5,
+        }
+    }
+
+    /// Tokens that one picture becomes.
+    pub fn tokens_per_image(&self) -> usize {
+        self.vision.num_patches() + usize::from(self.select_feature == SelectFeature::Full)
+    }
+
+    /// A `config.json` that `LlavaForConditionalGeneration` of transformers 4 and 5 reads.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "ignore_index": -100,
+            "image_token_index": self.image_token_index,
+            "image_seq_length": self.tokens_per_image(),
+            "projector_hidden_act": activation_name(self.projector_act),
+            "multimodal_projector_bias": self.projector_bias,
+            "vision_feature_layer": self.select_layer,
+            "vision_feature_select_strategy": match self.select_feature {
+                SelectFeature::Patch => "default",
+                SelectFeature::Full => "full",
+            },
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+            "text_config": self.text.to_json(),
+            "vision_config": self.vision.to_json(),
+        })
+    }
+}
+
+fn from_file<T>(dir: &Path, parse: impl Fn(&Value) -> Result<T>) -> Result<T> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| {
+        Error::new(format!("cannot read {}", path.display())).source(e).hint("a model folder holds a `config.json`")
+    })?;
+    let json: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    parse(&json).with_context(|| path.display().to_string())
+}
+
+fn unsupported(path: &str, key: &str, found: &str, supported: &str) -> Error {
+    Error::new(format!("`{path}{key}` is {found}, which is not supported")).hint(format!("supported: {supported}"))
+}
+
+/// `whole / part`, or an error that names both keys.
+fn divides(f: &Fields, part_key: &str, part: usize, whole_key: &str, whole: usize) -> Result<usize> {
+    if !whole.is_multiple_of(part) {
+        bail!("`{}{whole_key}` ({whole}) is not a multiple of `{part_key}` ({part})", f.path());
+    }
+    Ok(whole / part)
+}
+
+fn no_dropout(f: &Fields) -> Result<()> {
+    match f.number("attention_dropout")? {
+        Some(p) if p != 0.0 => Err(unsupported(f.path(), "attention_dropout", &p.to_string(), "0")),
+        _ => Ok(()),
+    }
+}
+
+/// transformers takes one layer or a list; we take one.
+fn select_layer(f: &Fields) -> Result<i64> {
+    match f.get("vision_feature_layer") {
+        None => Ok(-2),
+        Some(Value::Array(list)) => match list.as_slice() {
+            [one] if one.is_i64() => Ok(one.as_i64().unwrap_or(-2)),
+            _ => Err(unsupported("", "vision_feature_layer", "a list", "one layer")),
+        },
+        Some(_) => Ok(f.integer("vision_feature_layer")?.unwrap_or(-2)),
+    }
+}
+
+/// Names as in transformers' `ACT2FN`.
+const ACTIVATIONS: [(&str, Activation); 6] = [
+    ("gelu", Activation::Gelu),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("gelu_new", Activation::GeluTanh),
+    ("quick_gelu", Activation::QuickGelu),
+    ("silu", Activation::Silu),
+    ("relu", Activation::Relu),
+];
+
+fn activation(f: &Fields, key: &'static str) -> Result<Option<Activation>> {
+    let Some(name) = f.text(key)? else { return Ok(None) };
+    match ACTIVATIONS.iter().find(|(n, _)| *n == name) {
+        Some((_, act)) => Ok(Some(*act)),
+        None => Err(unsupported(f.path(), key, name, &ACTIVATIONS.map(|(n, _)| n).join(", "))),
+    }
+}
+
+fn activation_name(act: Activation) -> &'static str {
+    ACTIVATIONS.iter().find(|(_, a)| *a == act).map_or("gelu", |(n, _)| n)
+}
+
+/// Base and scaling of the rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
+/// (transformers 4; `type` instead of `rope_type` in older files).
+fn rope(f: &Fields) -> Result<(f64, RopeScaling)> {
+    let (new, old) = (f.object("rope_parameters")?, f.object("rope_scaling")?);
+    let flat_theta = f.number("rope_theta")?;
+    let Some(r) = new.or(old) else { return Ok((flat_theta.unwrap_or(10000.0), RopeScaling::None)) };
+    let theta = r.number("rope_theta")?.or(flat_theta).unwrap_or(10000.0);
+    if let Some(p) = r.number("partial_rotary_factor")?.filter(|p| *p != 1.0) {
+        return Err(unsupported(r.path(), "partial_rotary_factor", &p.to_string(), "1"));
+    }
+    let need = |key| r.number(key)?.ok_or_else(|| Error::new(format!("`{}{key}` is missing", r.path())));
+    let rope_type = r.text("rope_type")?;
+    let old_type = r.text("type")?;
+    let scaling = match rope_type.or(old_type).unwrap_or("default") {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: need("factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: need("factor")?,
+            low_freq_factor: need("low_freq_factor")?,
+            high_freq_factor: need("high_freq_factor")?,
+            original_max_position_embeddings: need("original_max_position_embeddings")?,
+        },
+        other => return Err(unsupported(r.path(), "rope_type", other, "default, linear, llama3")),
+    };
+    Ok((theta, scaling))
 }

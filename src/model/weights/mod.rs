@@ -1,12 +1,186 @@
-pub struct Weights;
-impl Weights {
-    pub fn take(
-        &mut self,
-        _n: &str,
-        _s: &[usize],
-        _d: candle_core::DType,
-        _v: &candle_core::Device,
-    ) -> crate::error::Result<candle_core::Tensor> {
-        crate::bail!("x")
+//! Pretrained weights on disk, under canonical names, loaded one by one and accounted for to the last.
+
+pub mod hub;
+pub mod names;
+pub mod shapes;
+pub mod source;
+pub mod tensors;
+#[cfg(test)]
+mod tests;
+
+use crate::bail;
+use crate::error::{Error, Result};
+use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
+use candle_core::{DType, Device, Tensor};
+use names::{Family, Name};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+pub use tensors::{Info, Tensors};
+
+/// Tensors of a model folder by canonical name. Each is loaded by [`Weights::take`]; [`Weights::finish`] makes sure that
+/// none was forgotten.
+pub struct Weights {
+    tensors: Tensors,
+    /// Folder or file, for messages.
+    source: PathBuf,
+    /// Canonical name → name in the file. A name without a canonical form stands for itself and is found by `finish`.
+    names: BTreeMap<String, String>,
+    taken: BTreeSet<String>,
+}
+
+impl std::fmt::Debug for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Weights({}, {} tensors)", self.source.display(), self.names.len())
     }
+}
+
+impl Weights {
+    /// The vision tower in a folder of `CLIPVisionModel`, `CLIPModel` or `LlavaForConditionalGeneration`.
+    pub fn vision(dir: &Path) -> Result<(VisionConfig, Self)> {
+        if is_llava(dir) {
+            let (config, weights) = Self::llava(dir)?;
+            return Ok((config.vision, weights.only("vision.")));
+        }
+        Ok((VisionConfig::from_dir(dir)?, Self::open(dir, Family::Clip, false)?))
+    }
+
+    /// The language model in a folder of `LlamaForCausalLM` or `LlavaForConditionalGeneration`.
+    pub fn language(dir: &Path) -> Result<(LlamaConfig, Self)> {
+        if is_llava(dir) {
+            let (config, weights) = Self::llava(dir)?;
+            return Ok((config.text, weights.only("language.")));
+        }
+        let config = LlamaConfig::from_dir(dir)?;
+        let weights = Self::open(dir, Family::Llama, config.tie_word_embeddings)?;
+        Ok((config, weights))
+    }
+
+    /// A whole `LlavaForConditionalGeneration` folder.
+    pub fn llava(dir: &Path) -> Result<(LlavaConfig, Self)> {
+        let config = LlavaConfig::from_dir(dir)?;
+        let weights = Self::open(dir, Family::Llava, config.text.tie_word_embeddings)?;
+        Ok((config, weights))
+    }
+
+    /// A projector: a file of ours (`projector.safetensors`) or of the original LLaVA code (`mm_projector.bin`), a folder
+    /// that holds one of them, or a whole LLaVA folder.
+    pub fn projector(path: &Path) -> Result<Self> {
+        let inside = ["projector.safetensors", "mm_projector.bin"].map(|name| path.join(name));
+        let tensors = match inside.iter().find(|p| p.exists()) {
+            Some(file) => Tensors::open_file(file)?,
+            None if path.is_dir() => Tensors::open(path)?,
+            None => Tensors::open_file(path)?,
+        };
+        let named = |name: &str| names::projector(name).map_or(Name::Ignored, Name::Known);
+        let weights = Self::new(tensors, path, named)?;
+        if weights.names.is_empty() {
+            bail!("{} holds no projector", path.display(); "expected tensors `multi_modal_projector.linear_1.weight` …");
+        }
+        Ok(weights)
+    }
+
+    fn open(dir: &Path, family: Family, tied: bool) -> Result<Self> {
+        Self::new(Tensors::open(dir)?, dir, |name| match names::canonical(family, name) {
+            Name::Known(name) if tied && name == "language.lm_head.weight" => Name::Ignored,
+            other => other,
+        })
+    }
+
+    fn new(tensors: Tensors, source: &Path, meaning: impl Fn(&str) -> Name) -> Result<Self> {
+        let mut names = BTreeMap::new();
+        for name in tensors.names() {
+            let key = match meaning(name) {
+                Name::Known(key) => key,
+                Name::Unknown => name.to_string(),
+                Name::Ignored => continue,
+            };
+            if let Some(other) = names.insert(key.clone(), name.to_string()) {
+                bail!("`{other}` and `{name}` in {} are both `{key}`", source.display());
+            }
+        }
+        Ok(Self { tensors, source: source.to_path_buf(), names, taken: BTreeSet::new() })
+    }
+
+    /// Keeps the tensors whose canonical name begins with `prefix`.
+    fn only(mut self, prefix: &str) -> Self {
+        self.names.retain(|name, _| name.starts_with(prefix));
+        self
+    }
+
+    /// Canonical names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.keys().map(String::as_str)
+    }
+
+    /// Shape and stored type of a tensor, without loading it.
+    pub fn info(&self, name: &str) -> Option<&Info> {
+        self.names.get(name).and_then(|stored| self.tensors.info(stored))
+    }
+
+    /// The files the tensors come from.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.tensors.files()
+    }
+
+    /// Loads a tensor as `dtype` on `device`. A missing one, another shape than `shape`, or a type that is not floating
+    /// point is an error that names tensor and file.
+    pub fn take(&mut self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let Some((stored, info)) = self.names.get(name).and_then(|s| Some((s, self.tensors.info(s)?))) else {
+            return Err(self.missing(name));
+        };
+        let place = || {
+            let file = self.tensors.file(stored).unwrap_or(&self.source);
+            format!("tensor `{name}` (`{stored}` in {})", file.display())
+        };
+        if info.shape != shape {
+            bail!("{} has the shape {:?}, but {shape:?} is expected", place(), info.shape;
+                "the weights and the configuration beside them do not belong together");
+        }
+        if !info.dtype.is_some_and(|d| d.is_float()) {
+            bail!("{} holds no floating-point numbers", place(); "quantised weights are not supported");
+        }
+        let tensor = self.tensors.load(stored, device)?.to_dtype(dtype)?;
+        self.taken.insert(name.to_string());
+        Ok(tensor)
+    }
+
+    /// Leaves out, on purpose, every tensor whose canonical name begins with `prefix` (e.g. layers that are never run).
+    pub fn skip(&mut self, prefix: &str) {
+        self.taken.extend(self.names.keys().filter(|name| name.starts_with(prefix)).cloned());
+    }
+
+    /// Every tensor must have been taken or skipped; else an error names those that were not.
+    pub fn finish(self) -> Result<()> {
+        let left: Vec<_> = self.names.iter().filter(|(name, _)| !self.taken.contains(*name)).map(|(_, s)| s).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let shown: Vec<_> = left.iter().take(8).map(|name| format!("`{name}`")).collect();
+        let more =
+            if left.len() > shown.len() { format!(" and {} more", left.len() - shown.len()) } else { String::new() };
+        Err(Error::new(format!(
+            "{} holds tensors that the model does not use: {}{more}",
+            self.source.display(),
+            shown.join(", ")
+        ))
+        .hint("its `config.json` describes another model (fewer layers, no bias, another projector?)"))
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let error = Error::new(format!("tensor `{name}` is missing in {}", self.source.display()));
+        let free = self.names.keys().filter(|n| !self.taken.contains(*n));
+        match free.max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name))) {
+            Some(near) => {
+                error.hint(format!("the nearest that is there is `{near}`; does `config.json` fit the weights?"))
+            }
+            None => error.hint("does `config.json` fit the weights?"),
+        }
+    }
+}
+
+/// Whether `config.json` in `dir` describes a whole LLaVA model; any problem with the file is reported by its reader.
+fn is_llava(dir: &Path) -> bool {
+    let json =
+        std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
+    json.is_some_and(|c| c.get("model_type").and_then(|t| t.as_str()) == Some("llava"))
 }

@@ -1,0 +1,138 @@
+//! LoRA (Hu et al. 2021) on linear layers of tower and language model: grafting, merging, taking out, in PEFT's terms.
+
+use crate::bail;
+use crate::checkpoint::peft::LoraAdapter;
+use crate::error::Result;
+use crate::model::init::fresh;
+use crate::model::linear::{Linear, LowRank};
+use crate::model::params::Param;
+use crate::model::vlm::Vlm;
+use crate::ops::matmul::{Mat, matmul_add};
+use crate::ops::random::Key;
+use crate::recipe::pattern::Patterns;
+use crate::recipe::schema;
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+
+/// alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023).
+pub fn scale(rank: usize, alpha: f64, rslora: bool) -> f64 {
+    if rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+}
+
+/// Name of one matrix of an adapter, e.g. `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
+fn part(module: &str, matrix: &str, adapter: &str) -> String {
+    format!("{module}.lora_{matrix}.{adapter}.weight")
+}
+
+/// Names of the linear layers that `cfg.target` means, in order. A pattern that means none is an error.
+pub fn targets(vlm: &mut Vlm, cfg: &schema::Lora) -> Result<Vec<String>> {
+    let names = vlm.linear_names();
+    let patterns = Patterns::new(&cfg.target, &names)?;
+    Ok(names.into_iter().filter(|n| patterns.matches(n)).collect())
+}
+
+/// Grafts a fresh adapter (A Kaiming-uniform, B zero) on the layers that the recipe names; returns those layers' names.
+pub fn attach(vlm: &mut Vlm, cfg: &schema::Lora, adapter: &str, key: Key) -> Result<Vec<String>> {
+    if cfg.rank == 0 {
+        bail!("adapter `{adapter}`: rank 0 adapts nothing"; "set rank to 1 or more")
+    }
+    let names = targets(vlm, cfg)?;
+    graft(vlm, &names, adapter, |l| {
+        let ((d_out, d_in), dtype) = (l.dims()?, l.weight.value.dtype());
+        let matrix = |m: &str, shape: &[usize]| -> Result<Param> {
+            let name = part(l.name(), m, adapter);
+            let value = fresh(key, &name, shape, dtype)?;
+            Ok(Param::new(name, value))
+        };
+        Ok(LowRank {
+            adapter: adapter.to_string(),
+            a: matrix("A", &[cfg.rank, d_in])?,
+            b: matrix("B", &[d_out, cfg.rank])?,
+            scale: scale(cfg.rank, cfg.alpha, cfg.rslora),
+            dropout: cfg.dropout,
+        })
+    })?;
+    Ok(names)
+}
+
+/// Grafts an adapter that was read from a PEFT folder.
+pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
+    let known = vlm.linear_names();
+    if let Some(name) = loaded.tensors.keys().find(|n| !known.contains(n)) {
+        bail!("adapter `{}`: this model has no linear layer `{name}`", loaded.name;
+            "the adapter belongs to another model, or to layers that the recipe leaves out")
+    }
+    let names: Vec<String> = loaded.tensors.keys().cloned().collect();
+    graft(vlm, &names, &loaded.name, |l| {
+        let (a, b) = &loaded.tensors[l.name()];
+        let ((d_out, d_in), (rank, a_in)) = (l.dims()?, a.dims2()?);
+        if a_in != d_in || b.dims2()? != (d_out, rank) {
+            bail!("adapter `{}`, {}: A {:?} and B {:?} do not fit a layer of [{d_out}, {d_in}]", loaded.name, l.name(), a.dims(), b.dims())
+        }
+        let dtype = l.weight.value.dtype();
+        let matrix = |m: &str, t: &Tensor| -> Result<Param> {
+            Ok(Param::new(part(l.name(), m, &loaded.name), t.to_dtype(dtype)?.copy()?))
+        };
+        Ok(LowRank {
+            adapter: loaded.name.clone(),
+            a: matrix("A", a)?,
+            b: matrix("B", b)?,
+            scale: loaded.scale(l.name()),
+            dropout: loaded.dropout,
+        })
+    })
+}
+
+fn graft(vlm: &mut Vlm, names: &[String], adapter: &str, make: impl Fn(&Linear) -> Result<LowRank>) -> Result<()> {
+    let mut result = Ok(());
+    vlm.for_each_linear(&mut |l| {
+        if result.is_err() || !names.iter().any(|n| n == l.name()) {
+            return;
+        }
+        if l.deltas.iter().any(|d| d.adapter == adapter) {
+            result = Err(crate::error::Error::new(format!("{} already has an adapter named `{adapter}`", l.name()))
+                .hint("give one of the two another `name`"));
+            return;
+        }
+        match make(l) {
+            Ok(d) => l.deltas.push(d),
+            Err(e) => result = Err(e),
+        }
+    });
+    result
+}
+
+/// Adds an adapter into the weights, W += s·B·A in the weight's dtype, and takes it off.
+pub fn merge(vlm: &mut Vlm, adapter: &str) -> Result<()> {
+    let mut result = Ok(());
+    vlm.for_each_linear(&mut |l| {
+        let Some(i) = l.deltas.iter().position(|d| d.adapter == adapter) else { return };
+        let d = l.deltas.remove(i);
+        if result.is_ok() {
+            result = matmul_add(&l.weight.value, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value));
+        }
+    });
+    result
+}
+
+/// Names of all adapters on the model, sorted.
+pub fn names(vlm: &mut Vlm) -> Vec<String> {
+    let mut out = std::collections::BTreeSet::new();
+    vlm.for_each_linear(&mut |l| out.extend(l.deltas.iter().map(|d| d.adapter.clone())));
+    out.into_iter().collect()
+}
+
+/// An adapter as it is saved.
+pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> LoraAdapter {
+    let tensors: BTreeMap<String, (Tensor, Tensor)> =
+        vlm.deltas(adapter).into_iter().map(|(name, d)| (name, (d.a.value, d.b.value))).collect();
+    LoraAdapter {
+        name: adapter.to_string(),
+        rank: cfg.rank,
+        alpha: cfg.alpha,
+        rslora: cfg.rslora,
+        dropout: cfg.dropout,
+        alphas: BTreeMap::new(),
+        tensors,
+    }
+}

@@ -1,0 +1,286 @@
+//! Files and folders that are there whole or not at all: written beside their place, synced, then renamed into it.
+//!
+//! Whatever goes wrong while writing (a full disk, a kill, a crash), what was there before stays as it was.
+
+use crate::error::{Context, Error, Result};
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use tempfile::{Builder, TempPath};
+
+/// Writes a file through `fill`; the file appears at `path` when all of it is on the disk.
+pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let dir = parent(path);
+    fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
+    let mut builder = Builder::new();
+    let prefix = temporary_prefix(path);
+    builder.prefix(&prefix).suffix(TMP);
+    ordinary_permissions(&mut builder, 0o666);
+    let temp = builder.tempfile_in(dir).map_err(|e| storage_error(path, e))?;
+    let (file, temp) = temp.into_parts();
+    // The disk may fill up at any byte; remember the reason, which `fill` may have wrapped in another error.
+    let mut sink = Watched { inner: BufWriter::with_capacity(1 << 20, file), failed: None };
+    let filled = fill(&mut sink).and_then(|()| Ok(sink.flush()?));
+    if let Some(reason) = sink.failed {
+        return Err(storage_error(path, reason));
+    }
+    filled.with_context(|| format!("cannot write {}", path.display()))?;
+    let file = sink.inner.into_inner().map_err(|e| storage_error(path, e.into_error()))?;
+    file.sync_all().map_err(|e| storage_error(path, e))?;
+    drop(file);
+    persist(temp, path)?;
+    sync_dir(dir).map_err(|e| storage_error(path, e))
+}
+
+/// Writes bytes, as [`write()`].
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write(path, |out| Ok(out.write_all(bytes)?))
+}
+
+/// Makes a folder through `fill`, which gets an empty folder beside `path`; it takes the place of `path` when everything
+/// in it is on the disk. An older folder of that name is moved aside, replaced, then removed.
+pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = parent(path);
+    fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
+    let mut builder = Builder::new();
+    let prefix = temporary_prefix(path);
+    builder.prefix(&prefix).suffix(TMP);
+    ordinary_permissions(&mut builder, 0o777);
+    let temp = builder.tempdir_in(dir).map_err(|e| storage_error(path, e))?;
+    fill(temp.path())?;
+    sync_tree(temp.path()).map_err(|e| storage_error(path, e))?;
+    // The folder for the old version is made (and later removed) by its guard; an empty one is replaced by the rename.
+    let aside = builder.suffix(OLD).tempdir_in(dir).map_err(|e| storage_error(path, e))?;
+    let replaced = match fs::rename(path, aside.path()) {
+        Ok(()) => true,
+        Err(e) if e.kind() == ErrorKind::NotFound => false,
+        Err(e) => return Err(storage_error(path, e)),
+    };
+    if let Err(e) = fs::rename(temp.path(), path) {
+        if replaced {
+            fs::rename(aside.path(), path).map_err(|e| storage_error(path, e))?;
+        }
+        return Err(storage_error(path, e));
+    }
+    // Renamed away: there is nothing left for the guard to remove.
+    let _ = temp.keep();
+    sync_dir(dir).map_err(|e| storage_error(path, e))
+}
+
+/// Tidies up in `dir` after a process that was killed: removes what it had not finished, and puts back a folder that it had
+/// moved aside but not yet replaced. Nobody else may be writing there. Returns what was removed or put back.
+pub fn recover(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut done = Vec::new();
+    for path in entries(dir).with_context(|| dir.display().to_string())? {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let Some((target, kind)) = temporary_target(name) else { continue };
+        let target = dir.join(target);
+        let unreplaced = kind == OLD && !target.exists() && entries(&path).is_ok_and(|e| !e.is_empty());
+        let result = match () {
+            () if unreplaced => fs::rename(&path, &target),
+            () if path.is_dir() => fs::remove_dir_all(&path),
+            () => fs::remove_file(&path),
+        };
+        result.map_err(|e| storage_error(&path, e))?;
+        done.push(if unreplaced { target } else { path });
+    }
+    Ok(done)
+}
+
+/// An error that names the path and, where the disk is the reason, says so.
+pub fn storage_error(path: &Path, error: std::io::Error) -> Error {
+    let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge);
+    let cause = Error::new(format!("cannot write {}", path.display())).source(error);
+    if full {
+        cause.hint(format!(
+            "free space on the disk of {} (or raise the quota) and run the same command again; what was saved before is intact",
+            parent(path).display()
+        ))
+    } else {
+        cause.hint(format!("can this user write to {}?", parent(path).display()))
+    }
+}
+
+/// A writer that remembers why the disk refused.
+struct Watched<W> {
+    inner: W,
+    failed: Option<std::io::Error>,
+}
+
+impl<W: Write> Watched<W> {
+    fn note<T>(&mut self, result: std::io::Result<T>) -> std::io::Result<T> {
+        result.inspect_err(|e| {
+            let copy = e.raw_os_error().map_or_else(|| e.kind().into(), std::io::Error::from_raw_os_error);
+            self.failed = Some(copy);
+        })
+    }
+}
+
+impl<W: Write> Write for Watched<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let result = self.inner.write(bytes);
+        self.note(result)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        let result = self.inner.flush();
+        self.note(result)
+    }
+}
+
+fn persist(temp: TempPath, path: &Path) -> Result<()> {
+    temp.persist(path).map_err(|e| storage_error(path, e.error))
+}
+
+/// Endings of what is being written, and of a folder that is being replaced.
+const TMP: &str = ".tmp";
+const OLD: &str = ".old";
+
+/// The target and the ending of a name of ours, `.NAME.XXXXXX.tmp` or `.NAME.XXXXXX.old`.
+fn temporary_target(name: &str) -> Option<(&str, &'static str)> {
+    let kind = [TMP, OLD].into_iter().find(|kind| name.ends_with(kind))?;
+    let (target, random) = name.strip_prefix('.')?.strip_suffix(kind)?.rsplit_once('.')?;
+    (random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric())).then_some((target, kind))
+}
+
+/// Temporary files of one target begin alike: `.NAME.`.
+fn temporary_prefix(path: &Path) -> OsString {
+    let mut prefix = OsString::from(".");
+    prefix.push(path.file_name().unwrap_or_default());
+    prefix.push(".");
+    prefix
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    }
+}
+
+/// Temporary files are private by default; ours become results that others may read, as the umask says.
+#[cfg(unix)]
+fn ordinary_permissions(builder: &mut Builder<'_, '_>, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    builder.permissions(fs::Permissions::from_mode(mode));
+}
+
+#[cfg(not(unix))]
+fn ordinary_permissions(_: &mut Builder<'_, '_>, _: u32) {}
+
+/// Syncs every file and folder below `dir`, and `dir` itself.
+fn sync_tree(dir: &Path) -> std::io::Result<()> {
+    for entry in entries(dir)? {
+        if entry.is_dir() { sync_tree(&entry)? } else { File::open(&entry)?.sync_all()? }
+    }
+    sync_dir(dir)
+}
+
+/// What is in `dir`, sorted.
+fn entries(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut entries: Vec<PathBuf> = fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    entries.sort();
+    Ok(entries)
+}
+
+/// Makes a rename in `dir` last; only Unix can open folders.
+fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    if cfg!(unix) { File::open(dir)?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bail;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/state.bin");
+        write_bytes(&path, b"old").unwrap();
+        let error = write(&path, |out| {
+            out.write_all(b"half of the new one")?;
+            bail!("the tensor is gone")
+        });
+        assert!(error.unwrap_err().report().contains("state.bin: the tensor is gone"));
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        write_bytes(&path, b"new").unwrap();
+        assert_eq!(
+            (fs::read(&path).unwrap(), names(&dir.path().join("deep"))),
+            (b"new".to_vec(), vec!["state.bin".into()])
+        );
+    }
+
+    #[test]
+    fn a_folder_is_replaced_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("adapter");
+        let fill = |name: &'static str| move |d: &Path| write_bytes(&d.join("sub").join(name), name.as_bytes());
+        directory(&path, fill("a")).unwrap();
+        let error = directory(&path, |d| fill("b")(d).and_then(|()| Err(Error::new("stopped"))));
+        assert_eq!(error.unwrap_err().cause(), "stopped");
+        assert_eq!(names(&path.join("sub")), ["a"]);
+        directory(&path, fill("c")).unwrap();
+        assert_eq!((names(&path.join("sub")), names(dir.path())), (vec!["c".to_string()], vec!["adapter".to_string()]));
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_tidied_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in [
+            ".state.bin.aB3dE6.tmp",
+            ".gone.aB3dE6.old/x",
+            ".kept.aB3dE6.old/x",
+            "kept/y",
+            ".new.aB3dE6.tmp/x",
+            ".other.tmp",
+        ] {
+            write_bytes(&at(name), b"").unwrap();
+        }
+        assert_eq!(recover(dir.path()).unwrap().len(), 4);
+        assert_eq!(names(dir.path()), [".other.tmp", "gone", "kept"]);
+        assert_eq!(names(&at("gone")), ["x"]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_named_with_what_to_do() {
+        let mut full = Watched { inner: File::options().write(true).open("/dev/full").unwrap(), failed: None };
+        full.write_all(b"x").unwrap_err();
+        let report = storage_error(Path::new("runs/a/state.bin"), full.failed.unwrap()).report();
+        assert!(report.starts_with("cannot write runs/a/state.bin: No space left on device"), "{report}");
+        assert!(report.contains("hint: free space on the disk of runs/a "), "{report}");
+    }
+
+    /// Runs itself again in a process that may write files of at most 64 blocks.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn running_out_of_space_half_way_keeps_the_last_good_file() {
+        const DIR: &str = "ADFREEZE_TEST_FULL_DISK";
+        if let Some(dir) = std::env::var_os(DIR) {
+            let error = write_bytes(&Path::new(&dir).join("state.bin"), &vec![1; 1 << 20]).unwrap_err();
+            assert!(error.report().contains("hint: free space on the disk of"), "{}", error.report());
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.bin");
+        write_bytes(&path, b"the last good one").unwrap();
+        let status = std::process::Command::new("sh")
+            .args(["-c", "ulimit -f 64; trap '' XFSZ; exec \"$0\" --exact \"$1\" >/dev/null"])
+            .arg(std::env::current_exe().unwrap())
+            .arg("checkpoint::atomic::tests::running_out_of_space_half_way_keeps_the_last_good_file")
+            .env(DIR, dir.path())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        assert_eq!((fs::read(&path).unwrap(), names(dir.path()).len()), (b"the last good one".to_vec(), 1));
+    }
+}

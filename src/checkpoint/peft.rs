@@ -1,0 +1,325 @@
+//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Keys are written as PEFT does under transformers 5 (`base_model.model.` + module path + `.lora_A.weight`), and read in every
+//! spelling that names a module of ours. Scale: alpha / rank, rsLoRA alpha / √rank.
+
+use super::{atomic, safetensors};
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use crate::model::weights::{Tensors, names};
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// A LoRA adapter: low-rank updates B·A of linear layers.
+#[derive(Debug, Clone)]
+pub struct LoraAdapter {
+    pub name: String,
+    /// Rank of the modules, unless their tensors have another one.
+    pub rank: usize,
+    pub alpha: f64,
+    /// Alpha of the modules that have their own (PEFT's `alpha_pattern`), by canonical name.
+    pub alphas: BTreeMap<String, f64>,
+    pub rslora: bool,
+    pub dropout: f64,
+    /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
+    pub tensors: BTreeMap<String, (Tensor, Tensor)>,
+}
+
+/// What an adapter sits on; decides how PEFT names its modules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// `LlavaForConditionalGeneration`.
+    Llava,
+    /// `LlamaForCausalLM` alone.
+    Language,
+}
+
+/// The layers of one part of the model → the modules adapted in exactly these layers.
+type Groups<'a> = BTreeMap<(&'a str, BTreeSet<usize>), BTreeSet<&'a str>>;
+
+impl LoraAdapter {
+    /// What B·A of `module` is multiplied by.
+    pub fn scale(&self, module: &str) -> f64 {
+        let alpha = self.alphas.get(module).copied().unwrap_or(self.alpha);
+        let rank = self.rank_of(module) as f64;
+        if self.rslora { alpha / rank.sqrt() } else { alpha / rank }
+    }
+
+    fn rank_of(&self, module: &str) -> usize {
+        self.tensors.get(module).and_then(|(a, _)| a.dims().first().copied()).unwrap_or(self.rank)
+    }
+
+    /// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
+    pub fn load(dir: &Path, name: &str) -> Result<Self> {
+        let path = dir.join("adapter_config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| {
+            Error::new(format!("cannot read {}", path.display())).source(e).hint("a PEFT folder holds this file")
+        })?;
+        let read = || Config::parse(&serde_json::from_str(&text)?);
+        let config = read().with_context(|| path.display().to_string())?;
+        let file =
+            ["adapter_model.safetensors", "adapter_model.bin"].map(|n| dir.join(n)).into_iter().find(|p| p.exists());
+        let Some(file) = file else { bail!("{} has no adapter_model.safetensors", dir.display()) };
+        let tensors = load_pairs(&Tensors::open_file(&file)?).with_context(|| file.display().to_string())?;
+        let (mut alphas, mut adapter_tensors) = (BTreeMap::new(), BTreeMap::new());
+        for (module, (peft_name, a, b)) in tensors {
+            let (rank, said) = (a.dim(0)?, pattern_value(&config.ranks, &peft_name).unwrap_or(config.rank as f64));
+            if rank as f64 != said {
+                bail!("{}: `{peft_name}` has rank {rank}, the configuration says {said}", file.display());
+            }
+            alphas.extend(pattern_value(&config.alphas, &peft_name).map(|alpha| (module.clone(), alpha)));
+            adapter_tensors.insert(module, (a, b));
+        }
+        let Config { rank, alpha, rslora, dropout, .. } = config;
+        Ok(Self { name: name.into(), rank, alpha, alphas, rslora, dropout, tensors: adapter_tensors })
+    }
+
+    /// Writes the folder `dir` as a whole. `base_model` is the path or repository that PEFT loads the model from.
+    pub fn save(&self, dir: &Path, base: Base, base_model: Option<&str>) -> Result<()> {
+        atomic::directory(dir, |dir| self.write_files(dir, base, base_model))
+    }
+
+    /// Writes the two files into a folder that is there.
+    pub fn write_files(&self, dir: &Path, base: Base, base_model: Option<&str>) -> Result<()> {
+        let mut keys = Vec::new();
+        for (module, (a, b)) in &self.tensors {
+            let path = peft_path(base, module)?;
+            keys.push((format!("base_model.model.{path}.lora_A.weight"), a));
+            keys.push((format!("base_model.model.{path}.lora_B.weight"), b));
+        }
+        let tensors = keys.iter().map(|(key, t)| (key.as_str(), *t)).collect();
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        safetensors::save_list(&dir.join("adapter_model.safetensors"), tensors, &metadata)?;
+        let config = serde_json::to_string_pretty(&self.config(base, base_model)?)?;
+        atomic::write_bytes(&dir.join("adapter_config.json"), (config + "\n").as_bytes())
+    }
+
+    fn config(&self, base: Base, base_model: Option<&str>) -> Result<Value> {
+        let (mut ranks, mut alphas) = (serde_json::Map::new(), serde_json::Map::new());
+        for module in self.tensors.keys() {
+            let path = peft_path(base, module)?;
+            if self.rank_of(module) != self.rank {
+                ranks.insert(path.clone(), json!(self.rank_of(module)));
+            }
+            if let Some(alpha) = self.alphas.get(module) {
+                alphas.insert(path, json!(alpha));
+            }
+        }
+        // PEFT writes whole alphas as integers.
+        let alpha = if self.alpha.fract() == 0.0 { json!(self.alpha as i64) } else { json!(self.alpha) };
+        Ok(json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": true,
+            "r": self.rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": false,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "init_lora_weights": true,
+            "modules_to_save": null,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "target_modules": target_modules(self.tensors.keys().map(String::as_str), base),
+        }))
+    }
+}
+
+/// The fields of `adapter_config.json` that decide what the adapter computes.
+struct Config {
+    rank: usize,
+    alpha: f64,
+    rslora: bool,
+    dropout: f64,
+    ranks: BTreeMap<String, f64>,
+    alphas: BTreeMap<String, f64>,
+}
+
+impl Config {
+    /// Fields that are read, and fields that say how an adapter was made but not what it computes.
+    const KNOWN: [&str; 26] = [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+        "bias",
+        "init_lora_weights",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "megatron_core",
+        "megatron_config",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "ensure_weight_tying",
+        "runtime_config",
+    ];
+
+    fn parse(json: &Value) -> Result<Self> {
+        let Some(map) = json.as_object() else { bail!("not a JSON object") };
+        let get = |key: &str| map.get(key).filter(|v| !v.is_null());
+        let text =
+            |key: &str, default: &'static str| get(key).map_or(default, |v| v.as_str().unwrap_or("?")).to_string();
+        if text("peft_type", "LORA") != "LORA" {
+            bail!("`peft_type` is {}", text("peft_type", ""); "only LORA adapters are supported");
+        }
+        if text("bias", "none") != "none" {
+            bail!("`bias` is {}, so the adapter changes biases too", text("bias", ""); "only bias = \"none\" is supported");
+        }
+        // Initialisations that change the base weights leave an adapter that fits only those.
+        let init = get("init_lora_weights");
+        if !init.is_none_or(|v| v.is_boolean() || matches!(v.as_str(), Some("gaussian" | "eva" | "orthogonal"))) {
+            bail!("`init_lora_weights` is {}, which also changes the base model", init.unwrap_or(&Value::Null);
+                "convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)");
+        }
+        let empty = |v: &Value| match v {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(a) => a.is_empty(),
+            Value::Object(o) => o.is_empty(),
+            _ => false,
+        };
+        if let Some((key, value)) = map.iter().find(|(k, v)| !Self::KNOWN.contains(&k.as_str()) && !empty(v)) {
+            bail!("`{key}` is {value}, which is not supported"; "merge the adapter into its model with PEFT and start from that");
+        }
+        let number = |key: &str, default: f64| match get(key) {
+            None => Ok(default),
+            Some(v) => v.as_f64().ok_or_else(|| Error::new(format!("`{key}` must be a number, not {v}"))),
+        };
+        let rank = number("r", 8.0)?;
+        if rank < 1.0 || rank.fract() != 0.0 {
+            bail!("`r` is {rank}; a rank is a positive whole number");
+        }
+        Ok(Self {
+            rank: rank as usize,
+            alpha: number("lora_alpha", 8.0)?,
+            dropout: number("lora_dropout", 0.0)?,
+            rslora: get("use_rslora").is_some_and(|v| v == &Value::Bool(true)),
+            ranks: pattern(get("rank_pattern"), "rank_pattern")?,
+            alphas: pattern(get("alpha_pattern"), "alpha_pattern")?,
+        })
+    }
+}
+
+/// `rank_pattern` or `alpha_pattern`: module names or their endings. PEFT takes regular expressions; plain names are what it writes.
+fn pattern(value: Option<&Value>, key: &str) -> Result<BTreeMap<String, f64>> {
+    let entries = value.and_then(Value::as_object).into_iter().flatten();
+    let read = |(name, v): (&String, &Value)| {
+        let plain = name.trim_start_matches('^').chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
+        match v.as_f64() {
+            Some(v) if plain => Ok((name.clone(), v)),
+            _ => Err(Error::new(format!("`{key}` has the entry {name} = {v}"))
+                .hint("only module names and numbers are supported")),
+        }
+    };
+    entries.map(read).collect()
+}
+
+/// The value for a module as PEFT finds it: the first entry that equals the module's path or ends it after a dot.
+fn pattern_value(pattern: &BTreeMap<String, f64>, path: &str) -> Option<f64> {
+    let fits = |key: &str| match key.strip_prefix('^') {
+        Some(whole) => path == whole,
+        None => path.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')),
+    };
+    pattern.iter().find(|(key, _)| fits(key)).map(|(_, value)| *value)
+}
+
+/// Canonical module → its path in PEFT, A, B.
+fn load_pairs(tensors: &Tensors) -> Result<BTreeMap<String, (String, Tensor, Tensor)>> {
+    let mut pairs: BTreeMap<String, (String, [Option<Tensor>; 2])> = BTreeMap::new();
+    for key in tensors.names() {
+        let Some((path, which)) = split_key(key) else {
+            bail!("`{key}` is no part of a LoRA on a linear layer"; "embeddings, biases and DoRA are not supported");
+        };
+        let Some(module) = names::module(path) else {
+            bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model");
+        };
+        let (_, pair) = pairs.entry(module.clone()).or_insert_with(|| (path.to_string(), [None, None]));
+        if pair[which].replace(tensors.load(key, &Device::Cpu)?).is_some() {
+            bail!("two tensors are the same half of the adapter of `{module}`; one of them is `{key}`");
+        }
+    }
+    let complete = |(module, (path, pair)): (String, (String, [Option<Tensor>; 2]))| match pair {
+        [Some(a), Some(b)] if matches!((a.dims(), b.dims()), ([r, _], [_, s]) if r == s) => Ok((module, (path, a, b))),
+        [Some(a), Some(b)] => {
+            let (a, b) = (a.dims(), b.dims());
+            Err(Error::new(format!("`{path}`: lora_A {a:?} and lora_B {b:?} do not fit (want [r, in] and [out, r])")))
+        }
+        _ => Err(Error::new(format!("`{path}` has only one of lora_A and lora_B"))),
+    };
+    pairs.into_iter().map(complete).collect()
+}
+
+/// `base_model.model.PATH.lora_A[.NAME].weight` → PATH and 0 for A, 1 for B.
+fn split_key(key: &str) -> Option<(&str, usize)> {
+    let key = key.strip_prefix("base_model.model.").unwrap_or(key).strip_suffix(".weight")?;
+    let halves = [(key.rsplit_once(".lora_A"), 0), (key.rsplit_once(".lora_B"), 1)];
+    let (path, rest, which) = halves.into_iter().find_map(|(split, which)| split.map(|(p, r)| (p, r, which)))?;
+    (rest.is_empty() || rest.starts_with('.')).then_some((path, which))
+}
+
+/// The path of a module inside the transformers 5 model.
+fn peft_path(base: Base, module: &str) -> Result<String> {
+    let path = match (base, module.split_once('.')) {
+        (_, Some(("language", "lm_head"))) => "lm_head".to_string(),
+        (Base::Language, Some(("language", rest))) => format!("model.{rest}"),
+        (Base::Llava, Some(("language", rest))) => format!("model.language_model.{rest}"),
+        (Base::Llava, Some(("vision", rest))) => format!("model.vision_tower.{rest}"),
+        (Base::Llava, Some(("projector", rest))) => format!("model.multi_modal_projector.{rest}"),
+        _ => bail!("`{module}` is no module of the model that the adapter is written for ({base:?})"),
+    };
+    Ok(path)
+}
+
+/// A pattern (Python's `re.fullmatch`) that hits exactly these modules, whichever version of transformers names them.
+fn target_modules<'a>(modules: impl Iterator<Item = &'a str>, base: Base) -> String {
+    let mut layers_of: BTreeMap<(&str, &str), BTreeSet<usize>> = BTreeMap::new();
+    let mut alternatives = Vec::new();
+    for module in modules {
+        let layer = module.split_once("layers.").and_then(|(part, rest)| {
+            let (layer, name) = rest.split_once('.')?;
+            Some((part, layer.parse::<usize>().ok()?, name))
+        });
+        match layer {
+            Some((part, layer, name)) => _ = layers_of.entry((part, name)).or_default().insert(layer),
+            None => {
+                let name = module.split_once('.').map_or(module, |(_, name)| name);
+                let owner = if module.starts_with("projector.") { r"multi_modal_projector\." } else { "" };
+                alternatives.push(format!(r"(.*\.)?{owner}{}", name.replace('.', r"\.")));
+            }
+        }
+    }
+    let mut groups = Groups::new();
+    for ((part, name), layers) in layers_of {
+        groups.entry((part, layers)).or_default().insert(name);
+    }
+    for ((part, layers), names) in groups {
+        let owner = match (base, part.starts_with("vision.")) {
+            (_, true) => r"(.*\.)?vision_tower\.(vision_model\.)?encoder\.",
+            (Base::Llava, false) => r"(.*\.)?language_model\.(model\.)?",
+            (Base::Language, false) => r"(model\.)?",
+        };
+        let layers: Vec<_> = layers.iter().map(usize::to_string).collect();
+        let names: Vec<_> = names.iter().map(|n| n.replace('.', r"\.")).collect();
+        alternatives.push(format!(r"{owner}layers\.({})\.({})", layers.join("|"), names.join("|")));
+    }
+    alternatives.join("|")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,210 @@
+//! Built-in data: rendered pictures of coloured shapes and what can be said about them, made without any download.
+//!
+//! [`shapes`] writes, for `n` training pictures (48 × 48 RGB PNG) and up to 512 held-out ones of each kind:
+//!
+//! | file | what |
+//! |---|---|
+//! | `images/{train,val_seen,val_unseen}/NNNNN.png` | one to three of 6 colours × 4 shapes in a 2 × 2 grid |
+//! | `captions_{train,val}.json` | LLaVA conversations: one caption a picture |
+//! | `attributes_{train,val}.json` | the attribute words alone, for training a tower |
+//! | `questions_{train,val_seen,val_unseen}.json` | questions about what is there; validation: one each, with `category` |
+//! | `preferences_{train,val}.jsonl` | about what is absent: chosen says that there is none, rejected names it |
+//! | `presence_{train,val}.jsonl` | the counterweight: chosen answers, rejected denies what is there |
+//! | `absent_val.json` | questions about what is absent; `absent`: the phrases that affirm it |
+//! | `text_{train,val}.json` | scenes told as text, with questions; drawn independently of any picture |
+//! | `tokenizer/` | the closed vocabulary in Hugging Face form |
+//! | `manifest.json` | every file with its size and checksum |
+//!
+//! Three combinations (red triangle, blue circle, yellow cross) occur in `val_unseen` only, once in each picture.
+//! The same `n` and seed give the same bytes; a picture or sample does not depend on how many others there are.
+
+mod raster;
+mod records;
+mod rng;
+mod scene;
+mod text;
+mod tokenizer;
+
+pub use raster::PIXELS;
+pub use tokenizer::MAX_VOCAB;
+
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use image::{ExtendedColorType, ImageEncoder};
+use rayon::prelude::*;
+use records::Pictures;
+use rng::{Rng, Stream};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// Most held-out pictures of each kind.
+const MAX_HELD_OUT: usize = 512;
+/// Text-only documents for each training picture.
+const TEXT_PER_PICTURE: usize = 4;
+
+/// Which pictures a file is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Split {
+    Train,
+    ValSeen,
+    ValUnseen,
+}
+
+impl Split {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::ValSeen => "val_seen",
+            Self::ValUnseen => "val_unseen",
+        }
+    }
+
+    /// Path of picture `i`, relative to the JSON files.
+    fn image(self, i: usize) -> String {
+        format!("images/{}/{i:05}.png", self.name())
+    }
+}
+
+/// What [`shapes`] wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub kind: String,
+    pub n: usize,
+    pub seed: u64,
+    /// By path relative to the output folder; all pictures of a split are one entry.
+    pub files: BTreeMap<String, FileEntry>,
+}
+
+/// One file, or one folder of pictures.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Samples, pictures, or words.
+    pub records: usize,
+    pub bytes: u64,
+    /// Of the bytes; for a folder, of its pictures' bytes one after the other.
+    pub sha256: String,
+}
+
+impl FileEntry {
+    fn new<'a>(records: usize, parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let (mut bytes, mut hash) = (0, Sha256::new());
+        for part in parts {
+            bytes += part.len() as u64;
+            hash.update(part);
+        }
+        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        Self { records, bytes, sha256 }
+    }
+}
+
+/// Writes the built-in pictures and their texts for `n` training pictures into `out`, replacing files of the same names.
+///
+/// Errors: `n` is 0 or above 100 000, or a file cannot be written (the error names it).
+pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
+    if n == 0 || n > 100_000 {
+        bail!("cannot make {n} training pictures"; "choose a number from 1 to 100000");
+    }
+    let held_out = (n / 8).clamp(1, MAX_HELD_OUT);
+    let train = Pictures::draw(seed, Split::Train, n);
+    let seen = Pictures::draw(seed, Split::ValSeen, held_out);
+    let unseen = Pictures::draw(seed, Split::ValUnseen, held_out);
+    let mut writer = Writer { out, files: BTreeMap::new() };
+    for pictures in [&train, &seen, &unseen] {
+        writer.pictures(pictures)?;
+    }
+    writer.json("captions_train.json", &train.captions())?;
+    writer.json("captions_val.json", &seen.captions())?;
+    writer.json("attributes_train.json", &train.attributes())?;
+    writer.json("attributes_val.json", &seen.attributes())?;
+    writer.json("questions_train.json", &train.conversations())?;
+    writer.json("questions_val_seen.json", &seen.questions())?;
+    writer.json("questions_val_unseen.json", &unseen.questions())?;
+    writer.jsonl("preferences_train.jsonl", &train.preferences())?;
+    writer.jsonl("preferences_val.jsonl", &seen.preferences())?;
+    writer.jsonl("presence_train.jsonl", &train.presence())?;
+    writer.jsonl("presence_val.jsonl", &seen.presence())?;
+    writer.json("absent_val.json", &seen.absent())?;
+    writer.json("text_train.json", &records::text_only(seed, Split::Train, TEXT_PER_PICTURE * n))?;
+    writer.json("text_val.json", &records::text_only(seed, Split::ValSeen, held_out))?;
+    let words = tokenizer::vocabulary().len();
+    writer.document("tokenizer/tokenizer.json", words, &tokenizer::tokenizer_json())?;
+    writer.document("tokenizer/tokenizer_config.json", 1, &tokenizer::tokenizer_config())?;
+    let manifest = Manifest { kind: "shapes".into(), n, seed, files: writer.files };
+    write(&out.join("manifest.json"), &pretty(&serde_json::to_value(&manifest)?)?)?;
+    Ok(manifest)
+}
+
+/// Writes files below `out` and keeps account of them.
+struct Writer<'a> {
+    out: &'a Path,
+    files: BTreeMap<String, FileEntry>,
+}
+
+impl Writer<'_> {
+    fn pictures(&mut self, pictures: &Pictures) -> Result<()> {
+        let draw = |(i, scene): (usize, &scene::Scene)| {
+            let mut rng = Rng::new(pictures.seed, Stream::Pixels, pictures.split as u32, i);
+            let path = self.out.join(pictures.split.image(i));
+            let bytes = png(&raster::render(scene, &mut rng)).with_context(|| path.display())?;
+            write(&path, &bytes)?;
+            Ok(bytes)
+        };
+        let pngs = pictures.scenes.par_iter().enumerate().map(draw).collect::<Result<Vec<_>>>()?;
+        let entry = FileEntry::new(pngs.len(), pngs.iter().map(Vec::as_slice));
+        self.files.insert(format!("images/{}", pictures.split.name()), entry);
+        Ok(())
+    }
+
+    /// A JSON list, one sample a line.
+    fn json(&mut self, name: &str, records: &[Value]) -> Result<()> {
+        let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+        self.file(name, records.len(), format!("[\n{}\n]\n", lines.join(",\n")).as_bytes())
+    }
+
+    fn jsonl(&mut self, name: &str, records: &[Value]) -> Result<()> {
+        let lines: String = records.iter().map(|r| format!("{r}\n")).collect();
+        self.file(name, records.len(), lines.as_bytes())
+    }
+
+    fn document(&mut self, name: &str, records: usize, value: &Value) -> Result<()> {
+        self.file(name, records, &pretty(value)?)
+    }
+
+    fn file(&mut self, name: &str, records: usize, bytes: &[u8]) -> Result<()> {
+        write(&self.out.join(name), bytes)?;
+        self.files.insert(name.into(), FileEntry::new(records, [bytes]));
+        Ok(())
+    }
+}
+
+fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec_pretty(value)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let made = path.parent().map_or(Ok(()), fs::create_dir_all);
+    made.and_then(|()| fs::write(path, bytes)).map_err(|e| {
+        Error::new(format!("cannot write {}", path.display()))
+            .source(e)
+            .hint("check that the output folder can be written to and that the disk has room")
+    })
+}
+
+fn png(rgb: &[u8]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let size = PIXELS as u32;
+    PngEncoder::new_with_quality(&mut bytes, CompressionType::Fast, FilterType::Sub)
+        .write_image(rgb, size, size, ExtendedColorType::Rgb8)
+        .map_err(|e| Error::new("cannot encode a picture").source(e))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,225 @@
+//! The tensors of a folder or file by name: safetensors (memory-mapped) and PyTorch pickles, whole or sharded.
+//!
+//! Opening reads names, shapes and types only; data is read when a tensor is loaded.
+
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use candle_core::pickle::PthTensors;
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// What a folder of weights may be called, in order of preference.
+pub const WEIGHT_FILES: [&str; 4] =
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
+
+/// Tensors by the names their files give them.
+pub struct Tensors {
+    files: Vec<(PathBuf, Store)>,
+    entries: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
+}
+
+enum Store {
+    Safetensors(Mmap),
+    Pickle(Box<PthTensors>),
+}
+
+struct Entry {
+    info: Info,
+    /// Index into `files`.
+    file: usize,
+    /// Bytes in a safetensors file; empty for pickles, which are read by name.
+    bytes: Range<usize>,
+}
+
+/// What is known of a tensor before it is loaded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Info {
+    pub shape: Vec<usize>,
+    /// `None`: a type that cannot be computed with (e.g. bool).
+    pub dtype: Option<DType>,
+}
+
+impl Tensors {
+    /// Opens the weights in `dir`: the first of [`WEIGHT_FILES`] that is there.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let Some(name) = WEIGHT_FILES.iter().find(|name| dir.join(name).exists()) else {
+            bail!("no weights in {}", dir.display(); "expected one of {}", WEIGHT_FILES.join(", "));
+        };
+        let path = dir.join(name);
+        if name.ends_with(".index.json") { Self::open_files(&shards(&path)?) } else { Self::open_file(&path) }
+    }
+
+    /// Opens one `.safetensors`, `.bin`, `.pt` or `.pth` file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        Self::open_files(&[path.to_path_buf()])
+    }
+
+    fn open_files(paths: &[PathBuf]) -> Result<Self> {
+        let mut tensors = Self { files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        for path in paths {
+            match path.extension().and_then(|e| e.to_str()) {
+                Some("safetensors") => tensors.add_safetensors(path)?,
+                Some("bin" | "pt" | "pth") => tensors.add_pickle(path)?,
+                _ => bail!("{} is no weight file", path.display(); "expected .safetensors, .bin, .pt or .pth"),
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn add_safetensors(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        // SAFETY: the map is read-only. Files are replaced by renaming (our own writer and the hub cache do so), which
+        // leaves an open map intact; a file that another program cuts short in place is outside our control.
+        let map = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| damaged(path, &map, e))?;
+        let file = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let entry = Entry {
+                info: Info { shape: info.shape.clone(), dtype: DType::try_from(info.dtype).ok() },
+                file,
+                bytes: header + 8 + start..header + 8 + end,
+            };
+            self.add(name, entry, path)?;
+        }
+        self.metadata.extend(metadata.metadata().clone().unwrap_or_default());
+        self.files.push((path.to_path_buf(), Store::Safetensors(map)));
+        Ok(())
+    }
+
+    fn add_pickle(&mut self, path: &Path) -> Result<()> {
+        let bytes = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?.len();
+        let pickle = PthTensors::new(path, None).map_err(|e| {
+            Error::from(e)
+                .context(format!("{} ({bytes} bytes) cannot be read as a PyTorch file", path.display()))
+                .hint(format!("{}; PyTorch before 1.6 wrote another format: save it again with a newer one", AGAIN))
+        })?;
+        let infos: BTreeMap<_, _> = pickle.tensor_infos().iter().collect();
+        for (name, info) in infos {
+            let info = Info { shape: info.layout.dims().to_vec(), dtype: Some(info.dtype) };
+            self.add(name.clone(), Entry { info, file: self.files.len(), bytes: 0..0 }, path)?;
+        }
+        self.files.push((path.to_path_buf(), Store::Pickle(Box::new(pickle))));
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, entry: Entry, path: &Path) -> Result<()> {
+        if let Some(old) = self.entries.get(&name) {
+            let other = self.files.get(old.file).map_or(path, |(p, _)| p);
+            bail!("tensor `{name}` is both in {} and in {}", other.display(), path.display());
+        }
+        self.entries.insert(name, entry);
+        Ok(())
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Shape and type of a tensor.
+    pub fn info(&self, name: &str) -> Option<&Info> {
+        self.entries.get(name).map(|e| &e.info)
+    }
+
+    /// The file that holds a tensor.
+    pub fn file(&self, name: &str) -> Option<&Path> {
+        self.entries.get(name).and_then(|e| self.files.get(e.file)).map(|(path, _)| path.as_path())
+    }
+
+    /// All files, in the order in which they were opened.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// The strings a safetensors file carries beside its tensors.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Loads a tensor as it is stored.
+    pub fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let found = self.entries.get(name).and_then(|e| Some((e, self.files.get(e.file)?)));
+        let Some((entry, (path, store))) = found else { bail!("there is no tensor `{name}`") };
+        let loaded = match (store, entry.info.dtype) {
+            (Store::Safetensors(_), None) => bail!("`{name}` in {} is of a type that is not supported", path.display()),
+            (Store::Safetensors(map), Some(dtype)) => {
+                let bytes = map.get(entry.bytes.clone()).unwrap_or_default();
+                Tensor::from_raw_buffer(bytes, dtype, &entry.info.shape, device)
+            }
+            (Store::Pickle(pickle), _) => match pickle.get(name) {
+                Ok(Some(tensor)) => tensor.contiguous().and_then(|t| t.to_device(device)),
+                Ok(None) => bail!("there is no tensor `{name}` in {}", path.display()),
+                Err(e) => Err(e),
+            },
+        };
+        loaded.map_err(|e| Error::from(e).context(format!("cannot load `{name}` from {}", path.display())).hint(AGAIN))
+    }
+}
+
+const AGAIN: &str = "the file is damaged or incomplete: copy or download it again";
+
+/// The files that an index names, sorted; each must be there.
+fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    let dir = index.parent().unwrap_or(Path::new("."));
+    let files = shard_names(index)?;
+    let paths: Vec<PathBuf> = files.iter().map(|f| dir.join(f)).collect();
+    if let Some(missing) = paths.iter().find(|p| !p.exists()) {
+        bail!("{} names {}, which is missing", index.display(), missing.display(); "copy or download all shards");
+    }
+    Ok(paths)
+}
+
+/// The names of the files in the `weight_map` of an index, sorted.
+pub(super) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read_to_string(index).with_context(|| format!("cannot read {}", index.display()))?;
+    let json: serde_json::Value = serde_json::from_str(&text).with_context(|| index.display().to_string())?;
+    let files = json.get("weight_map").and_then(|m| m.as_object()).map(|map| {
+        map.values().map(|f| f.as_str().filter(|f| is_plain_name(f)).map(String::from)).collect::<Option<BTreeSet<_>>>()
+    });
+    match files.flatten().filter(|f| !f.is_empty()) {
+        Some(files) => Ok(files),
+        None => bail!("{} has no `weight_map` from tensors to files beside it", index.display(); "{AGAIN}"),
+    }
+}
+
+/// A file in the same folder, never a path out of it.
+fn is_plain_name(file: &str) -> bool {
+    !file.is_empty() && Path::new(file).file_name().is_some_and(|name| name == file)
+}
+
+/// Says how a safetensors file is damaged: how many bytes were expected, and how many are there.
+fn damaged(path: &Path, bytes: &[u8], cause: safetensors::SafeTensorError) -> Error {
+    let path = path.display();
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Error::new(format!("{path} is a Git LFS pointer, not the file itself"))
+            .hint("run `git lfs pull` there");
+    }
+    let found = bytes.len();
+    let expected = expected_len(bytes).filter(|expected| *expected != found as u128);
+    match expected {
+        Some(n) => Error::new(format!("{path} is damaged: expected {n} bytes, found {found}")),
+        None => Error::new(format!("{path} ({found} bytes) is not a valid safetensors file")).source(cause),
+    }
+    .hint(AGAIN)
+}
+
+/// Length of the file according to its own header (u64 length, JSON, data), as far as it can be read.
+fn expected_len(bytes: &[u8]) -> Option<u128> {
+    let header = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
+    let data = 8 + u128::from(header);
+    // A header length that makes no sense says nothing about the file.
+    if header > 100_000_000 {
+        return None;
+    }
+    let Some(json) = bytes.get(8..8 + header as usize) else { return Some(data) };
+    let json: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(json).ok()?;
+    let end = |v: &serde_json::Value| v.get("data_offsets")?.get(1)?.as_u64();
+    Some(data + u128::from(json.values().filter_map(end).max()?))
+}

@@ -1,0 +1,162 @@
+//! Parameter groups: which learning rate and weight decay each trained parameter gets.
+//!
+//! A recipe's `param_groups` are tried in order and the first match wins; the rest forms the group [`REST`] with the
+//! stage's values. The optimizer's own weight decay spares biases and norms (tensors of fewer than two dimensions),
+//! as is usual; a group that states `weight_decay` means all that it matches.
+
+use crate::bail;
+use crate::error::{Context, Result};
+use crate::recipe::pattern::Patterns;
+use crate::recipe::schema::ParamGroup;
+use std::collections::BTreeMap;
+
+/// Name of the group of everything that no entry of `param_groups` takes.
+pub const REST: &str = "default";
+
+/// A set of parameters with one peak learning rate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    pub name: String,
+    /// Peak learning rate; the schedule scales it.
+    pub lr: f64,
+    /// Number of parameter tensors.
+    pub tensors: usize,
+    /// Number of parameters.
+    pub elements: usize,
+}
+
+/// What the optimizer knows about one parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    /// Index into [`Groups::list`].
+    pub group: usize,
+    pub weight_decay: f64,
+    pub shape: Vec<usize>,
+}
+
+/// The groups in the recipe's order, the rest last, and each parameter's place in them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Groups {
+    list: Vec<Group>,
+    members: BTreeMap<String, Member>,
+}
+
+impl Groups {
+    /// Sorts `trained` (name → shape) into groups. `lr` is the stage's peak, `weight_decay` the optimizer's.
+    /// Errors name a group that matches nothing and two groups of one name.
+    pub fn resolve(
+        param_groups: &[ParamGroup],
+        lr: f64,
+        weight_decay: f64,
+        trained: &BTreeMap<String, Vec<usize>>,
+    ) -> Result<Self> {
+        let names: Vec<String> = trained.keys().cloned().collect();
+        let mut list = Vec::with_capacity(param_groups.len() + 1);
+        let mut patterns = Vec::with_capacity(param_groups.len());
+        for (i, g) in param_groups.iter().enumerate() {
+            let what = || format!("param_groups[{i}]");
+            patterns.push(Patterns::new(&g.r#match, &names).with_context(what)?);
+            let name = g.name.clone().or_else(|| g.r#match.first().cloned()).unwrap_or_else(what);
+            if name == REST || list.iter().any(|other: &Group| other.name == name) {
+                bail!("param_groups[{i}]: the name `{name}` is taken"; "give the group another `name`");
+            }
+            list.push(Group { name, lr: g.lr.unwrap_or(lr), tensors: 0, elements: 0 });
+        }
+        list.push(Group { name: REST.into(), lr, tensors: 0, elements: 0 });
+
+        let mut members = BTreeMap::new();
+        for (name, shape) in trained {
+            let group = patterns.iter().position(|p| p.matches(name)).unwrap_or(param_groups.len());
+            let stated = param_groups.get(group).and_then(|g| g.weight_decay);
+            let spared = if shape.len() < 2 { 0.0 } else { weight_decay };
+            list[group].tensors += 1;
+            list[group].elements += shape.iter().product::<usize>();
+            members
+                .insert(name.clone(), Member { group, weight_decay: stated.unwrap_or(spared), shape: shape.clone() });
+        }
+        if let Some(i) = list[..param_groups.len()].iter().position(|g| g.tensors == 0) {
+            bail!(
+                "param_groups[{i}] (`{}`) is left with no parameter: an earlier group takes all that it matches", list[i].name;
+                "the first match wins; put the narrower group first"
+            );
+        }
+        if list.last().is_some_and(|g| g.tensors == 0) {
+            list.pop();
+        }
+        Ok(Self { list, members })
+    }
+
+    /// The groups that have parameters, in the recipe's order; [`REST`] last.
+    pub fn list(&self) -> &[Group] {
+        &self.list
+    }
+
+    /// Every trained parameter by name.
+    pub fn members(&self) -> &BTreeMap<String, Member> {
+        &self.members
+    }
+
+    /// The entry of one parameter; the error says that it is not trained.
+    pub fn member(&self, name: &str) -> Result<&Member> {
+        match self.members.get(name) {
+            Some(m) => Ok(m),
+            None => bail!("`{name}` is not among the trained parameters of the optimizer"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trained() -> BTreeMap<String, Vec<usize>> {
+        [
+            ("language.layers.0.self_attn.q_proj.lora_A.sft.weight", vec![4, 8]),
+            ("language.layers.0.self_attn.q_proj.lora_B.sft.weight", vec![8, 4]),
+            ("projector.linear_1.bias", vec![8]),
+            ("projector.linear_1.weight", vec![8, 6]),
+        ]
+        .into_iter()
+        .map(|(n, s)| (n.to_string(), s))
+        .collect()
+    }
+
+    fn group(pattern: &str, lr: Option<f64>, weight_decay: Option<f64>) -> ParamGroup {
+        ParamGroup { name: None, r#match: vec![pattern.into()], lr, weight_decay }
+    }
+
+    #[test]
+    fn the_first_match_wins_and_the_rest_has_the_stage_values() {
+        let g = Groups::resolve(&[group("projector.*", Some(2e-5), None)], 2e-4, 0.1, &trained()).unwrap();
+        let names: Vec<_> = g.list().iter().map(|g| (g.name.as_str(), g.lr, g.tensors, g.elements)).collect();
+        assert_eq!(names, [("projector.*", 2e-5, 2, 56), (REST, 2e-4, 2, 64)]);
+        assert_eq!(g.member("projector.linear_1.weight").unwrap().weight_decay, 0.1);
+        assert_eq!(g.member("projector.linear_1.bias").unwrap().weight_decay, 0.0);
+        assert!(g.member("vision.x").unwrap_err().cause().contains("vision.x"));
+    }
+
+    #[test]
+    fn a_group_that_states_decay_means_biases_too() {
+        let g = Groups::resolve(&[group("projector.*", None, Some(0.3))], 1e-3, 0.1, &trained()).unwrap();
+        assert_eq!(g.member("projector.linear_1.bias").unwrap().weight_decay, 0.3);
+        assert_eq!(g.list()[0].lr, 1e-3);
+    }
+
+    #[test]
+    fn no_empty_rest_group() {
+        let g = Groups::resolve(&[group("*", None, None)], 1e-3, 0.0, &trained()).unwrap();
+        assert_eq!(g.list().len(), 1);
+    }
+
+    #[test]
+    fn useless_groups_are_errors() {
+        let e = Groups::resolve(&[group("projectr.*", None, None)], 1e-3, 0.0, &trained()).unwrap_err();
+        assert!(e.cause().contains("param_groups[0]") && e.cause().contains("projectr.*"), "{e}");
+        let shadowed = [group("projector.*", None, None), group("projector.linear_1.*", None, None)];
+        let e = Groups::resolve(&shadowed, 1e-3, 0.0, &trained()).unwrap_err();
+        assert!(e.cause().contains("param_groups[1]"), "{e}");
+        let twice = [group("projector.*", None, None), group("projector.*", None, None)];
+        let e = Groups::resolve(&twice, 1e-3, 0.0, &trained()).unwrap_err();
+        assert!(e.cause().contains("is taken"), "{e}");
+    }
+}

@@ -1,0 +1,118 @@
+//! From a file (and the files it extends, and `--set`) to a checked [`Recipe`].
+//!
+//! Order: the base → the file on top of it → `--set defaults.…` → `[defaults]` spread over the stages → the other
+//! `--set`. Any other order would lose a setting inside a value that a stage inherits. Then variables are expanded, the
+//! keys and types are checked, and last the rules that hold between values ([`super::validate`]).
+
+use super::explain::{File, Sources, explain};
+use super::merge::{Setting, expand_defaults, merge};
+use super::schema::Recipe;
+use super::{validate, vars};
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// Reads, resolves and checks the recipe at `path`; `sets` are the `KEY=VALUE` of the command line.
+/// Relative paths in a recipe are relative to the current folder; `${RECIPE_DIR}` is the folder of the file it is in.
+/// Errors name the file and the key's whole path.
+pub fn load(path: &Path, sets: &[String]) -> Result<Recipe> {
+    load_with(path, sets, &|name| std::env::var(name).ok())
+}
+
+/// As [`load`], with the variables from `env`.
+pub fn load_with(path: &Path, sets: &[String], env: &dyn Fn(&str) -> Option<String>) -> Result<Recipe> {
+    let settings = sets.iter().map(|s| Setting::parse(s)).collect::<Result<Vec<_>>>()?;
+    let mut files = Vec::new();
+    read(path, &mut Vec::new(), &mut files)?;
+    let table = resolve(path, &files, &settings)?;
+    let table = check_names(&table).and_then(|()| substitute(table, path, env)).context(path.display())?;
+
+    let recipe: Recipe = serde_path_to_error::deserialize(Value::Table(table.clone()))
+        .map_err(|e| explain(&e, &table, &Sources { files, settings }))?;
+    validate::validate(&recipe).context(path.display())?;
+    Ok(recipe)
+}
+
+/// The recipe as TOML that [`load`] reads back unchanged, with everything resolved: for the run directory.
+pub fn to_toml(recipe: &Recipe) -> Result<String> {
+    let fail = |e: toml::ser::Error| Error::new("the resolved recipe cannot be written as TOML").source(e);
+    let mut table = Table::try_from(recipe).map_err(fail)?;
+    vars::escape(&mut table)?;
+    toml::to_string(&table).map_err(fail)
+}
+
+/// Reads the files from the deepest base up to `path` itself.
+fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<()> {
+    let real = path.canonicalize().map_err(|e| missing(path, below, e))?;
+    if below.contains(&real) {
+        bail!("{}: the recipe extends itself", path.display(); "follow the `extends` of each file and cut the circle");
+    }
+    below.push(real);
+    let text = std::fs::read_to_string(path).map_err(|e| missing(path, below, e))?;
+    let mut table: Table = match toml::from_str(&text) {
+        Ok(t) => t,
+        Err(e) => bail!(
+            "{}: not valid TOML: {}", path.display(), e.to_string().trim_end();
+            "a section is written [stage.sft], a value key = value; text stands in quotes"
+        ),
+    };
+    vars::expand_recipe_dir(&mut table, &folder(path).to_string_lossy()).with_context(|| path.display())?;
+    match table.remove("extends") {
+        None => {}
+        Some(Value::String(base)) => read(&folder(path).join(base), below, files)?,
+        Some(other) => bail!(
+            "{}: extends: of type {}, not a path", path.display(), other.type_str();
+            "name one file, relative to this one: extends = \"base/llava-1.5-7b.toml\""
+        ),
+    }
+    files.push(File { name: path.display().to_string(), table });
+    Ok(())
+}
+
+fn missing(path: &Path, below: &[PathBuf], e: std::io::Error) -> Error {
+    let error = Error::new(format!("{}: the recipe cannot be read", path.display())).source(e);
+    match below.last() {
+        Some(child) => error.hint(format!("{} extends it; `extends` is relative to that file", child.display())),
+        None => error.hint("give the path of a recipe, a TOML file"),
+    }
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn resolve(path: &Path, files: &[File], settings: &[Setting]) -> Result<Table> {
+    let mut table = Table::new();
+    for file in files {
+        merge(&mut table, file.table.clone());
+    }
+    for s in settings.iter().filter(|s| s.is_default()) {
+        s.apply(&mut table)?;
+    }
+    expand_defaults(&mut table).with_context(|| path.display())?;
+    for s in settings.iter().filter(|s| !s.is_default()) {
+        s.apply(&mut table)?;
+    }
+    Ok(table)
+}
+
+/// The stages' names, ahead of the types: a misspelt one would be reported as a stage without its keys.
+fn check_names(table: &Table) -> Result<()> {
+    let (Some(Value::Array(order)), Some(Value::Table(sections))) = (table.get("stages"), table.get("stage")) else {
+        return Ok(());
+    };
+    let listed: Vec<&str> = order.iter().filter_map(Value::as_str).collect();
+    let defined: Vec<&str> = sections.keys().map(String::as_str).collect();
+    validate::stage_names(&listed, &defined)
+}
+
+fn substitute(mut table: Table, path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Table> {
+    // Only what `--set` brought can still name the folder.
+    vars::expand_recipe_dir(&mut table, &folder(path).to_string_lossy())?;
+    vars::expand(&mut table, env)?;
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests;

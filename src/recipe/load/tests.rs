@@ -1,0 +1,326 @@
+use super::*;
+use crate::recipe::schema::*;
+
+const MODEL: &str = "[model]\nlanguage = { source = 'lm' }\nvision = { source = 'tower' }\nprojector = { mlp = {} }\n";
+const STAGES: &str = "[stage.align]\ntrain = ['projector.*']\ndata = [{ path = 'a.json' }]\nbatch = { global = 8 }\nlr = 1e-3\n\
+     [stage.sft]\nadapters = [{ lora = { rank = 4, alpha = 8, target = ['language.*'] } }]\ndata = [{ path = 'b.json' }]\nbatch = { global = 8, micro = 4 }\nlr = 2e-4\n";
+
+fn good() -> String {
+    format!("stages = ['align', 'sft']\noutput_dir = 'runs/x'\n{MODEL}{STAGES}")
+}
+
+/// Loads `text` as `recipe.toml` in a folder that also has `files`.
+fn load_text(text: &str, files: &[(&str, &str)], sets: &[&str]) -> Result<Recipe> {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files.iter().chain([&("recipe.toml", text)]) {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+    let env = |name: &str| (name == "DATA").then(|| "/data".to_string());
+    let dir_name = format!("{}/", dir.path().display());
+    load_with(&dir.path().join("recipe.toml"), &sets, &env).map_err(|e| {
+        let short = |s: &str| s.replace(&dir_name, "");
+        let shown = Error::new(short(&e.to_string()));
+        match e.hint_text() {
+            Some(h) => shown.hint(short(h)),
+            None => shown,
+        }
+    })
+}
+
+/// What a user reads when `from` in the good recipe is replaced by `to`.
+fn message(from: &str, to: &str) -> String {
+    let text = good();
+    assert!(text.contains(from), "{from}");
+    load_text(&text.replacen(from, to, 1), &[], &[]).unwrap_err().report()
+}
+
+fn setting(set: &str) -> String {
+    load_text(&good(), &[], &[set]).unwrap_err().report()
+}
+
+#[test]
+fn a_small_recipe() {
+    let r = load_text(&good(), &[], &[]).unwrap();
+    assert_eq!(r.stages, ["align", "sft"]);
+    assert_eq!(r.stage["align"].lr, 1e-3);
+    assert_eq!(r.stage["align"].batch, Batch { global: 8, micro: None, group_by: GroupBy::None });
+    assert_eq!(r.stage["sft"].optimizer, Optimizer::default());
+}
+
+#[test]
+fn base_file_sets_and_defaults_in_their_order() {
+    let base = format!(
+        "output_dir = 'base'\n{MODEL}[defaults]\nseed = 1\nmax_grad_norm = 2.0\noptimizer = {{ adamw = {{ eps = 1e-7 }} }}\n"
+    );
+    let text = format!(
+        "extends = 'base.toml'\nstages = ['align', 'sft']\n[model]\nprojector = {{ linear = {{}} }}\n[defaults]\nseed = 2\n{STAGES}"
+    );
+    let sets = [
+        "stage.sft.optimizer.adamw.weight_decay=0.1",
+        "defaults.seed=3",
+        "stage.align.seed=4",
+        "output_dir=/scratch/a=b",
+    ];
+    let r = load_text(&text, &[("base.toml", &base)], &sets).unwrap();
+    assert_eq!(r.model.projector, Some(Projector::Linear(LinearProjector { source: None, input_norm: false })));
+    assert_eq!(r.model.language.unwrap().source.unwrap(), "lm");
+    assert_eq!((r.stage["align"].seed, r.stage["sft"].seed), (4, 3));
+    assert_eq!(r.stage["sft"].max_grad_norm, 2.0);
+    let Optimizer::Adamw(o) = &r.stage["sft"].optimizer;
+    assert_eq!((o.eps, o.weight_decay), (1e-7, 0.1), "inherited, then set inside");
+    assert_eq!(r.output_dir, Path::new("/scratch/a=b"));
+}
+
+#[test]
+fn variables() {
+    let text = good().replacen("'a.json'", "'${DATA}/a.json'", 1).replacen("'b.json'", "'${RECIPE_DIR}/$${b}.json'", 1);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("recipe.toml");
+    std::fs::write(&path, text).unwrap();
+    let r = load_with(&path, &["output_dir=${RECIPE_DIR}/run".into()], &|_| Some("/data".into())).unwrap();
+    assert_eq!(r.stage["align"].data[0].path, Path::new("/data/a.json"));
+    assert_eq!(r.stage["sft"].data[0].path, dir.path().join("${b}.json"));
+    assert_eq!(r.output_dir, dir.path().join("run"));
+}
+
+#[test]
+fn the_resolved_recipe_reads_back_the_same() {
+    let text = good().replacen("'b.json'", "'$${b}.json'", 1);
+    let init = "language = { init = { hidden_size = 8, rope_theta = 1e4, names = ['a'] }, tokenizer = 't' }";
+    let text = text.replacen("language = { source = 'lm' }", init, 1);
+    let r =
+        load_text(&text, &[], &["stage.align.lr=0.1", "stage.sft.lr=2e-5", "stage.sft.objective={dpo={}}"]).unwrap();
+    let saved = to_toml(&r).unwrap();
+    assert_eq!(load_text(&saved, &[], &[]).unwrap(), r, "{saved}");
+}
+
+#[test]
+fn every_recipe_of_the_repository_parses() {
+    fn collect(dir: &Path, out: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, out);
+            } else if path.extension().is_some_and(|e| e == "toml") {
+                out.push(path);
+            }
+        }
+    }
+    let mut files = Vec::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    collect(&root, &mut files);
+    files.sort();
+    let mut recipes = 0;
+    for file in files {
+        if file.parent().unwrap().ends_with("base") {
+            // A base is half a recipe: it must be valid TOML here, the recipes that extend it check the rest.
+            toml::from_str::<Table>(&std::fs::read_to_string(&file).unwrap()).unwrap();
+            continue;
+        }
+        let recipe = load_with(&file, &[], &|name| Some(format!("/somewhere/{name}"))).map_err(|e| e.report());
+        let recipe = recipe.unwrap_or_else(|e| panic!("{e}"));
+        let dir = tempfile::tempdir().unwrap();
+        let saved = dir.path().join("recipe.toml");
+        std::fs::write(&saved, to_toml(&recipe).unwrap()).unwrap();
+        assert_eq!(load(&saved, &[]).unwrap(), recipe, "{}", file.display());
+        recipes += 1;
+    }
+    assert!(recipes > 0);
+}
+
+#[test]
+fn llava_has_its_published_values() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/llava-1.5-7b.toml");
+    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
+    let (align, sft) = (&r.stage["align"], &r.stage["sft"]);
+    assert_eq!((align.lr, align.batch.global, sft.lr, sft.batch.global), (1e-3, 256, 2e-4, 128));
+    assert_eq!(sft.param_groups[0].lr, Some(2e-5));
+    let Adapter::Lora(lora) = &sft.adapters[0];
+    assert_eq!((lora.rank, lora.alpha, lora.dropout), (128, 256.0, 0.05));
+    assert_eq!(align.lr_scheduler, Scheduler::default());
+    assert_eq!(r.stages, ["align", "sft", "dpo"]);
+    let e = load_with(&file, &[], &|_| None).unwrap_err();
+    assert!(e.cause().ends_with("stage.align.data[0].path: the environment variable `DATA` is not set"), "{e}");
+}
+
+#[test]
+fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
+    assert_eq!(
+        message("rank = 4", "rnk = 4"),
+        "recipe.toml: stage.sft.adapters[0].lora.rnk: unknown key\n\n\
+         hint: did you mean `rank`? known: `name`, `rank`, `alpha`, `dropout`, `target`, `rslora`, `freeze`"
+    );
+    assert!(
+        message("[model]", "[modle]").starts_with("recipe.toml: modle: unknown key\n\nhint: did you mean `model`?")
+    );
+    assert!(
+        message("lora =", "loar =")
+            .contains("stage.sft.adapters[0]: unknown value `loar`\n\nhint: did you mean `lora`?")
+    );
+    assert!(message("mlp =", "mpl =").contains("model.projector: unknown value `mpl`\n\nhint: did you mean `mlp`?"));
+    let e = message("lr = 1e-3", "lr = 1e-3\nactivations = 'recompute_all'");
+    assert!(
+        e.contains("stage.align.activations: unknown value `recompute_all`\n\nhint: did you mean `recompute`?"),
+        "{e}"
+    );
+    assert_eq!(
+        setting("stage.sft.batch.mirco=2"),
+        "--set stage.sft.batch.mirco=2: stage.sft.batch.mirco: unknown key\n\n\
+         hint: did you mean `micro`? known: `global`, `micro`, `group_by`"
+    );
+}
+
+#[test]
+fn a_setting_is_named_when_it_is_to_blame() {
+    let blamed = |sets: &[&str]| load_text(&good(), &[], sets).unwrap_err().cause().to_string();
+    assert_eq!(
+        blamed(&["stage.sft.adapters[0].lora.rnk=8", "stage.sft.seed=3"]),
+        "--set stage.sft.adapters[0].lora.rnk=8: stage.sft.adapters[0].lora.rnk: unknown key"
+    );
+    assert!(blamed(&["defaults.seed=x"]).starts_with("--set defaults.seed=x: defaults.seed: invalid type"));
+}
+
+#[test]
+fn an_inherited_key_is_named_where_it_was_written() {
+    let base = format!("{MODEL}[defaults]\nsede = 1\n");
+    let text = format!("extends = 'base.toml'\nstages = ['align', 'sft']\noutput_dir = 'x'\n{STAGES}");
+    let e = load_text(&text, &[("base.toml", &base)], &[]).unwrap_err();
+    assert_eq!(e.cause(), "base.toml: defaults.sede: unknown key");
+    assert!(e.hint_text().unwrap().starts_with("did you mean `seed`?"));
+}
+
+#[test]
+fn stages_and_their_sections_must_agree() {
+    let e = setting("stages=[\"align\", \"stf\"]");
+    assert_eq!(e, "recipe.toml: stages: there is no [stage.stf]\n\nhint: did you mean `sft`? known: `align`, `sft`");
+    let e = setting("stage.stf.lr=1");
+    assert!(e.starts_with("recipe.toml: stage.stf: not listed in `stages`\n\nhint: did you mean `sft`?"), "{e}");
+    assert!(setting("stages=[]").contains("stage.align: not listed"));
+    assert!(setting("stages=[\"align\", \"sft\", \"sft\"]").contains("listed twice"));
+    let e = message("stages = ['align', 'sft']", "stages = { align = 1 }");
+    assert!(
+        e.contains("recipe.toml: stages: invalid type: map, expected a sequence\n\nhint: `stages` is the list"),
+        "{e}"
+    );
+}
+
+#[test]
+fn types_and_choices() {
+    assert_eq!(
+        setting("stage.sft.lr=fast"),
+        "--set stage.sft.lr=fast: stage.sft.lr: invalid type: string \"fast\", expected f64\n\nhint: it is set to \"fast\""
+    );
+    let e = setting("stage.sft.lr_scheduler=cosine");
+    assert!(e.contains("stage.sft.lr_scheduler: ") && e.contains("write { cosine = { … } }"), "{e}");
+    let e = setting("model.projector.linear.input_norm=true");
+    assert!(
+        e.contains("model.projector: ") && e.contains("exactly one choice goes in here, found `mlp`, `linear`"),
+        "{e}"
+    );
+    let e = message("lr = 1e-3\n", "");
+    assert_eq!(
+        e,
+        "recipe.toml: stage.align.lr is missing\n\nhint: add `lr = …` to [stage.align], or to [defaults] for every stage"
+    );
+    assert!(
+        message("output_dir = 'runs/x'\n", "").contains("output_dir is missing\n\nhint: add `output_dir` at the top")
+    );
+    assert!(message("rank = 4, ", "").contains("stage.sft.adapters[0].lora.rank is missing"));
+}
+
+#[test]
+fn files() {
+    let e = load_text("lr = ", &[], &[]).unwrap_err();
+    assert!(e.cause().starts_with("recipe.toml: not valid TOML: TOML parse error at line 1"), "{e}");
+    let e = load_text("extends = 'nope.toml'", &[], &[]).unwrap_err();
+    assert!(e.cause().starts_with("nope.toml: the recipe cannot be read"), "{e}");
+    assert!(e.hint_text().unwrap().contains("recipe.toml extends it"), "{}", e.report());
+    let e = load_text("extends = 'b.toml'", &[("b.toml", "extends = 'recipe.toml'")], &[]).unwrap_err();
+    assert!(e.cause().contains("extends itself"), "{e}");
+    let e = load_text("extends = 3", &[], &[]).unwrap_err();
+    assert_eq!(e.cause(), "recipe.toml: extends: of type integer, not a path");
+    let e = load(Path::new("no/such/recipe.toml"), &[]).unwrap_err();
+    assert!(e.report().contains("hint: give the path of a recipe"), "{}", e.report());
+}
+
+/// Each value that breaks a rule, and the words that its message must have.
+#[test]
+fn rules_between_values() {
+    let dpo = "stage.sft.objective={dpo={";
+    let cases = [
+        ("stage.sft.batch.micro=3".to_string(), "stage.sft: batch: micro = 3 does not divide global = 8", "micro = 2"),
+        ("stage.sft.batch.micro=0".into(), "stage.sft: batch: global = 8, micro = 0", "at least 1"),
+        ("stage.sft.lr=nan".into(), "stage.sft: lr = NaN is not a number above 0", "train"),
+        ("stage.sft.lr=0.0".into(), "stage.sft: lr = 0", "train"),
+        ("stage.sft.epochs=-1".into(), "stage.sft: epochs = -1", "passes"),
+        ("stage.sft.max_steps=0".into(), "max_steps = 0", "epochs"),
+        ("stage.sft.max_grad_norm=inf".into(), "max_grad_norm = inf", "no clipping"),
+        ("stage.sft.checkpoint={keep=0}".into(), "checkpoint: keep = 0", "last one"),
+        ("stage.sft.lr_scheduler={cosine={warmup_ratio=3}}".into(), "warmup_ratio = 3", "warmup_steps"),
+        ("stage.sft.lr_scheduler={linear={warmup_ratio=0.1,warmup_steps=3}}".into(), "both warmup_ratio", "keep one"),
+        ("stage.sft.optimizer={adamw={betas=[0.9,1.0]}}".into(), "betas has 1", "below 1"),
+        ("stage.sft.optimizer={adamw={eps=0.0}}".into(), "optimizer.adamw: eps = 0", "1e-8"),
+        ("stage.sft.optimizer={adamw={weight_decay=-0.1}}".into(), "weight_decay = -0.1", "0 or above"),
+        ("stage.sft.param_groups=[{match=[]}]".into(), "param_groups[0]: match is empty", "patterns"),
+        ("stage.sft.param_groups=[{match=['*']}]".into(), "param_groups[0]: neither lr", "different"),
+        ("stage.sft.param_groups=[{match=['*'],lr=-1}]".into(), "param_groups[0]: lr = -1", "train"),
+        ("stage.sft.data=[]".into(), "stage.sft: data: empty", "path"),
+        ("stage.sft.data=[{path='x',limit=0}]".into(), "data[0]: limit = 0", "every sample"),
+        ("stage.sft.adapters[0].lora.rank=0".into(), "adapters[0].lora: rank = 0", "rank = 16"),
+        ("stage.sft.adapters[0].lora.dropout=1.0".into(), "adapters[0].lora: dropout = 1", "below 1"),
+        ("stage.sft.adapters[0].lora.target=[]".into(), "target is empty", "self_attn"),
+        ("stage.sft.adapters[0].lora.name=a.b".into(), "adapters[0].lora.name: `a.b` cannot be a name", "letters"),
+        (
+            "stage.align.adapters=[{lora={name='sft',rank=1,alpha=1,target=['*']}}]".into(),
+            "`sft` is taken in stage `align`",
+            "own",
+        ),
+        ("stage.sft.adapters=[]".into(), "stage.sft: nothing is trained", "continue"),
+        ("stage.sft.adapters[0].lora.freeze=true".into(), "stage.sft: nothing is trained", "continue"),
+        ("stage.sft.from={stage='algin'}".into(), "stage.sft: from: there is no stage `algin`", "`align`"),
+        ("stage.align.from={stage='sft'}".into(), "stage.align: from: `sft` does not run before", "order"),
+        ("stage.sft.from={stage='align',adapters='merge'}".into(), "from: `align` has no adapters", "declare"),
+        (format!("{dpo}beta=0}}}}"), "objective.dpo: beta = 0", "0.1"),
+        (format!("{dpo}label_smoothing=0.1}}}}"), "robust loss alone", "robust"),
+        (format!("{dpo}loss='robust',label_smoothing=0.5}}}}"), "label_smoothing = 0.5", "below 0.5"),
+        ("stage.align.objective={dpo={reference='base'}}".into(), "adapters off, and there are none", "start"),
+        ("stage.sft.eval=['held']".into(), "stage.sft: eval[0]: there is no [eval.held]", "nothing to choose"),
+        ("eval.held={metric='loss',data=[]}".into(), "eval.held: data: empty", "path"),
+        ("synth.s={kind='shapes',out='x',n=0}".into(), "synth.s: n = 0", "how many"),
+        ("model.max_seq_len=0".into(), "model: max_seq_len = 0", "2048"),
+        ("model.image_token=\"\"".into(), "model: image_token: empty", "<image>"),
+        ("model.projector={mlp={depth=0}}".into(), "model: projector.mlp: depth = 0", "depth = 2"),
+        ("model.vision.init={hidden_size=8}".into(), "model: vision: both `source` and `init`", "keep one"),
+        ("model.vision={}".into(), "model: vision: neither `source` nor `init`", "owner/name"),
+        ("model.language={init={hidden_size=8}}".into(), "model: language: `init` has no tokenizer", "tokenizer ="),
+        ("output_dir=".into(), "output_dir: empty", "runs/first"),
+    ];
+    for (set, cause, hint) in cases {
+        let e = load_text(&good(), &[], &[&set]).expect_err(&set);
+        assert!(e.cause().starts_with("recipe.toml: ") && e.cause().contains(cause), "{set} says: {e}");
+        assert!(e.hint_text().is_some_and(|h| h.contains(hint)), "{set} hints: {}", e.report());
+    }
+}
+
+#[test]
+fn parts_of_a_model() {
+    let e = message("projector = { mlp = {} }\n", "");
+    assert!(e.starts_with("recipe.toml: model: `vision` without `projector`"), "{e}");
+    let text = good().replacen("language = { source = 'lm' }\n", "", 1);
+    let e = load_text(&text, &[], &[]).unwrap_err();
+    assert!(e.cause().contains("model: no language model"), "{e}");
+    assert!(load_text(&text, &[], &["model.source=llava"]).is_ok(), "a whole LLaVA model brings its own");
+}
+
+#[test]
+fn adapters_are_followed_through_the_stages() {
+    let third = "[stage.dpo]\nfrom = { stage = 'sft', adapters = 'continue' }\nobjective = { dpo = { reference = 'base' } }\n\
+         data = [{ path = 'c' }]\nbatch = { global = 2 }\nlr = 1e-6\n";
+    let text = format!("{}{third}", good()).replacen("['align', 'sft']", "['align', 'sft', 'dpo']", 1);
+    assert!(load_text(&text, &[], &[]).is_ok());
+    let e = load_text(&text, &[], &["stage.dpo.train=['projector.*']"]).unwrap_err();
+    assert!(e.cause().contains("would move with the parameters in `train`"), "{e}");
+    let e = load_text(&text, &[], &["stage.dpo.from={stage='align'}"]).unwrap_err();
+    assert!(e.cause().contains("stage.dpo: nothing is trained"), "{e}");
+}

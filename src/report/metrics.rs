@@ -1,0 +1,236 @@
+//! `metrics.jsonl`: one JSON object for each optimizer step.
+//!
+//! Every field but those in [`TIMING_FIELDS`] is a function of the recipe and its inputs alone: the lines of a resumed
+//! run equal those of an unbroken one once these are taken away ([`without_timing`]).
+
+use crate::bail;
+use crate::error::{Context, Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// The fields of [`StepMetrics`] that depend on the machine and the moment.
+pub const TIMING_FIELDS: [&str; 3] = ["tokens_per_s", "samples_per_s", "peak_memory_bytes"];
+
+/// What one optimizer step was like.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct StepMetrics {
+    pub stage: String,
+    /// Counted from 1 within the stage.
+    pub step: usize,
+    /// Mean loss of a label token (SFT) or of a pair (DPO) over the global batch.
+    pub loss: f64,
+    /// Learning rate used in this step, by parameter group.
+    pub lr: BTreeMap<String, f64>,
+    /// Norm of the gradient before clipping, by parameter group.
+    pub grad_norm: BTreeMap<String, f64>,
+    /// The same over all groups.
+    pub grad_norm_total: f64,
+    /// Label tokens of the global batch.
+    pub label_tokens: usize,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceMetrics>,
+    /// Tokens that went through the language model, a second.
+    pub tokens_per_s: f64,
+    /// Samples (pairs, for DPO) a second.
+    pub samples_per_s: f64,
+    /// Largest resident size of the process so far; `null` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Means over the pairs of a DPO step, under the names that TRL uses.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct PreferenceMetrics {
+    #[serde(rename = "rewards/chosen")]
+    pub reward_chosen: f64,
+    #[serde(rename = "rewards/rejected")]
+    pub reward_rejected: f64,
+    #[serde(rename = "rewards/margins")]
+    pub margin: f64,
+    #[serde(rename = "rewards/accuracies")]
+    pub accuracy: f64,
+    #[serde(rename = "logps/chosen")]
+    pub logp_chosen: f64,
+    #[serde(rename = "logps/rejected")]
+    pub logp_rejected: f64,
+}
+
+/// The largest resident size that this process has had, in bytes (Linux: `VmHWM`); `None` where it is not known.
+pub fn peak_memory_bytes() -> Option<u64> {
+    peak_from_status(&fs::read_to_string("/proc/self/status").ok()?)
+}
+
+fn peak_from_status(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// A line of `metrics.jsonl` without its timing fields.
+pub fn without_timing(line: &str) -> Result<String> {
+    let mut value: serde_json::Map<String, Value> = serde_json::from_str(line).context("metrics line")?;
+    value.retain(|key, _| !TIMING_FIELDS.contains(&key.as_str()));
+    Ok(Value::Object(value).to_string())
+}
+
+/// Appends to `metrics.jsonl`, one whole line at a time.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+/// As much of a line as tells where it belongs.
+#[derive(Deserialize)]
+struct Position {
+    stage: String,
+    step: usize,
+}
+
+impl MetricsFile {
+    /// Opens the file to go on after step `done` of `stage` (0: at its start). Lines behind that point, left by a run
+    /// that went further than its last checkpoint, are cut off, and so is a last line that was not written to its end.
+    ///
+    /// Errors: the file cannot be read or written; a line is not a metrics line (the error names its number).
+    pub fn resume(path: &Path, stage: &str, done: usize) -> Result<Self> {
+        let named = |e: std::io::Error| {
+            Error::new(format!("cannot open {}", path.display()))
+                .source(e)
+                .hint("check that the run directory can be read and written")
+        };
+        let old = match fs::read(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(named)?,
+        };
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(named)?;
+        let keep = kept_bytes(&old, stage, done).with_context(|| path.display())?;
+        if keep < old.len() {
+            file.set_len(keep as u64).map_err(named)?;
+        }
+        Ok(Self { path: path.into(), file })
+    }
+
+    /// Writes one line.
+    pub fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let mut line = serde_json::to_vec(metrics)?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(|e| self.cannot_write(e))
+    }
+
+    /// Makes the lines so far durable: to be called before the checkpoint of the same step.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| self.cannot_write(e))
+    }
+
+    fn cannot_write(&self, e: std::io::Error) -> Error {
+        Error::new(format!("cannot write {}", self.path.display()))
+            .source(e)
+            .hint("make room on the disk; the same command goes on from the last checkpoint")
+    }
+}
+
+/// Length of the whole lines up to step `done` of `stage`.
+fn kept_bytes(old: &[u8], stage: &str, done: usize) -> Result<usize> {
+    let mut keep = 0;
+    for (number, line) in old.split_inclusive(|b| *b == b'\n').enumerate() {
+        if !line.ends_with(b"\n") {
+            break;
+        }
+        let Ok(at) = serde_json::from_slice::<Position>(line) else {
+            bail!("line {} is not a metrics line", number + 1; "move the file away; a new one is begun");
+        };
+        if at.stage == stage && at.step > done {
+            break;
+        }
+        keep += line.len();
+    }
+    Ok(keep)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics(stage: &str, step: usize, tokens_per_s: f64) -> StepMetrics {
+        StepMetrics {
+            stage: stage.into(),
+            step,
+            loss: 0.5,
+            lr: [("projector".into(), 1e-3)].into(),
+            grad_norm: [("projector".into(), 2.0)].into(),
+            grad_norm_total: 2.0,
+            label_tokens: 7,
+            tokens_per_s,
+            samples_per_s: 3.0,
+            peak_memory_bytes: Some(1024),
+            preference: None,
+        }
+    }
+
+    #[test]
+    fn a_line_has_the_fields_in_order_and_trl_names() {
+        let mut m = metrics("dpo", 3, 10.0);
+        m.preference = Some(PreferenceMetrics { margin: 0.25, ..Default::default() });
+        assert_eq!(
+            serde_json::to_string(&m).unwrap(),
+            r#"{"stage":"dpo","step":3,"loss":0.5,"lr":{"projector":0.001},"grad_norm":{"projector":2.0},"#.to_string()
+                + r#""grad_norm_total":2.0,"label_tokens":7,"rewards/chosen":0.0,"rewards/rejected":0.0,"#
+                + r#""rewards/margins":0.25,"rewards/accuracies":0.0,"logps/chosen":0.0,"logps/rejected":0.0,"#
+                + r#""tokens_per_s":10.0,"samples_per_s":3.0,"peak_memory_bytes":1024}"#
+        );
+    }
+
+    #[test]
+    fn a_resumed_file_equals_an_unbroken_one_but_for_timing() {
+        let dir = tempfile::tempdir().unwrap();
+        let steps = |path: &Path, stage: &str, done: usize, last: usize, speed: f64| {
+            let mut file = MetricsFile::resume(path, stage, done).unwrap();
+            for step in done + 1..=last {
+                file.append(&metrics(stage, step, speed)).unwrap();
+            }
+            file.sync().unwrap();
+        };
+        let (whole, broken) = (dir.path().join("whole.jsonl"), dir.path().join("broken.jsonl"));
+        steps(&whole, "align", 0, 3, 1.0);
+        steps(&whole, "sft", 0, 6, 1.0);
+        steps(&broken, "align", 0, 3, 2.0);
+        steps(&broken, "sft", 0, 5, 2.0);
+        // Killed in the middle of a line; the last checkpoint is that of step 4.
+        let mut file = OpenOptions::new().append(true).open(&broken).unwrap();
+        file.write_all(b"{\"stage\":\"sft\",\"st").unwrap();
+        steps(&broken, "sft", 4, 6, 3.0);
+        let lines = |path: &Path| fs::read_to_string(path).unwrap().lines().map(str::to_string).collect::<Vec<_>>();
+        assert_ne!(lines(&whole), lines(&broken));
+        let bare = |path: &Path| lines(path).iter().map(|l| without_timing(l).unwrap()).collect::<Vec<_>>();
+        assert_eq!(bare(&whole), bare(&broken));
+        assert_eq!(bare(&whole).len(), 9);
+    }
+
+    #[test]
+    fn a_foreign_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        fs::write(&path, "{\"stage\":\"a\",\"step\":1}\nhello\n").unwrap();
+        let report = MetricsFile::resume(&path, "a", 1).unwrap_err().report();
+        assert!(report.contains("metrics.jsonl: line 2 is not a metrics line\n\nhint: "), "{report}");
+    }
+
+    #[test]
+    fn peak_memory_is_read_where_the_system_tells() {
+        assert_eq!(peak_from_status("VmPeak:\t  9 kB\nVmHWM:\t    1234 kB\nVmRSS: 1 kB\n"), Some(1234 * 1024));
+        assert_eq!(peak_from_status("nothing"), None);
+        if cfg!(target_os = "linux") {
+            assert!(peak_memory_bytes().unwrap() > 1 << 20);
+        }
+    }
+
+    #[test]
+    fn timing_fields_are_fields() {
+        let line = serde_json::to_string(&metrics("a", 1, 1.0)).unwrap();
+        let bare = without_timing(&line).unwrap();
+        assert!(TIMING_FIELDS.iter().all(|f| line.contains(f) && !bare.contains(f)));
+    }
+}

@@ -1,0 +1,151 @@
+//! One optimizer step: micro-batches forward and backward, coefficients from the objective, one update.
+//!
+//! The loss of a step is normalised over its whole global batch: SFT by the label tokens of all micro-batches, DPO by
+//! the pairs, so that the split into micro-batches changes nothing.
+
+use super::collate::{collate, pair, single, sum_by_owner, targets_by_owner};
+use super::objective::{DpoMetrics, Pair, PairLoss, dpo, sft_coefficient};
+use crate::bail;
+use crate::data::{Item, Pixels, Sample};
+use crate::error::{Context, Result};
+use crate::model::params::Grads;
+use crate::model::vlm::{Mode, Vlm};
+use crate::ops::random::Key;
+use crate::recipe::schema::{Activations, Dpo};
+use std::collections::BTreeMap;
+
+/// Summed log-probabilities of chosen and rejected under the reference, by the index of the pair in the data.
+pub type ReferenceTable = BTreeMap<usize, (f64, f64)>;
+
+/// What a step minimises.
+pub enum Task<'a> {
+    Sft,
+    Dpo { settings: &'a Dpo, reference: &'a ReferenceTable },
+}
+
+/// How a step runs.
+#[derive(Debug, Clone, Copy)]
+pub struct StepConfig {
+    /// Items a micro-batch.
+    pub micro: usize,
+    pub activations: Activations,
+    /// Key of this step's dropout masks.
+    pub dropout: Key,
+}
+
+/// What a step computed, before the update.
+pub struct Computed {
+    pub loss: f64,
+    pub grads: Grads,
+    /// Tokens that went through the language model.
+    pub tokens: usize,
+    pub label_tokens: usize,
+    pub sequences: usize,
+    pub dpo: Option<DpoMetrics>,
+}
+
+/// Forward and backward over a global batch: `items` with their indices in the data.
+pub fn compute(vlm: &Vlm, task: &Task, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {
+    match task {
+        Task::Sft => sft(vlm, items, pixels, cfg),
+        Task::Dpo { settings, reference } => preference(vlm, settings, reference, items, pixels, cfg),
+    }
+}
+
+fn mode(cfg: StepConfig, micro: usize) -> Mode {
+    Mode { record: true, activations: cfg.activations, dropout: Some(cfg.dropout.index(micro as u64)), adapters_off: false }
+}
+
+fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {
+    let samples: Vec<&Sample> = items.iter().map(|(_, i)| single(i)).collect::<Result<_>>()?;
+    let label_tokens = samples.iter().map(|s| s.targets()).sum();
+    let coef = sft_coefficient(label_tokens)?;
+    let mut out = Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, sequences: samples.len(), dpo: None };
+    for (i, micro) in samples.chunks(cfg.micro).enumerate() {
+        let batch = collate(micro, pixels, vlm.language.dtype())?;
+        let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
+        out.loss += lp.logps.iter().map(|p| coef * p).sum::<f64>();
+        finite(out.loss, micro)?;
+        out.tokens += batch.ids.len();
+        if let Some(saved) = saved {
+            vlm.backward(&batch, saved, &vec![coef; lp.logps.len()], &mut out.grads)?;
+        }
+    }
+    Ok(out)
+}
+
+fn preference(
+    vlm: &Vlm,
+    settings: &Dpo,
+    reference: &ReferenceTable,
+    items: &[(usize, &Item)],
+    pixels: &Pixels,
+    cfg: StepConfig,
+) -> Result<Computed> {
+    let n = items.len() as f64;
+    let mut out = Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, sequences: 2 * items.len(), dpo: None };
+    let mut results: Vec<(Pair, PairLoss)> = Vec::with_capacity(items.len());
+    for (i, micro) in items.chunks(cfg.micro).enumerate() {
+        let samples = both_sides(micro)?;
+        let batch = collate(&samples, pixels, vlm.language.dtype())?;
+        let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(&samples))?;
+        let (sums, tokens) = (sum_by_owner(&batch, &lp.logps), targets_by_owner(&batch));
+        let mut by_sequence = vec![0.0; samples.len()];
+        for (k, (index, _)) in micro.iter().enumerate() {
+            let Some((ref_chosen, ref_rejected)) = reference.get(index).copied() else {
+                bail!("pair {} has no reference log-probabilities", samples[k].id)
+            };
+            let r = k + micro.len();
+            let pair = Pair {
+                chosen: sums[k],
+                rejected: sums[r],
+                ref_chosen,
+                ref_rejected,
+                chosen_tokens: tokens[k],
+                rejected_tokens: tokens[r],
+            };
+            let loss = dpo(settings, &pair).with_context(|| &samples[k].id)?;
+            (by_sequence[k], by_sequence[r]) = (loss.d_chosen / n, loss.d_rejected / n);
+            out.loss += loss.loss / n;
+            results.push((pair, loss));
+        }
+        finite(out.loss, &samples)?;
+        let coefs: Vec<f64> = batch.owners.iter().map(|o| by_sequence[*o]).collect();
+        (out.tokens, out.label_tokens) = (out.tokens + batch.ids.len(), out.label_tokens + coefs.len());
+        if let Some(saved) = saved {
+            vlm.backward(&batch, saved, &coefs, &mut out.grads)?;
+        }
+    }
+    out.dpo = Some(DpoMetrics::mean(&results));
+    Ok(out)
+}
+
+/// All chosen answers, then all rejected ones: one batch, so that a picture goes through the tower once.
+fn both_sides<'a>(items: &[(usize, &'a Item)]) -> Result<Vec<&'a Sample>> {
+    let pairs: Vec<(&Sample, &Sample)> = items.iter().map(|(_, i)| pair(i)).collect::<Result<_>>()?;
+    Ok(pairs.iter().map(|p| p.0).chain(pairs.iter().map(|p| p.1)).collect())
+}
+
+/// Summed log-probabilities of (chosen, rejected) for each pair, without gradient and without dropout.
+pub fn pair_logps(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, adapters_off: bool) -> Result<ReferenceTable> {
+    let samples = both_sides(items)?;
+    let batch = collate(&samples, pixels, vlm.language.dtype())?;
+    let (lp, _) = vlm.forward(&batch, Mode { adapters_off, ..Mode::default() })?;
+    let sums = sum_by_owner(&batch, &lp.logps);
+    finite(sums.iter().sum(), &samples)?;
+    Ok(items.iter().enumerate().map(|(k, (index, _))| (*index, (sums[k], sums[k + items.len()]))).collect())
+}
+
+fn ids(samples: &[&Sample]) -> String {
+    let names: Vec<&str> = samples.iter().take(4).map(|s| s.id.as_str()).collect();
+    format!("samples {}{}", names.join(", "), if samples.len() > 4 { ", …" } else { "" })
+}
+
+/// The first micro-batch whose loss is not a number stops the run.
+fn finite(loss: f64, samples: &[&Sample]) -> Result<()> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    bail!("the loss is {loss} in a micro-batch with {}", ids(samples);
+        "lower the learning rate or lengthen the warm-up; if it happens at step 1, the weights hold NaN: look at `adfreeze check`")
+}
