@@ -67,7 +67,13 @@ pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
         let (a, b) = &loaded.tensors[l.name()];
         let ((d_out, d_in), (rank, a_in)) = (l.dims()?, a.dims2()?);
         if a_in != d_in || b.dims2()? != (d_out, rank) {
-            bail!("adapter `{}`, {}: A {:?} and B {:?} do not fit a layer of [{d_out}, {d_in}]", loaded.name, l.name(), a.dims(), b.dims())
+            bail!(
+                "adapter `{}`, {}: A {:?} and B {:?} do not fit a layer of [{d_out}, {d_in}]",
+                loaded.name,
+                l.name(),
+                a.dims(),
+                b.dims()
+            )
         }
         let dtype = l.weight.value.dtype();
         let matrix = |m: &str, t: &Tensor| -> Result<Param> {

@@ -4,7 +4,8 @@
 //! alpha is dropped (or composited on white with Pillow's `alpha_composite` arithmetic). The EXIF orientation is applied.
 //! PNG is equal to the bit; JPEG decoders differ from each other by a few levels.
 
-use super::resize::{Filter, Rgb, resize};
+pub use super::resize::Rgb;
+use super::resize::{Filter, resize};
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::model::config::VisionConfig;

@@ -6,6 +6,8 @@
 
 use super::dataset::{Dataset, Item};
 use super::image::{ImageProcessor, ImageRef};
+use super::pixels::Pixels;
+use crate::bail;
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::any::Any;
@@ -15,16 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-/// Pixels of a picture: `[3, crop, crop]`, normalised.
-pub type Pixels = Arc<Vec<f32>>;
-
 /// What one step needs.
 #[derive(Debug, Clone)]
 pub struct StepData {
     pub step: usize,
     pub items: Vec<Item>,
     /// The pixels of every distinct picture of `items`.
-    pub pixels: BTreeMap<ImageRef, Pixels>,
+    pub pixels: Pixels,
 }
 
 /// How far ahead, with how many threads, and how much is kept.
@@ -45,7 +44,7 @@ impl Default for LoaderOptions {
 }
 
 /// The result of one decoding, set once by a worker.
-type Slot = Arc<OnceLock<Result<Pixels, Arc<Error>>>>;
+type Slot = Arc<OnceLock<Result<Arc<Vec<f32>>, Arc<Error>>>>;
 
 struct Job {
     image: ImageRef,
@@ -70,12 +69,13 @@ pub struct Loader {
 
 impl Loader {
     /// Starts to load `batches`: step number and the indices of its items, as from [`super::sampler::Plan::step`].
+    /// A model without a vision tower has no `processor`; a picture is then an error of its step.
     ///
     /// # Errors
     /// If no thread can be started.
     pub fn new<B>(
         dataset: Arc<Dataset>,
-        processor: Arc<ImageProcessor>,
+        processor: Option<Arc<ImageProcessor>>,
         batches: B,
         options: LoaderOptions,
     ) -> Result<Self>
@@ -87,13 +87,13 @@ impl Loader {
         let (job_tx, job_rx) = bounded::<Job>(threads * 2);
         // The consumer holds one step and the feeder works on another.
         let (pending_tx, pending_rx) = bounded(options.ahead.saturating_sub(1));
-        let bytes = 3 * processor.crop * processor.crop * size_of::<f32>();
+        let bytes = processor.as_ref().map_or(0, |p| 3 * p.crop * p.crop * size_of::<f32>());
         let stop = Arc::new(AtomicBool::new(false));
         let mut loader =
             Self { dataset: dataset.clone(), pending: Some(pending_rx), stop: stop.clone(), threads: vec![] };
         for _ in 0..threads {
             let (jobs, processor, stop) = (job_rx.clone(), processor.clone(), stop.clone());
-            loader.spawn(move || work(&jobs, &processor, &stop))?;
+            loader.spawn(move || work(&jobs, processor.as_deref(), &stop))?;
         }
         let batches = batches.into_iter();
         let cache = Cache::new(options.cache_bytes / bytes.max(1));
@@ -122,7 +122,7 @@ impl Loader {
     /// Waits for the pictures of a step.
     fn finish(&self, pending: Pending) -> Result<StepData> {
         let items: Vec<Item> = pending.items.iter().map(|&i| self.dataset.items[i].clone()).collect();
-        let mut pixels = BTreeMap::new();
+        let mut pixels = Pixels::new();
         for (image, slot) in pending.slots {
             match slot.wait() {
                 Ok(p) => pixels.insert(image, p.clone()),
@@ -184,12 +184,16 @@ fn feed(
     }
 }
 
-fn work(jobs: &Receiver<Job>, processor: &ImageProcessor, stop: &AtomicBool) {
+fn work(jobs: &Receiver<Job>, processor: Option<&ImageProcessor>, stop: &AtomicBool) {
     for Job { image, slot } in jobs {
         if stop.load(Ordering::Relaxed) {
             continue;
         }
-        let load = || processor.load(&image.path, image.resize, image.alpha);
+        let load = || match processor {
+            Some(processor) => processor.load(&image.path, image.resize, image.alpha),
+            None => bail!("the model has no vision tower for {}", image.path.display();
+                "set model.vision, or leave the pictures out of the data"),
+        };
         // A decoder that panics must not leave the consumer waiting.
         let result = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&image, &*panic)));
         // The slot is this job's alone, so it cannot be full.
@@ -288,7 +292,7 @@ mod tests {
         for cache in [0, 1, 100] {
             let batches = (5..40).map(|s| (s, vec![s % 4, (s + 1) % 4, 4, s % 4]));
             let mut steps = 5;
-            for data in Loader::new(ds.clone(), p.clone(), batches, options(cache)).unwrap() {
+            for data in Loader::new(ds.clone(), Some(p.clone()), batches, options(cache)).unwrap() {
                 let data = data.unwrap();
                 assert_eq!((data.step, data.items.len(), data.pixels.len()), (steps, 4, 2));
                 assert_eq!(data.items[1], ds.items[(steps + 1) % 4]);
@@ -306,11 +310,19 @@ mod tests {
         let mut paths = pictures();
         paths[1] = PathBuf::from("nowhere/x.png");
         let batches = (0..4).map(|s| (s, vec![s]));
-        let results: Vec<_> = Loader::new(dataset(&paths), processor(), batches, options(9)).unwrap().collect();
+        let results: Vec<_> = Loader::new(dataset(&paths), Some(processor()), batches, options(9)).unwrap().collect();
         let e = results[1].as_ref().unwrap_err();
         assert!(e.cause().contains("sample s1") && e.cause().contains("nowhere/x.png"), "{e}");
         assert!(e.hint_text().is_some());
         assert!(results[2].is_ok() && results.len() == 4);
+    }
+
+    #[test]
+    fn a_picture_without_a_vision_tower_is_an_error() {
+        let batches = [(0, vec![4]), (1, vec![0])];
+        let results: Vec<_> = Loader::new(dataset(&pictures()), None, batches, options(9)).unwrap().collect();
+        assert!(results[0].is_ok());
+        assert!(results[1].as_ref().unwrap_err().cause().contains("sample s0: the model has no vision tower"));
     }
 
     #[test]
@@ -319,7 +331,7 @@ mod tests {
         std::thread::spawn(move || {
             for taken in [0, 1, 3] {
                 let batches = (0..).map(|s| (s, vec![s % 4]));
-                let mut loader = Loader::new(dataset(&pictures()), processor(), batches, options(1)).unwrap();
+                let mut loader = Loader::new(dataset(&pictures()), Some(processor()), batches, options(1)).unwrap();
                 for _ in 0..taken {
                     loader.next().unwrap().unwrap();
                 }
@@ -333,7 +345,7 @@ mod tests {
     #[test]
     fn a_panic_of_the_feeder_is_an_error_and_not_an_end() {
         let batches = (0..3).map(|s| (s, vec![s * 4]));
-        let mut loader = Loader::new(dataset(&pictures()), processor(), batches, options(1)).unwrap();
+        let mut loader = Loader::new(dataset(&pictures()), Some(processor()), batches, options(1)).unwrap();
         assert!(loader.next().unwrap().is_ok() && loader.next().unwrap().is_ok());
         let e = loader.next().unwrap().unwrap_err();
         assert!(e.cause().contains("loader thread failed"), "{e}");

@@ -12,7 +12,10 @@ use std::sync::Arc;
 pub type Pixels = BTreeMap<ImageRef, Arc<Vec<f32>>>;
 
 /// Decodes every picture that `items` show, on all threads. Errors name the sample.
-pub fn load_pixels<'a>(items: impl IntoIterator<Item = &'a Item>, processor: Option<&ImageProcessor>) -> Result<Pixels> {
+pub fn load_pixels<'a>(
+    items: impl IntoIterator<Item = &'a Item>,
+    processor: Option<&ImageProcessor>,
+) -> Result<Pixels> {
     let mut wanted: BTreeMap<&ImageRef, &str> = BTreeMap::new();
     for item in items {
         for image in item.images() {

@@ -25,7 +25,9 @@ pub fn collate(samples: &[&Sample], pixels: &Pixels, dtype: DType) -> Result<Bat
             let next = index.len() as u32;
             let at = *index.entry(image).or_insert(next);
             if at == next {
-                let Some(px) = pixels.get(image) else { bail!("{}: its picture {} was not loaded", s.id, image.path.display()) };
+                let Some(px) = pixels.get(image) else {
+                    bail!("{}: its picture {} was not loaded", s.id, image.path.display())
+                };
                 values.extend_from_slice(px);
             }
             batch.pictures.push(at);
@@ -60,7 +62,9 @@ pub fn targets_by_owner(batch: &Batch) -> Vec<usize> {
 pub fn single(item: &Item) -> Result<&Sample> {
     match item {
         Item::Sample(s) => Ok(s),
-        Item::Pair(s, _) => bail!("{} is a preference pair, but a conversation is needed", s.id; "give conversations with `conversations`"),
+        Item::Pair(s, _) => {
+            bail!("{} is a preference pair, but a conversation is needed", s.id; "give conversations with `conversations`")
+        }
     }
 }
 
@@ -68,6 +72,8 @@ pub fn single(item: &Item) -> Result<&Sample> {
 pub fn pair(item: &Item) -> Result<(&Sample, &Sample)> {
     match item {
         Item::Pair(chosen, rejected) => Ok((chosen, rejected)),
-        Item::Sample(s) => bail!("{} is a conversation, but a preference pair is needed", s.id; "give pairs with `prompt`, `chosen`, `rejected`"),
+        Item::Sample(s) => {
+            bail!("{} is a conversation, but a preference pair is needed", s.id; "give pairs with `prompt`, `chosen`, `rejected`")
+        }
     }
 }

@@ -85,7 +85,12 @@ fn stand_in_pixels(pixels: &Pixels, how: Pictures) -> Pixels {
 }
 
 /// Calls `f` with each micro-batch's samples, its packed form, log-probabilities and most probable tokens.
-fn each_batch(vlm: &Vlm, eval: &Evaluation, pixels: &Pixels, mut f: impl FnMut(&[&Sample], &Batch, &[f64], &[u32])) -> Result<()> {
+fn each_batch(
+    vlm: &Vlm,
+    eval: &Evaluation,
+    pixels: &Pixels,
+    mut f: impl FnMut(&[&Sample], &Batch, &[f64], &[u32]),
+) -> Result<()> {
     for items in eval.items.chunks(eval.micro.max(1)) {
         let samples: Vec<&Sample> = items.iter().map(single).collect::<Result<_>>()?;
         let batch = collate(&samples, pixels, vlm.language.dtype())?;
@@ -104,7 +109,13 @@ fn mean_loss(vlm: &Vlm, eval: &Evaluation, pixels: &Pixels) -> Result<f64> {
     Ok(sum / n.max(1) as f64)
 }
 
-fn exact_match(vlm: &Vlm, eval: &Evaluation, pixels: &Pixels, suffix: &str, out: &mut BTreeMap<String, f64>) -> Result<()> {
+fn exact_match(
+    vlm: &Vlm,
+    eval: &Evaluation,
+    pixels: &Pixels,
+    suffix: &str,
+    out: &mut BTreeMap<String, f64>,
+) -> Result<()> {
     let mut all = Vec::with_capacity(eval.items.len());
     let mut by_category: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     each_batch(vlm, eval, pixels, |samples, batch, _, argmax| {
@@ -139,7 +150,10 @@ fn chance(items: &[Item]) -> Result<BTreeMap<String, f64>> {
         frequent += counts.values().max().copied().unwrap_or(0) as f64;
     }
     let n = items.len().max(1) as f64;
-    Ok(BTreeMap::from([("chance/uniform".to_string(), uniform / n), ("chance/most_frequent".to_string(), frequent / n)]))
+    Ok(BTreeMap::from([
+        ("chance/uniform".to_string(), uniform / n),
+        ("chance/most_frequent".to_string(), frequent / n),
+    ]))
 }
 
 fn preference(vlm: &Vlm, eval: &Evaluation, pixels: &Pixels) -> Result<f64> {

@@ -51,7 +51,8 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
 
 /// The next token from logits and a uniform number.
 fn pick(z: &[f64], how: Sampling, u: f64) -> Result<u32> {
-    let Some(best) = (0..z.len()).filter(|i| !z[*i].is_nan()).max_by(|a, b| z[*a].total_cmp(&z[*b]).then(b.cmp(a))) else {
+    let Some(best) = (0..z.len()).filter(|i| !z[*i].is_nan()).max_by(|a, b| z[*a].total_cmp(&z[*b]).then(b.cmp(a)))
+    else {
         bail!("every logit is NaN"; "the weights are damaged: look at the run's metrics for a step where the loss broke")
     };
     if how.temperature <= 0.0 {

@@ -53,14 +53,20 @@ pub fn compute(vlm: &Vlm, task: &Task, items: &[(usize, &Item)], pixels: &Pixels
 }
 
 fn mode(cfg: StepConfig, micro: usize) -> Mode {
-    Mode { record: true, activations: cfg.activations, dropout: Some(cfg.dropout.index(micro as u64)), adapters_off: false }
+    Mode {
+        record: true,
+        activations: cfg.activations,
+        dropout: Some(cfg.dropout.index(micro as u64)),
+        adapters_off: false,
+    }
 }
 
 fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {
     let samples: Vec<&Sample> = items.iter().map(|(_, i)| single(i)).collect::<Result<_>>()?;
     let label_tokens = samples.iter().map(|s| s.targets()).sum();
     let coef = sft_coefficient(label_tokens)?;
-    let mut out = Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, sequences: samples.len(), dpo: None };
+    let mut out =
+        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, sequences: samples.len(), dpo: None };
     for (i, micro) in samples.chunks(cfg.micro).enumerate() {
         let batch = collate(micro, pixels, vlm.language.dtype())?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
@@ -83,7 +89,8 @@ fn preference(
     cfg: StepConfig,
 ) -> Result<Computed> {
     let n = items.len() as f64;
-    let mut out = Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, sequences: 2 * items.len(), dpo: None };
+    let mut out =
+        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, sequences: 2 * items.len(), dpo: None };
     let mut results: Vec<(Pair, PairLoss)> = Vec::with_capacity(items.len());
     for (i, micro) in items.chunks(cfg.micro).enumerate() {
         let samples = both_sides(micro)?;

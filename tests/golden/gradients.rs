@@ -11,10 +11,8 @@ pub fn run(g: &Golden) {
     let all = g.tensors("grads.safetensors");
     for (setting, vlm) in [("a", g.model("model")), ("b", g.with_lora()), ("c", g.model("model"))] {
         let prefix = format!("{setting}.");
-        let want: BTreeMap<String, Tensor> = all
-            .iter()
-            .filter_map(|(k, t)| k.strip_prefix(&prefix).map(|k| (g.canonical(k), t.clone())))
-            .collect();
+        let want: BTreeMap<String, Tensor> =
+            all.iter().filter_map(|(k, t)| k.strip_prefix(&prefix).map(|k| (g.canonical(k), t.clone()))).collect();
         let keep = compute(g, vlm.clone(), want.keys().cloned().collect(), Activations::Keep);
         compare(g, setting, &want, &keep);
         let recompute = compute(g, vlm, want.keys().cloned().collect(), Activations::Recompute);
@@ -23,7 +21,12 @@ pub fn run(g: &Golden) {
     }
 }
 
-fn compute(g: &Golden, mut vlm: Vlm, trainable: BTreeSet<String>, activations: Activations) -> BTreeMap<String, Tensor> {
+fn compute(
+    g: &Golden,
+    mut vlm: Vlm,
+    trainable: BTreeSet<String>,
+    activations: Activations,
+) -> BTreeMap<String, Tensor> {
     let (_, batch) = g.batch("samples", "data/sft.json", Template::VicunaV1);
     assert_eq!(vlm.params().keys().filter(|k| trainable.contains(*k)).count(), trainable.len());
     vlm.train_only(&trainable);
@@ -36,7 +39,11 @@ fn compute(g: &Golden, mut vlm: Vlm, trainable: BTreeSet<String>, activations: A
 }
 
 fn compare(g: &Golden, setting: &str, want: &BTreeMap<String, Tensor>, got: &BTreeMap<String, Tensor>) {
-    assert_eq!(want.keys().collect::<Vec<_>>(), got.keys().collect::<Vec<_>>(), "gradients {setting}: other parameters");
+    assert_eq!(
+        want.keys().collect::<Vec<_>>(),
+        got.keys().collect::<Vec<_>>(),
+        "gradients {setting}: other parameters"
+    );
     let norm = |t: &Tensor| flat(t).iter().map(|x| x * x).sum::<f64>().sqrt();
     let largest = want.values().map(norm).fold(0.0, f64::max);
     let key = format!("grads/{setting}");
@@ -49,6 +56,14 @@ fn compare(g: &Golden, setting: &str, want: &BTreeMap<String, Tensor>, got: &BTr
             relative = relative.max(diff / norm(w));
         }
     }
-    g.case(&format!("gradients {setting}: {} tensors, largest difference", want.len()), worst, g.tolerance(&[&key, "atol"]));
-    g.case(&format!("gradients {setting}: worst relative difference of a tensor"), relative, g.tolerance(&[&key, "per_tensor_rel_l2"]));
+    g.case(
+        &format!("gradients {setting}: {} tensors, largest difference", want.len()),
+        worst,
+        g.tolerance(&[&key, "atol"]),
+    );
+    g.case(
+        &format!("gradients {setting}: worst relative difference of a tensor"),
+        relative,
+        g.tolerance(&[&key, "per_tensor_rel_l2"]),
+    );
 }

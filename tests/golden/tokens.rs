@@ -7,7 +7,9 @@ use serde_json::Value;
 
 pub fn run(g: &Golden) {
     let want = super::json(&g.path("tokens.json"));
-    for (key, file, template) in [("plain", "data/plain.json", Template::Plain), ("vicuna_v1", "data/sft.json", Template::VicunaV1)] {
+    for (key, file, template) in
+        [("plain", "data/plain.json", Template::Plain), ("vicuna_v1", "data/sft.json", Template::VicunaV1)]
+    {
         let items = g.items(file, template);
         let rows = want[key].as_array().unwrap();
         assert_eq!(rows.len(), items.len());
@@ -29,7 +31,9 @@ pub fn run(g: &Golden) {
 }
 
 fn check(g: &Golden, what: &str, row: &Value, prefix: &str, s: &Sample) {
-    let ids = |k: &str| -> Vec<i64> { row[format!("{prefix}{k}")].as_array().unwrap().iter().map(|x| x.as_i64().unwrap()).collect() };
+    let ids = |k: &str| -> Vec<i64> {
+        row[format!("{prefix}{k}")].as_array().unwrap().iter().map(|x| x.as_i64().unwrap()).collect()
+    };
     assert_eq!(row["id"].as_str().unwrap(), s.id);
     let wrong = |a: Vec<i64>, b: Vec<i64>| a.iter().zip(&b).filter(|(x, y)| x != y).count() + a.len().abs_diff(b.len());
     let n = wrong(ids("input_ids"), s.ids.iter().map(|x| i64::from(*x)).collect())

@@ -14,7 +14,12 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub fn run(g: &Golden) {
-    let projector = ["projector.linear_1.weight", "projector.linear_1.bias", "projector.linear_2.weight", "projector.linear_2.bias"];
+    let projector = [
+        "projector.linear_1.weight",
+        "projector.linear_1.bias",
+        "projector.linear_2.weight",
+        "projector.linear_2.bias",
+    ];
     let projector: BTreeSet<String> = projector.map(str::to_string).into();
     let mut vlm = g.model("model");
     vlm.train_only(&projector);
@@ -44,7 +49,12 @@ fn curve(g: &Golden, name: &str, vlm: &mut Vlm, file: &str, template: Template) 
     let (items, hyper) = (g.items(file, template), &want["hyper"]);
     let pixels = g.pixels(&items);
     let mut optimizer = optimizer(&want, vlm);
-    let settings = Dpo { beta: want["beta"].as_f64().unwrap_or(0.1), loss: DpoLoss::Sigmoid, reference: Reference::Base, label_smoothing: 0.0 };
+    let settings = Dpo {
+        beta: want["beta"].as_f64().unwrap_or(0.1),
+        loss: DpoLoss::Sigmoid,
+        reference: Reference::Base,
+        label_smoothing: 0.0,
+    };
     let reference: ReferenceTable = if name == "train_dpo" {
         pair_logps(vlm, &items.iter().enumerate().collect::<Vec<_>>(), &pixels, true).unwrap()
     } else {
@@ -55,7 +65,8 @@ fn curve(g: &Golden, name: &str, vlm: &mut Vlm, file: &str, template: Template) 
     let micro = hyper["micro_batch"].as_u64().unwrap() as usize;
     let mut worst: BTreeMap<String, f64> = BTreeMap::new();
     for (step, order) in want["steps"].as_array().unwrap().iter().zip(want["order"].as_array().unwrap()) {
-        let indices = order.as_array().unwrap().iter().flat_map(|m| m.as_array().unwrap()).map(|i| i.as_u64().unwrap() as usize);
+        let indices =
+            order.as_array().unwrap().iter().flat_map(|m| m.as_array().unwrap()).map(|i| i.as_u64().unwrap() as usize);
         let batch: Vec<(usize, &Item)> = indices.map(|i| (i, &items[i])).collect();
         let cfg = StepConfig { micro, activations: Activations::Keep, dropout: Key::new(0, "none") };
         let done = compute(vlm, &task, &batch, &pixels, cfg).unwrap();
@@ -83,7 +94,11 @@ fn curve(g: &Golden, name: &str, vlm: &mut Vlm, file: &str, template: Template) 
         }
     }
     for (k, e) in worst {
-        g.case(&format!("{name}: {k} over {} steps", want["steps"].as_array().unwrap().len()), e, g.tolerance(&[name, &k]));
+        g.case(
+            &format!("{name}: {k} over {} steps", want["steps"].as_array().unwrap().len()),
+            e,
+            g.tolerance(&[name, &k]),
+        );
     }
 }
 
@@ -106,7 +121,8 @@ fn optimizer(want: &Value, vlm: &mut Vlm) -> AdamW {
             weight_decay: group["weight_decay"].as_f64(),
         });
     }
-    let shapes: BTreeMap<String, Vec<usize>> = vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
+    let shapes: BTreeMap<String, Vec<usize>> =
+        vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
     let groups = Groups::resolve(&groups, 0.0, 0.0, &shapes).unwrap();
     let warmup = Warmup { warmup_ratio: None, warmup_steps: Some(hyper["warmup_steps"].as_u64().unwrap() as usize) };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), hyper["steps"].as_u64().unwrap() as usize).unwrap();
