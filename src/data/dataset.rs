@@ -177,3 +177,67 @@ fn together(mut problems: Vec<Error>) -> Result<()> {
         None => e,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::encode::TextSettings;
+    use crate::recipe::schema::{Alpha, Resize};
+    use std::path::{Path, PathBuf};
+
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/a").join(name)
+    }
+
+    fn encoder(max_seq_len: usize) -> TextEncoder {
+        let settings = TextSettings {
+            image_token: "<image>".into(),
+            image_token_id: None,
+            vocab_size: 384,
+            tokens_per_image: 16,
+            bos: None,
+            eos: vec![],
+            system: None,
+            max_seq_len,
+            truncate: false,
+        };
+        TextEncoder::load(&golden("model"), settings).unwrap()
+    }
+
+    fn entry(file: &str, template: Option<Template>) -> Data {
+        let (path, images) = (golden("data").join(file), Some(golden("images")));
+        Data { path, images, template, resize: Resize::Crop, alpha: Alpha::Drop, limit: None }
+    }
+
+    #[test]
+    fn joins_entries_and_counts() {
+        let data = [entry("sft.json", None), Data { limit: Some(2), ..entry("plain.json", Some(Template::Plain)) }];
+        let ds = Dataset::conversations(&data, &encoder(2048), Template::VicunaV1).unwrap();
+        let stats = ds.stats();
+        assert_eq!((stats.items, stats.text_only, stats.images), (12, 2, 6));
+        assert!(stats.min_len < stats.median_len && stats.median_len < stats.max_len);
+        assert!(0 < stats.labels && stats.labels < stats.tokens);
+        let pairs = Dataset::preferences(&[entry("dpo.jsonl", None)], &encoder(2048), Template::VicunaV1).unwrap();
+        assert_eq!((pairs.items.len(), pairs.stats().items, pairs.items[0].samples().count()), (8, 8, 2));
+    }
+
+    #[test]
+    fn names_all_problems_together() {
+        let (long, encoder) = (entry("sft.json", None), encoder(90));
+        let e = Dataset::conversations(&[long], &encoder, Template::VicunaV1).unwrap_err();
+        assert!(e.cause().contains("problems in the data") && e.cause().contains("sample long"), "{e}");
+        assert!(e.hint_text().unwrap().contains("max_seq_len"));
+        let elsewhere = Data { images: Some("nowhere".into()), ..entry("plain.json", Some(Template::Plain)) };
+        let e = Dataset::conversations(&[elsewhere], &encoder, Template::Plain).unwrap_err();
+        assert!(e.cause().starts_with("6 problems") && e.cause().contains("nowhere/exact0.png"), "{e}");
+        let one = Data { images: Some("nowhere".into()), limit: Some(1), ..entry("plain.json", Some(Template::Plain)) };
+        let e = Dataset::conversations(&[one], &encoder, Template::Plain).unwrap_err();
+        assert!(e.cause().starts_with("sample plain-0: there is no image"), "{e}");
+    }
+
+    #[test]
+    fn names_twenty_problems_at_most() {
+        let e = together((0..25).map(|i| Error::new(format!("p{i}")).hint("h")).collect()).unwrap_err();
+        assert!(e.cause().contains("p19") && !e.cause().contains("p20") && e.cause().contains("and 5 more"), "{e}");
+    }
+}

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 /// Mean and standard deviation that OpenAI's CLIP was trained with.
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Pillow refuses larger pictures as decompression bombs.
 const MAX_PIXELS: u64 = 178_956_970;
@@ -131,8 +131,8 @@ impl ImageProcessor {
             "do_rescale": true,
             "rescale_factor": self.rescale,
             "do_normalize": true,
-            "image_mean": self.mean,
-            "image_std": self.std,
+            "image_mean": self.mean.map(shortest_f64),
+            "image_std": self.std.map(shortest_f64),
         })
     }
 

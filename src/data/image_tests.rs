@@ -203,3 +203,24 @@ fn applies_every_orientation() {
         assert_eq!(gray, want, "orientation {value}");
     }
 }
+
+/// Pictures that Pillow wrote, with its own reading of one pixel on the left and one on the right.
+#[test]
+fn reads_every_kind_of_jpeg_nearly_as_pillow() {
+    let cases: [(&str, [[u8; 3]; 2]); 5] = [
+        ("cmyk", [[49, 190, 216], [159, 152, 49]]),
+        ("ycck", [[32, 225, 41], [54, 6, 0]]),
+        ("gray", [[200; 3], [10; 3]]),
+        ("progressive", [[199, 40, 11], [10, 20, 179]]),
+        ("rgb", [[200, 40, 10], [10, 20, 180]]),
+    ];
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures");
+    for (name, want) in cases {
+        let picture = load_rgb(&dir.join(format!("{name}.jpg")), Alpha::Drop).unwrap();
+        for (x, want) in [2, 13].into_iter().zip(want) {
+            let at = (2 * picture.width + x) * 3;
+            let got = &picture.data[at..at + 3];
+            assert!(got.iter().zip(want).all(|(a, b)| a.abs_diff(b) <= 3), "{name}: {got:?} for {want:?}");
+        }
+    }
+}

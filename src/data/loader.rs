@@ -6,6 +6,8 @@
 
 use super::dataset::{Dataset, Item};
 use super::image::{ImageProcessor, ImageRef};
+use super::pixels::Pixels;
+use crate::bail;
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::any::Any;
@@ -15,9 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-/// Pixels of a picture: `[3, crop, crop]`, normalised.
-type Pixels = Arc<Vec<f32>>;
-
 /// What one step needs.
 #[derive(Debug, Clone)]
 pub struct StepData {
@@ -25,7 +24,7 @@ pub struct StepData {
     /// Indices of the step's items in the data set.
     pub indices: Vec<usize>,
     /// The pixels of every distinct picture of `items`.
-    pub pixels: super::Pixels,
+    pub pixels: Pixels,
 }
 
 /// How far ahead, with how many threads, and how much is kept.
@@ -46,7 +45,7 @@ impl Default for LoaderOptions {
 }
 
 /// The result of one decoding, set once by a worker.
-type Slot = Arc<OnceLock<Result<Pixels, Arc<Error>>>>;
+type Slot = Arc<OnceLock<Result<Arc<Vec<f32>>, Arc<Error>>>>;
 
 struct Job {
     image: ImageRef,
@@ -71,6 +70,7 @@ pub struct Loader {
 
 impl Loader {
     /// Starts to load `batches`: step number and the indices of its items, as from [`super::sampler::Plan::step`].
+    /// A model without a vision tower has no `processor`; a picture is then an error of its step.
     ///
     /// # Errors
     /// If no thread can be started.
@@ -88,7 +88,7 @@ impl Loader {
         let (job_tx, job_rx) = bounded::<Job>(threads * 2);
         // The consumer holds one step and the feeder works on another.
         let (pending_tx, pending_rx) = bounded(options.ahead.saturating_sub(1));
-        let bytes = processor.as_ref().map_or(1, |p| 3 * p.crop * p.crop * size_of::<f32>());
+        let bytes = processor.as_ref().map_or(0, |p| 3 * p.crop * p.crop * size_of::<f32>());
         let stop = Arc::new(AtomicBool::new(false));
         let mut loader =
             Self { dataset: dataset.clone(), pending: Some(pending_rx), stop: stop.clone(), threads: vec![] };
@@ -109,15 +109,26 @@ impl Loader {
         Ok(())
     }
 
+    /// Stops and joins all threads. Steps must not end early in silence because one of them panicked.
+    fn end(&mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.pending = None;
+        let ends: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
+        match ends.into_iter().find_map(std::result::Result::err) {
+            Some(panic) => Err(Error::new(format!("a loader thread failed: {}", panic_text(&*panic)))),
+            None => Ok(()),
+        }
+    }
+
     /// Waits for the pictures of a step.
     fn finish(&self, pending: Pending) -> Result<StepData> {
-        let items = || pending.items.iter().map(|&i| &self.dataset.items[i]);
-        let mut pixels = BTreeMap::new();
+        let mut items = pending.items.iter().map(|&i| &self.dataset.items[i]);
+        let mut pixels = Pixels::new();
         for (image, slot) in pending.slots {
             match slot.wait() {
                 Ok(p) => pixels.insert(image, p.clone()),
                 Err(e) => {
-                    let owner = items().find(|i| i.images().contains(&image)).map_or("?", Item::id);
+                    let owner = items.find(|i| i.images().contains(&image)).map_or("?", Item::id);
                     let again = Error::new(format!("sample {owner}: {e}"));
                     return Err(match e.hint_text() {
                         Some(hint) => again.hint(hint),
@@ -134,19 +145,17 @@ impl Iterator for Loader {
     type Item = Result<StepData>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let pending = self.pending.as_ref()?.recv().ok()?;
-        Some(self.finish(pending))
+        match self.pending.as_ref()?.recv() {
+            Ok(pending) => Some(self.finish(pending)),
+            Err(_) => self.end().err().map(Err),
+        }
     }
 }
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.pending = None;
-        for thread in self.threads.drain(..) {
-            // Workers catch panics of decoders; there is nothing left to report one to.
-            let _ = thread.join();
-        }
+        // Nobody is left to hear of an error.
+        let _ = self.end();
     }
 }
 
@@ -182,8 +191,9 @@ fn work(jobs: &Receiver<Job>, processor: Option<&ImageProcessor>, stop: &AtomicB
             continue;
         }
         let load = || match processor {
-            Some(p) => p.load(&image.path, image.resize, image.alpha),
-            None => Err(Error::new(format!("{}: the model has no vision tower", image.path.display()))),
+            Some(processor) => processor.load(&image.path, image.resize, image.alpha),
+            None => bail!("the model has no vision tower for {}", image.path.display();
+                "set model.vision, or leave the pictures out of the data"),
         };
         // A decoder that panics must not leave the consumer waiting.
         let result = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&image, &*panic)));
@@ -193,10 +203,12 @@ fn work(jobs: &Receiver<Job>, processor: Option<&ImageProcessor>, stop: &AtomicB
 }
 
 fn panicked(image: &ImageRef, panic: &(dyn Any + Send)) -> Error {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    let path = image.path.display();
-    Error::new(format!("the decoder failed on the image {path}: {}", text.unwrap_or("panic")))
+    Error::new(format!("the decoder failed on the image {}: {}", image.path.display(), panic_text(panic)))
         .hint("replace the file, or take its samples out of the data")
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")
 }
 
 /// The pictures used last; all have the same size, so they are counted.
@@ -249,8 +261,8 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/a").join(name)
     }
 
-    fn processor() -> Option<Arc<ImageProcessor>> {
-        Some(Arc::new(ImageProcessor::from_dir(&golden("model")).unwrap()))
+    fn processor() -> Arc<ImageProcessor> {
+        Arc::new(ImageProcessor::from_dir(&golden("model")).unwrap())
     }
 
     fn image(path: PathBuf) -> ImageRef {
@@ -281,7 +293,7 @@ mod tests {
         for cache in [0, 1, 100] {
             let batches = (5..40).map(|s| (s, vec![s % 4, (s + 1) % 4, 4, s % 4]));
             let mut steps = 5;
-            for data in Loader::new(ds.clone(), p.clone(), batches, options(cache)).unwrap() {
+            for data in Loader::new(ds.clone(), Some(p.clone()), batches, options(cache)).unwrap() {
                 let data = data.unwrap();
                 assert_eq!((data.step, data.indices.len(), data.pixels.len()), (steps, 4, 2));
                 assert_eq!(data.indices[1], (steps + 1) % 4);
@@ -299,11 +311,19 @@ mod tests {
         let mut paths = pictures();
         paths[1] = PathBuf::from("nowhere/x.png");
         let batches = (0..4).map(|s| (s, vec![s]));
-        let results: Vec<_> = Loader::new(dataset(&paths), processor(), batches, options(9)).unwrap().collect();
+        let results: Vec<_> = Loader::new(dataset(&paths), Some(processor()), batches, options(9)).unwrap().collect();
         let e = results[1].as_ref().unwrap_err();
         assert!(e.cause().contains("sample s1") && e.cause().contains("nowhere/x.png"), "{e}");
         assert!(e.hint_text().is_some());
         assert!(results[2].is_ok() && results.len() == 4);
+    }
+
+    #[test]
+    fn a_picture_without_a_vision_tower_is_an_error() {
+        let batches = [(0, vec![4]), (1, vec![0])];
+        let results: Vec<_> = Loader::new(dataset(&pictures()), None, batches, options(9)).unwrap().collect();
+        assert!(results[0].is_ok());
+        assert!(results[1].as_ref().unwrap_err().cause().contains("sample s0: the model has no vision tower"));
     }
 
     #[test]
@@ -312,7 +332,7 @@ mod tests {
         std::thread::spawn(move || {
             for taken in [0, 1, 3] {
                 let batches = (0..).map(|s| (s, vec![s % 4]));
-                let mut loader = Loader::new(dataset(&pictures()), processor(), batches, options(1)).unwrap();
+                let mut loader = Loader::new(dataset(&pictures()), Some(processor()), batches, options(1)).unwrap();
                 for _ in 0..taken {
                     loader.next().unwrap().unwrap();
                 }
@@ -321,6 +341,16 @@ mod tests {
             done.send(()).unwrap();
         });
         ended.recv_timeout(Duration::from_secs(60)).expect("a loader thread did not end");
+    }
+
+    #[test]
+    fn a_panic_of_the_feeder_is_an_error_and_not_an_end() {
+        let batches = (0..3).map(|s| (s, vec![s * 4]));
+        let mut loader = Loader::new(dataset(&pictures()), Some(processor()), batches, options(1)).unwrap();
+        assert!(loader.next().unwrap().is_ok() && loader.next().unwrap().is_ok());
+        let e = loader.next().unwrap().unwrap_err();
+        assert!(e.cause().contains("loader thread failed"), "{e}");
+        assert!(loader.next().is_none());
     }
 
     #[test]

@@ -15,6 +15,6 @@ mod tokenizer;
 pub use dataset::{Dataset, Item, Stats};
 pub use encode::{IGNORE, Sample, TextEncoder, TextSettings};
 pub use image::{ImageProcessor, ImageRef};
-pub use loader::{Loader, LoaderOptions};
+pub use loader::{Loader, LoaderOptions, StepData};
 pub use pixels::{Pixels, load_pixels};
 pub use sampler::Plan;

@@ -141,7 +141,7 @@ fn shuffle<T>(items: &mut [T], key: Key) {
     for i in (1..items.len()).rev() {
         let [a, b, ..] = key.words(i as u64);
         let word = u128::from(a) << 32 | u128::from(b);
-        items.swap(i, (word * (i as u128 + 1) >> 64) as usize);
+        items.swap(i, ((word * (i as u128 + 1)) >> 64) as usize);
     }
 }
 
@@ -165,7 +165,7 @@ mod tests {
                 id: i.to_string(),
                 ids: vec![1; i + 1],
                 labels: vec![1; i + 1],
-                images: if i % 3 == 0 { vec![] } else { vec![image.clone()] },
+                images: if i.is_multiple_of(3) { vec![] } else { vec![image.clone()] },
                 category: None,
                 absent: vec![],
             })
