@@ -25,7 +25,7 @@ words!(
     Shape { Circle = "circle", Square = "square", Triangle = "triangle", Cross = "cross" }
 );
 words!(
-    /// In reading order. One word each: a two-word place takes a small language model several times as long to bind.
+    /// In reading order. One word each, so that a small language model has less to bind.
     Place { TopLeft = "top-left", TopRight = "top-right", BottomLeft = "bottom-left", BottomRight = "bottom-right" }
 );
 
