@@ -9,7 +9,7 @@ macro_rules! words {
         pub enum $name { $($variant),* }
         impl $name {
             pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-            /// The word (or words) for it.
+            /// The word for it.
             pub fn word(self) -> &'static str {
                 match self { $(Self::$variant => $word),* }
             }
@@ -25,8 +25,8 @@ words!(
     Shape { Circle = "circle", Square = "square", Triangle = "triangle", Cross = "cross" }
 );
 words!(
-    /// In reading order.
-    Place { TopLeft = "top left", TopRight = "top right", BottomLeft = "bottom left", BottomRight = "bottom right" }
+    /// In reading order. One word each, so that a small language model has less to bind.
+    Place { TopLeft = "top-left", TopRight = "top-right", BottomLeft = "bottom-left", BottomRight = "bottom-right" }
 );
 
 impl Shape {

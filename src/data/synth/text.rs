@@ -70,12 +70,12 @@ pub struct Absence {
     pub phrases: Vec<String>,
 }
 
-/// "a red cross top left, a blue square bottom right."
+/// "a red cross top-left, a blue square bottom-right."
 pub fn caption(scene: &Scene) -> String {
     sentence(scene.objects.iter().map(|o| format!("a {} {}", o.name(), o.place.word())))
 }
 
-/// "red cross top left, blue square bottom right": the attribute words alone.
+/// "red cross top-left, blue square bottom-right": the attribute words alone.
 pub fn attributes(scene: &Scene) -> String {
     let parts: Vec<_> = scene.objects.iter().map(|o| format!("{} {}", o.name(), o.place.word())).collect();
     parts.join(", ")

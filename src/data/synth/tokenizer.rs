@@ -12,13 +12,12 @@ pub const MAX_VOCAB: usize = 64;
 pub fn vocabulary() -> Vec<&'static str> {
     let fixed = "user: assistant: . , ? a is there the what where how many color shape shapes describe picture \
                  yes none one two three";
-    let places = Place::ALL.iter().flat_map(|p| p.word().split(' '));
     let mut words: Vec<&'static str> = SPECIALS.to_vec();
     let all = fixed
         .split_whitespace()
         .chain(Color::ALL.iter().map(|c| c.word()))
         .chain(Shape::ALL.iter().flat_map(|s| [s.word(), s.plural()]))
-        .chain(places);
+        .chain(Place::ALL.iter().map(|p| p.word()));
     for word in all {
         if !words.contains(&word) {
             words.push(word);
