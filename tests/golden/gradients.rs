@@ -49,7 +49,6 @@ fn compare(g: &Golden, setting: &str, want: &BTreeMap<String, Tensor>, got: &BTr
     let key = format!("grads/{setting}");
     let (mut worst, mut relative) = (0f64, 0f64);
     for (name, w) in want {
-        if std::env::var_os("DBG").is_some() && distance(&got[name], w) > 1e-5 { eprintln!("{setting} {name} {:e} of {:e}", distance(&got[name], w), norm(w)); }
         worst = worst.max(distance(&got[name], w));
         // Tensors whose gradient is zero up to rounding are compared against the largest gradient.
         if norm(w) > 1e-6 * largest {

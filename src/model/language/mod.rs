@@ -178,7 +178,10 @@ impl Language {
         let dx = segment::backward(&self.layers, tape, dy, side, grads, self.below)?;
         if let (true, Some(dx)) = (self.embed_tokens.trainable, &dx) {
             // Rows that visual features took the place of belong to the projector.
-            let text: Vec<u32> = text_rows(ids.len(), spliced);
+            // The padding token's embedding is no parameter in HF (`padding_idx`), even where it doubles as the end token.
+            let pad = self.config.pad_token_id;
+            let mut text = text_rows(ids.len(), spliced);
+            text.retain(|r| Some(ids[*r as usize]) != pad);
             let table_rows: Vec<u32> = text.iter().map(|r| ids[*r as usize]).collect();
             scatter_add_(grads.slot(&self.embed_tokens)?, &table_rows, &gather(dx, &text)?)?;
         }
