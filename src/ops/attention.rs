@@ -94,7 +94,7 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
     dispatch!(s.q, "attention backward", T => {
         let (q, k, v) = (data::<T>(s.q)?, data::<T>(s.k)?, data::<T>(s.v)?);
         let (o, lse, g) = (data::<T>(s.o)?, data::<T>(s.lse)?, data::<T>(d_o)?);
-        let (q, k, v, o, lse, g): (&[T], &[T], &[T], &[T], &[T], &[T]) = (&q, &k, &v, &o, &lse, &g);
+        let [q, k, v, o, lse, g]: [&[T]; 6] = [&q, &k, &v, &o, &lse, &g];
         let (qw, kw) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
         let (mut dq, mut dk, mut dv) = (vec![T::default(); n * qw], vec![T::default(); m * kw], vec![T::default(); m * kw]);
         let (dqp, dkp, dvp) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
@@ -213,7 +213,7 @@ fn check(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) 
     if qw != cfg.heads * cfg.head_dim
         || kw != cfg.kv_heads * cfg.head_dim
         || v.dims() != k.dims()
-        || cfg.heads % cfg.kv_heads != 0
+        || !cfg.heads.is_multiple_of(cfg.kv_heads)
     {
         bail!("attention: q {:?}, k {:?}, v {:?} do not fit {cfg:?}", q.dims(), k.dims(), v.dims())
     }

@@ -55,11 +55,11 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
         Some(Part { dir: Some(dir), tower }) => Some(processor(dir, &tower.config)?),
         Some(Part { dir: None, tower }) => Some(ImageProcessor::default_for(&tower.config)),
     };
-    if let (Some(p), Some(t)) = (&images, &tower) {
-        if p.crop != t.config.image_size {
-            bail!("pictures are prepared at {} px, but the tower takes {} px", p.crop, t.config.image_size;
-                "preprocessor_config.json and config.json of the tower do not belong together")
-        }
+    if let (Some(p), Some(t)) = (&images, &tower)
+        && p.crop != t.config.image_size
+    {
+        bail!("pictures are prepared at {} px, but the tower takes {} px", p.crop, t.config.image_size;
+            "preprocessor_config.json and config.json of the tower do not belong together")
     }
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
     let mut start_adapter = None;
