@@ -15,13 +15,17 @@ use std::path::Path;
 /// A LoRA adapter: low-rank updates B·A of linear layers.
 #[derive(Debug, Clone)]
 pub struct LoraAdapter {
+    /// Part of its parameters' names.
     pub name: String,
     /// Rank of the modules, unless their tensors have another one.
     pub rank: usize,
+    /// Alpha of the modules that have no own one.
     pub alpha: f64,
     /// Alpha of the modules that have their own (PEFT's `alpha_pattern`), by canonical name.
     pub alphas: BTreeMap<String, f64>,
+    /// Scale alpha/√rank instead of alpha/rank.
     pub rslora: bool,
+    /// Probability of zeroing an input of A while training.
     pub dropout: f64,
     /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
     pub tensors: BTreeMap<String, (Tensor, Tensor)>,

@@ -18,16 +18,22 @@ use std::ops::Range;
 /// keys up to the same distance from the end of `k`: with a cache `k` is longer than `q`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
+    /// Its rows of Q.
     pub q: Range<usize>,
+    /// Its rows of K and V.
     pub k: Range<usize>,
 }
 
 /// Shape of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Config {
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Width of a head.
     pub head_dim: usize,
+    /// Whether a query sees only the keys up to its own place.
     pub causal: bool,
 }
 
@@ -80,10 +86,15 @@ pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Te
 
 /// What [`backward`] needs of the forward pass.
 pub struct Saved<'a> {
+    /// `[N, heads·hd]`.
     pub q: &'a Tensor,
+    /// `[M, kv_heads·hd]`.
     pub k: &'a Tensor,
+    /// `[M, kv_heads·hd]`.
     pub v: &'a Tensor,
+    /// The output, `[N, heads·hd]`.
     pub o: &'a Tensor,
+    /// Log-sum-exp of each row's scores, `[N, heads]`.
     pub lse: &'a Tensor,
 }
 
@@ -141,7 +152,7 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
 ///
 /// # Safety
 /// `rows` and the keys must lie in `q` and `k`.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the operands of one matrix product")]
 unsafe fn score<T: Real>(
     cfg: Config,
     q: &[T],
