@@ -1,7 +1,7 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
+use crate::adapters::lora::LoraAdapter;
 use crate::bail;
-use crate::checkpoint::peft::LoraAdapter;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
@@ -53,7 +53,7 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
     let images = match &vision {
         None => None,
         Some(Part { dir: Some(dir), tower }) => Some(processor(dir, &tower.config)?),
-        Some(Part { dir: None, tower }) => Some(ImageProcessor::default_for(&tower.config)),
+        Some(Part { dir: None, tower }) => Some(ImageProcessor::clip(tower.config.image_size)),
     };
     if let (Some(p), Some(t)) = (&images, &tower)
         && p.crop != t.config.image_size
@@ -257,7 +257,7 @@ impl Parts {
 /// How the tower's folder says pictures are prepared; CLIP's way if it says nothing.
 fn processor(dir: &Path, config: &VisionConfig) -> Result<ImageProcessor> {
     let says = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| dir.join(f).exists());
-    if says { ImageProcessor::from_dir(dir) } else { Ok(ImageProcessor::default_for(config)) }
+    if says { ImageProcessor::from_dir(dir) } else { Ok(ImageProcessor::clip(config.image_size)) }
 }
 
 fn either(key: &str) -> Error {
