@@ -167,3 +167,19 @@ fn finds_a_place_for_the_image_token() {
     let e = TextEncoder::load(Path::new("/nonexistent"), settings()).err().unwrap();
     assert!(e.hint_text().unwrap().contains("model.language.tokenizer"), "{e}");
 }
+
+#[test]
+fn a_damaged_tokenizer_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokenizer.json");
+    let whole = std::fs::read_to_string(golden().join("model/tokenizer.json")).unwrap();
+    let in_decoder = whole.find("\"decoder\"").unwrap() + 20;
+    let mut odd: Value = serde_json::from_str(&whole).unwrap();
+    odd["decoder"] = 5.into();
+    for text in [&whole[..in_decoder], "", "version https://git-lfs.github.com/spec/v1\n", &odd.to_string()] {
+        std::fs::write(&file, text).unwrap();
+        let e = TextEncoder::load(&file, settings()).err().unwrap();
+        assert!(e.cause().contains("cannot read the tokenizer") && e.cause().contains("tokenizer.json"), "{e}");
+        assert!(e.hint_text().is_some());
+    }
+}

@@ -2,7 +2,9 @@
 
 use crate::bail;
 use crate::error::{Context, Error, Result};
+use serde::de::IgnoredAny;
 use serde_json::Value;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 
@@ -31,10 +33,7 @@ impl TokenizerFiles {
         if !file.is_file() {
             return Err(missing(&dir, &file));
         }
-        let mut tokenizer = Tokenizer::from_file(&file).map_err(|e| {
-            Error::new(format!("cannot read the tokenizer {}: {e}", file.display()))
-                .hint("fetch the file again; a Git LFS pointer is a few lines of text")
-        })?;
+        let mut tokenizer = open(&file)?;
         tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
         tokenizer.with_padding(None);
         let leading = leading_token(&tokenizer)?;
@@ -96,6 +95,18 @@ impl TokenizerFiles {
         special.sort_by_key(|(id, _)| *id);
         special.into_iter().map(|(_, t)| t.content).collect()
     }
+}
+
+fn open(file: &Path) -> Result<Tokenizer> {
+    let damaged = |e: &dyn std::fmt::Display| {
+        Error::new(format!("cannot read the tokenizer {}: {e}", file.display()))
+            .hint("fetch the file again; a Git LFS pointer is a few lines of text")
+    };
+    let bytes = std::fs::read(file).map_err(|e| damaged(&e))?;
+    // `tokenizers` panics on some files that are no JSON, or that have a part of another kind than it expects.
+    serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| damaged(&e))?;
+    let read = catch_unwind(|| Tokenizer::from_bytes(&bytes));
+    read.map_err(|_| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e))
 }
 
 fn missing(dir: &Path, file: &Path) -> Error {
