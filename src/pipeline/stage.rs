@@ -110,7 +110,7 @@ pub fn check_reachable(state: &mut State, name: &str, pictures: bool) -> Result<
         "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
 }
 
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "all that a stage consists of")]
 fn steps(
     run: &Run,
     state: &mut State,
