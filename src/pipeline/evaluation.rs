@@ -3,11 +3,19 @@
 use crate::data::{Dataset, ImageProcessor, Pixels, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
-use crate::recipe::schema::{Metric, Recipe};
+use crate::recipe::schema::{Eval, Metric, Recipe};
 use crate::report::Table;
 use crate::train::evaluate::{Evaluation, Figures, evaluate};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The samples of an evaluation, as its metric takes them.
+pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
+    match eval.metric {
+        Metric::Preference => Dataset::preferences(&eval.data, encoder, recipe.model.template),
+        _ => Dataset::conversations(&eval.data, encoder, recipe.model.template),
+    }
+}
 
 /// Evaluations by name, ready to run.
 pub struct Evaluations<'a> {
@@ -29,10 +37,7 @@ impl<'a> Evaluations<'a> {
         for name in wanted {
             let e = &recipe.eval[name];
             let load = || -> Result<(Dataset, Pixels)> {
-                let set = match e.metric {
-                    Metric::Preference => Dataset::preferences(&e.data, encoder, recipe.model.template)?,
-                    _ => Dataset::conversations(&e.data, encoder, recipe.model.template)?,
-                };
+                let set = dataset(recipe, e, encoder)?;
                 let pixels = load_pixels(&set.items, images)?;
                 Ok((set, pixels))
             };

@@ -11,18 +11,20 @@ pub mod export;
 pub mod freeze;
 pub mod merge;
 pub mod run_dir;
+pub mod signals;
 pub mod stage;
 pub mod state;
 
 use crate::bail;
-use crate::data::{source, synth};
+use crate::data::{Dataset, synth};
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Objective, Recipe, SynthKind};
+use crate::recipe::schema::{Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
-use stage::{Run, SideFiles, run_stage};
+use signals::Signals;
+use stage::{Run, SideFiles, dataset, run_stage};
 use state::{State, lineage, parent};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -34,10 +36,20 @@ pub struct Options {
     pub stages: Vec<String>,
     /// Go on although recipe or inputs differ from what the run directory says.
     pub allow_changes: bool,
+    /// What may ask the run to stop.
+    pub signals: Signals,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Finished,
+    /// A signal asked for it; a checkpoint is written, and the same command goes on.
+    Stopped,
 }
 
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
-pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<()> {
+pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe)?;
@@ -45,11 +57,13 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = None;
     let mut at: Option<(String, State)> = None;
+    let mut nothing_to_do = true;
     for name in wanted {
         if let Some(done) = dir.done(recipe, name)? {
             reporter.info(&format!("{name}: done ({} steps, loss {:.4})", done.steps, done.loss));
             continue;
         }
+        nothing_to_do = false;
         let mut state = start(recipe, &dir, &mut assembly, at.take(), name, reporter)?;
         if evals.is_none() {
             let names: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
@@ -62,17 +76,21 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
             images: assembly.images.as_ref(),
             sides: SideFiles::of(&assembly),
             reporter,
+            signals: &options.signals,
         };
-        if let Some(evals) = &evals {
-            run_stage(&run, &mut state, name, evals)?;
+        if let Some(evals) = &evals
+            && run_stage(&run, &mut state, name, evals)?.is_none()
+        {
+            return Ok(Outcome::Stopped);
         }
         if let Some(table) = evaluation::table(recipe, &dir.results()?)? {
             reporter.table(&table);
         }
         at = Some((name.to_string(), state));
     }
-    reporter.info(&format!("the run is in {}", dir.root().display()));
-    Ok(())
+    let what = if nothing_to_do { "nothing to do: the run is finished and lies in" } else { "the run is in" };
+    reporter.info(&format!("{what} {}", dir.root().display()));
+    Ok(Outcome::Finished)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -142,16 +160,12 @@ fn inputs(recipe: &Recipe, assembly: &Assembly) -> Result<std::collections::BTre
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
     let mut names: BTreeSet<&String> = BTreeSet::new();
-    for stage in recipe.stages.iter().map(|s| &recipe.stage[s]) {
-        for data in &stage.data {
-            files.insert(data.path.clone());
-            // The samples are read, not encoded: that comes when the stage runs.
-            let images: Vec<_> = match stage.objective {
-                Objective::Sft => source::conversations(data)?.into_iter().flat_map(|c| c.images).collect(),
-                Objective::Dpo(_) => source::preferences(data)?.into_iter().flat_map(|p| p.images).collect(),
-            };
-            pictures.extend(images.into_iter().map(|i| i.path));
-        }
+    let data_of = |stage: &str, set: Result<Dataset>| set.with_context(|| format!("stage.{stage}"));
+    for (name, stage) in recipe.stages.iter().map(|s| (s, &recipe.stage[s])) {
+        files.extend(stage.data.iter().map(|d| d.path.clone()));
+        pictures.extend(
+            data_of(name, dataset(recipe, stage, &assembly.encoder))?.images().into_iter().map(|i| i.path.clone()),
+        );
         names.extend(&stage.eval);
     }
     files.extend(names.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));

@@ -18,10 +18,11 @@ use std::path::Path;
 /// File of all tensors that differ from the backbones as loaded.
 pub const TRAINED: &str = "trained.safetensors";
 
-/// A model between or in stages.
+/// A model between or in stages; copies share their tensors.
+#[derive(Clone)]
 pub struct State {
     pub vlm: Vlm,
-    /// Adapters on the model, as the recipe declared them.
+    /// Adapters on the model, as the recipe declared them; `freeze` is set where later ones are stacked on them.
     pub adapters: BTreeMap<String, schema::Lora>,
     /// Parameters of the base model that were trained, reset or merged into so far.
     pub changed: BTreeSet<String>,
@@ -37,13 +38,15 @@ impl State {
 
     /// Does what the stage says about structure: hand-over of adapters, fresh parameters, new adapters, what trains.
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
-        let before: Vec<String> = self.adapters.keys().cloned().collect();
-        if hand_over(stage) == HandOver::Merge {
-            self.merge(&before)?;
+        match hand_over(stage) {
+            HandOver::Merge => self.merge()?,
+            HandOver::Stack => self.adapters.values_mut().for_each(|a| a.freeze = true),
+            HandOver::Continue => {}
         }
+        let continued: Vec<String> =
+            self.adapters.iter().filter(|(_, a)| !a.freeze).map(|(name, _)| name.clone()).collect();
         self.reset(stage, name)?;
         let declared = self.declare(stage, name)?;
-        let continued = if hand_over(stage) == HandOver::Continue { before } else { Vec::new() };
         let trainable = self.trainable(stage, &continued, &declared)?;
         self.changed.extend(trainable.iter().filter(|n| !is_adapter(n)).cloned());
         self.vlm.train_only(&trainable);
@@ -51,11 +54,10 @@ impl State {
         Ok(())
     }
 
-    fn merge(&mut self, adapters: &[String]) -> Result<()> {
-        for a in adapters {
-            self.changed.extend(self.vlm.deltas(a).into_keys().map(|n| format!("{n}.weight")));
-            lora::merge(&mut self.vlm, a)?;
-            self.adapters.remove(a);
+    fn merge(&mut self) -> Result<()> {
+        for a in std::mem::take(&mut self.adapters).into_keys() {
+            self.changed.extend(self.vlm.deltas(&a).into_keys().map(|n| format!("{n}.weight")));
+            lora::merge(&mut self.vlm, &a)?;
         }
         Ok(())
     }
@@ -100,7 +102,7 @@ impl State {
         let mut out: BTreeSet<String> = if stage.train.is_empty() {
             BTreeSet::new()
         } else {
-            let patterns = Patterns::new(&stage.train, &own)?;
+            let patterns = Patterns::new(&stage.train, &own).context("train")?;
             own.into_iter().filter(|n| patterns.matches(n)).collect()
         };
         for adapter in continued.iter().chain(declared) {

@@ -177,7 +177,7 @@ pub enum Template {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// Where the stage starts; default: the stage before it, adapters continued (frozen unless listed here).
+    /// Where the stage starts; default: the stage before it, its adapters continued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<From>,
     /// Ordered patterns over parameter names, `"pattern"` or `"!pattern"`; first match wins, unmatched = frozen.
@@ -237,7 +237,7 @@ pub struct From {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HandOver {
-    /// Keep training them.
+    /// Keep training those that trained.
     #[default]
     Continue,
     /// Freeze them; new ones go on top.
