@@ -128,17 +128,17 @@ pub fn names(vlm: &mut Vlm) -> Vec<String> {
     out.into_iter().collect()
 }
 
-/// An adapter as it is saved.
-pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> LoraAdapter {
-    let tensors: BTreeMap<String, (Tensor, Tensor)> =
-        vlm.deltas(adapter).into_iter().map(|(name, d)| (name, (d.a.value, d.b.value))).collect();
-    LoraAdapter {
-        name: adapter.to_string(),
-        rank: cfg.rank,
-        alpha: cfg.alpha,
-        rslora: cfg.rslora,
-        dropout: cfg.dropout,
-        alphas: BTreeMap::new(),
-        tensors,
+/// An adapter as it is saved. Modules whose scale comes from an alpha of their own keep it.
+pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> Result<LoraAdapter> {
+    let (mut tensors, mut alphas) = (BTreeMap::new(), BTreeMap::new());
+    for (name, d) in vlm.deltas(adapter) {
+        let rank = d.a.value.dim(0)? as f64;
+        let alpha = d.scale * if cfg.rslora { rank.sqrt() } else { rank };
+        if (alpha - cfg.alpha).abs() > 1e-9 * cfg.alpha.abs() {
+            alphas.insert(name.clone(), alpha);
+        }
+        tensors.insert(name, (d.a.value, d.b.value));
     }
+    let (name, rank) = (adapter.to_string(), cfg.rank);
+    Ok(LoraAdapter { name, rank, alpha: cfg.alpha, rslora: cfg.rslora, dropout: cfg.dropout, alphas, tensors })
 }

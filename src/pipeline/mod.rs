@@ -15,14 +15,14 @@ pub mod stage;
 pub mod state;
 
 use crate::bail;
-use crate::data::synth;
+use crate::data::{source, synth};
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Recipe, SynthKind};
+use crate::recipe::schema::{Objective, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
-use stage::{Run, SideFiles, dataset, run_stage};
+use stage::{Run, SideFiles, run_stage};
 use state::{State, lineage, parent};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -143,8 +143,15 @@ fn inputs(recipe: &Recipe, assembly: &Assembly) -> Result<std::collections::BTre
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
     let mut names: BTreeSet<&String> = BTreeSet::new();
     for stage in recipe.stages.iter().map(|s| &recipe.stage[s]) {
-        files.extend(stage.data.iter().map(|d| d.path.clone()));
-        pictures.extend(dataset(recipe, stage, &assembly.encoder)?.images().into_iter().map(|i| i.path.clone()));
+        for data in &stage.data {
+            files.insert(data.path.clone());
+            // The samples are read, not encoded: that comes when the stage runs.
+            let images: Vec<_> = match stage.objective {
+                Objective::Sft => source::conversations(data)?.into_iter().flat_map(|c| c.images).collect(),
+                Objective::Dpo(_) => source::preferences(data)?.into_iter().flat_map(|p| p.images).collect(),
+            };
+            pictures.extend(images.into_iter().map(|i| i.path));
+        }
         names.extend(&stage.eval);
     }
     files.extend(names.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));

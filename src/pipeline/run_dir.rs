@@ -14,7 +14,7 @@
 //! ```
 
 use crate::bail;
-use crate::checkpoint::atomic::write_bytes;
+use crate::checkpoint::atomic::{self, write_bytes};
 use crate::error::{Context, Result};
 use crate::recipe::schema::Recipe;
 use rayon::prelude::*;
@@ -50,6 +50,7 @@ impl RunDir {
     pub fn open(root: &Path, recipe: &Recipe, inputs: &BTreeMap<String, String>, allow_changes: bool) -> Result<Self> {
         fs::create_dir_all(root).with_context(|| format!("cannot make the run directory {}", root.display()))?;
         let run = Self { root: root.to_path_buf() };
+        run.tidy(recipe)?;
         let (recipe_path, inputs_path) = (root.join("recipe.toml"), root.join("inputs.json"));
         let text = crate::recipe::to_toml(recipe)?;
         if recipe_path.exists() && !allow_changes {
@@ -67,6 +68,16 @@ impl RunDir {
         write_bytes(&recipe_path, text.as_bytes())?;
         write_bytes(&inputs_path, serde_json::to_string_pretty(inputs)?.as_bytes())?;
         Ok(run)
+    }
+
+    /// Finishes or removes what a killed writer left half done.
+    fn tidy(&self, recipe: &Recipe) -> Result<()> {
+        let stages = recipe.stages.iter().map(|s| self.stage(recipe, s));
+        let folders = stages.flat_map(|s| [s.join("checkpoints"), s]).chain([self.root.clone()]);
+        for folder in folders.filter(|f| f.is_dir()) {
+            atomic::recover(&folder)?;
+        }
+        Ok(())
     }
 
     /// An existing run, to read from.

@@ -180,7 +180,7 @@ fn metrics_line(
         grad_norm_total: report.grad_norm,
         label_tokens: done.label_tokens,
         tokens_per_s: done.tokens as f64 / seconds,
-        samples_per_s: done.sequences as f64 / seconds,
+        samples_per_s: done.samples as f64 / seconds,
         peak_memory_bytes: peak_memory_bytes(),
         preference: done.dpo.map(|m| PreferenceMetrics {
             reward_chosen: m.reward_chosen,
