@@ -66,7 +66,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         if let Some(evals) = &evals {
             run_stage(&run, &mut state, name, evals)?;
         }
-        if let Some(table) = evaluation::table(recipe, &dir.results()?)? {
+        for table in evaluation::tables(recipe, &dir.results()?)? {
             reporter.table(&table);
         }
         at = Some((name.to_string(), state));
