@@ -29,7 +29,8 @@ pub struct Args {
 pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
     super::device::check(&args.device)?;
     let recipe = recipe::load(&args.recipe, &args.sets)?;
-    let options = Options { stages: args.stages.clone(), allow_changes: args.allow_changes, signals: Signals::listen()? };
+    let options =
+        Options { stages: args.stages.clone(), allow_changes: args.allow_changes, signals: Signals::listen()? };
     Ok(match pipeline::train(&recipe, &options, reporter)? {
         Outcome::Finished => ExitCode::SUCCESS,
         Outcome::Stopped => ExitCode::from(STOPPED),

@@ -133,7 +133,8 @@ impl<'a> Check<'a> {
     /// The data of every evaluation that a stage runs; returns what is wrong.
     fn evaluations(&self, out: &mut dyn Write) -> Result<Vec<Error>> {
         let wanted: BTreeSet<&String> = self.recipe.stages.iter().flat_map(|s| &self.recipe.stage[s].eval).collect();
-        let (mut problems, mut t) = (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures"]));
+        let (mut problems, mut t) =
+            (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures"]));
         for name in wanted {
             let eval = &self.recipe.eval[name];
             let load = || -> Result<Dataset> {

@@ -139,7 +139,8 @@ fn steps(
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
     let params = state.vlm.trainable();
-    let mut watch = GradientWatch::new(params.keys().cloned(), first, if first == 0 { epoch.min(total) } else { epoch });
+    let mut watch =
+        GradientWatch::new(params.keys().cloned(), first, if first == 0 { epoch.min(total) } else { epoch });
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
         Objective::Dpo(settings) => Task::Dpo { settings, reference },
@@ -214,7 +215,9 @@ fn metrics_line(
 fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
     let fingerprint = fingerprint(data);
-    if path.exists() && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
+    // Before the first checkpoint, the start itself may have changed.
+    let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
+    if begun && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
         let all = safetensors::load(path)?;
         let column = |k: &str| -> Result<Vec<f64>> {
             let Some(t) = all.get(k) else {

@@ -315,7 +315,10 @@ mod tests {
         });
         let events: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         let names: Vec<&str> = events.iter().map(|e| e["event"].as_str().unwrap()).collect();
-        assert_eq!(names, ["stage_start", "step", "warn", "info", "table", "stage_end", "stage_start", "stopped", "error"]);
+        assert_eq!(
+            names,
+            ["stage_start", "step", "warn", "info", "table", "stage_end", "stage_start", "stopped", "error"]
+        );
         assert_eq!(events[1]["lr"]["lora"], 2e-3);
         assert_eq!(events[3]["message"], "so\nit is");
         assert_eq!(events[4]["rows"][0][0], "1");

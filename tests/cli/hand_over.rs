@@ -54,15 +54,20 @@ fn a_reference_with_adapters_off_is_the_base() {
 fn stack_freezes_the_first_adapter_and_trains_another_on_top() {
     let f = Folder::with(THREE_STAGES);
     let on_top = "stage.dpo.adapters=[{lora={rank=2,alpha=4,target=['language.layers.*.q_proj']}}]";
-    let args = ["--set", "stage.dpo.from={stage='sft',adapters='stack'}", "--set", on_top, "--set", "defaults.max_steps=4"];
+    let args =
+        ["--set", "stage.dpo.from={stage='sft',adapters='stack'}", "--set", on_top, "--set", "defaults.max_steps=4"];
     let said = f.train(&[&NO_DROPOUT[..], &args].concat());
     assert!((losses(&f, "dpo")[0] - std::f64::consts::LN_2).abs() < 1e-7);
     assert_eq!(adapter(&f, "02-sft", "sft"), adapter(&f, "03-dpo", "sft"));
     let b = adapter(&f, "03-dpo", "dpo").concat();
     assert!(b.iter().any(|x| *x != 0.0));
     let rows = json(&f.path("run/03-dpo/params.json"));
-    let row = |what: &str| rows.as_array().unwrap().iter().find(|r| r["what"] == what).unwrap_or_else(|| panic!("{rows}"));
-    assert_eq!((row("adapter sft")["state"].as_str(), row("adapter dpo")["state"].as_str()), (Some("frozen"), Some("trains")));
+    let row =
+        |what: &str| rows.as_array().unwrap().iter().find(|r| r["what"] == what).unwrap_or_else(|| panic!("{rows}"));
+    assert_eq!(
+        (row("adapter sft")["state"].as_str(), row("adapter dpo")["state"].as_str()),
+        (Some("frozen"), Some("trains"))
+    );
     assert!(said.stderr.contains("adapter sft"), "{}", said.stderr);
     for name in ["sft", "dpo"] {
         assert!(f.path(&format!("run/03-dpo/final/adapters/{name}/adapter_config.json")).exists());
@@ -73,7 +78,8 @@ fn stack_freezes_the_first_adapter_and_trains_another_on_top() {
 fn merge_measures_the_drift_and_ends_in_whole_weights() {
     let f = Folder::with(THREE_STAGES);
     let on_top = "stage.dpo.adapters=[{lora={rank=2,alpha=4,target=['language.layers.*.q_proj']}}]";
-    let args = ["--set", "stage.dpo.from={stage='sft',adapters='merge'}", "--set", on_top, "--set", "defaults.max_steps=4"];
+    let args =
+        ["--set", "stage.dpo.from={stage='sft',adapters='merge'}", "--set", on_top, "--set", "defaults.max_steps=4"];
     let args = [&NO_DROPOUT[..], &args].concat();
     let said = f.train(&args);
     assert!(said.stderr.contains("dpo: adapters merged; log-probabilities moved by at most "), "{}", said.stderr);
@@ -164,7 +170,10 @@ max_steps = 1
     f.ok(["train", "again.toml"]);
     assert_eq!(score(&["--run", "again"], "again.jsonl"), of_run);
     // Without the projector it is another model.
-    let base = score(&["--model", golden("model").to_str().unwrap(), "--adapter", &format!("{final_}/adapters/sft")], "b.jsonl");
+    let base = score(
+        &["--model", golden("model").to_str().unwrap(), "--adapter", &format!("{final_}/adapters/sft")],
+        "b.jsonl",
+    );
     assert_ne!(base, of_run);
     assert!(score(&["--run", "run", "--stage", "align"], "align.jsonl") != of_run);
 }

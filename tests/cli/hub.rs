@@ -74,7 +74,8 @@ fn a_model_from_the_hub_then_without_the_network() {
     // Not in the cache, and no network.
     f.fails(&["check", "recipe.toml"], &["owner/tiny@main is not complete in the cache", "HF_HUB_OFFLINE"]);
     let hub = Hub::start();
-    let online = f.adfreeze(["check", "recipe.toml"]).env("HF_ENDPOINT", hub.endpoint()).env("HF_HUB_OFFLINE", "0").output();
+    let online =
+        f.adfreeze(["check", "recipe.toml"]).env("HF_ENDPOINT", hub.endpoint()).env("HF_HUB_OFFLINE", "0").output();
     let online = said(online.unwrap());
     assert!(hub.stop() > 4);
     assert_eq!(online.code, Some(0), "{}", online.stderr);

@@ -90,12 +90,23 @@ fn log_lines_and_metrics_are_json() {
     assert_eq!(metrics.len(), 9);
     let common = ["stage", "step", "loss", "lr", "grad_norm", "grad_norm_total", "label_tokens"];
     let timing = ["tokens_per_s", "samples_per_s", "peak_memory_bytes"];
-    let trl = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"];
+    let trl = [
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ];
     for m in &metrics {
         let keys: Vec<&str> = m.as_object().unwrap().keys().map(String::as_str).collect();
         let dpo = if m["stage"] == "dpo" { &trl[..] } else { &[] };
         assert_eq!(keys, [&common, dpo, &timing].concat());
-        assert!(m["loss"].is_f64() && m["grad_norm_total"].as_f64().unwrap() > 0.0 && m["tokens_per_s"].as_f64().unwrap() > 0.0);
+        assert!(
+            m["loss"].is_f64()
+                && m["grad_norm_total"].as_f64().unwrap() > 0.0
+                && m["tokens_per_s"].as_f64().unwrap() > 0.0
+        );
     }
     let sft = &metrics[4];
     // Warm-up over two steps; the projector has its own group.
