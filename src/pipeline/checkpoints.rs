@@ -50,7 +50,7 @@ pub fn save(
 /// Loads the newest checkpoint, if there is one, into model and optimizer; returns how far it had come.
 pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Result<Progress> {
     let none = Progress { steps: 0, loss: f64::NAN };
-    let Some((steps, dir)) = list(stage_dir)?.pop() else { return Ok(none) };
+    let Some((steps, dir)) = newest(stage_dir)? else { return Ok(none) };
     let read =
         |file: &str| safetensors::load(&dir.join(file)).with_context(|| format!("the checkpoint {}", dir.display()));
     let trained = read(TRAINED)?;
@@ -68,6 +68,11 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Res
         crate::bail!("{} does not say its loss", path.display(); "delete {} to go on from the checkpoint before it", dir.display())
     };
     Ok(Progress { steps, loss })
+}
+
+/// The newest checkpoint of a stage: its step and folder.
+pub fn newest(stage_dir: &Path) -> Result<Option<(usize, PathBuf)>> {
+    Ok(list(stage_dir)?.pop())
 }
 
 /// Checkpoints of a stage by step, oldest first.

@@ -108,7 +108,8 @@ fn start(
         (Some(p), _) => restore(recipe, dir, assembly, p)?,
         (None, _) => fresh_state(recipe, assembly)?,
     };
-    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))?;
+    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))
+        .with_context(|| format!("stage.{name}"))?;
     Ok(state)
 }
 
@@ -119,7 +120,7 @@ pub fn restore(recipe: &Recipe, dir: &RunDir, assembly: &mut Assembly, stage: &s
     };
     let mut state = fresh_state(recipe, assembly)?;
     for ancestor in lineage(recipe, stage)? {
-        state.enter(&recipe.stage[ancestor], ancestor)?;
+        state.enter(&recipe.stage[ancestor], ancestor).with_context(|| format!("stage.{ancestor}"))?;
     }
     state.load(&dir.stage(recipe, stage).join("final"))?;
     Ok(state)

@@ -7,7 +7,7 @@
 //! results.json           every held-out figure by stage
 //! 01-align/
 //!   params.json          what is frozen and what trains
-//!   reference.json       DPO: the reference's log-probabilities
+//!   reference.safetensors  DPO: the reference's log-probabilities
 //!   checkpoints/step-N/  trained tensors and optimizer state
 //!   final/               trained.safetensors, projector.safetensors, one PEFT folder an adapter, changed backbones
 //!   done.json            written last
@@ -49,14 +49,20 @@ pub struct Done {
 }
 
 impl RunDir {
-    /// Opens or makes the directory; it is an error if it holds another run (unless `allow_changes`).
+    /// Opens or makes the directory. It is an error if another process writes there, or if it holds checkpoints of
+    /// another recipe or other inputs (unless `allow_changes`).
     pub fn open(root: &Path, recipe: &Recipe, inputs: &BTreeMap<String, String>, allow_changes: bool) -> Result<Self> {
         fs::create_dir_all(root).with_context(|| format!("cannot make the run directory {}", root.display()))?;
         let run = Self { root: root.to_path_buf(), _lock: Some(Arc::new(lock(root)?)) };
         recover(root)?;
         let (recipe_path, inputs_path) = (root.join("recipe.toml"), root.join("inputs.json"));
         let text = crate::recipe::to_toml(recipe)?;
-        if recipe_path.exists() && !allow_changes {
+        if !begun(root)? {
+            // Whatever an earlier attempt left, nothing was trained with it.
+            for name in ["metrics.jsonl", "results.json"] {
+                remove(&root.join(name))?;
+            }
+        } else if recipe_path.exists() && !allow_changes {
             let mut changed = changes(&flatten_toml(&fs::read_to_string(&recipe_path)?)?, &flatten_toml(&text)?);
             if inputs_path.exists() {
                 let old: BTreeMap<String, String> = serde_json::from_str(&fs::read_to_string(&inputs_path)?)
@@ -124,6 +130,25 @@ impl RunDir {
         let mut all = self.results()?;
         all.insert(stage.to_string(), figures);
         write_bytes(&self.root.join("results.json"), serde_json::to_string_pretty(&all)?.as_bytes())
+    }
+}
+
+/// Does the directory hold a checkpoint or a finished stage?
+fn begun(root: &Path) -> Result<bool> {
+    for entry in fs::read_dir(root).with_context(|| root.display().to_string())? {
+        let stage = entry?.path();
+        let saved = fs::read_dir(stage.join("checkpoints")).is_ok_and(|mut all| all.next().is_some());
+        if saved || stage.join("done.json").exists() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).with_context(|| path.display().to_string()),
+        _ => Ok(()),
     }
 }
 

@@ -215,7 +215,9 @@ fn metrics_line(
 fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
     let fingerprint = fingerprint(data);
-    if path.exists() && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
+    // Before the first checkpoint, the start itself may have changed.
+    let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
+    if begun && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
         let all = safetensors::load(path)?;
         let column = |k: &str| -> Result<Vec<f64>> {
             let Some(t) = all.get(k) else {

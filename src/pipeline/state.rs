@@ -68,7 +68,7 @@ impl State {
         }
         let key = Key::new(stage.seed, &format!("reset/{name}"));
         let known: Vec<String> = self.vlm.params().into_keys().collect();
-        let patterns = Patterns::new(&stage.reset, &known).with_context(|| format!("stage.{name}.reset"))?;
+        let patterns = Patterns::new(&stage.reset, &known).context("reset")?;
         let mut values = BTreeMap::new();
         for (n, t) in self.vlm.params() {
             if patterns.matches(&n) {
@@ -87,8 +87,7 @@ impl State {
             let fallback = if i == 0 { name.to_string() } else { format!("{name}_{}", i + 1) };
             let adapter = cfg.name.clone().unwrap_or(fallback);
             let key = Key::new(stage.seed, &format!("adapter/{name}"));
-            lora::attach(&mut self.vlm, cfg, &adapter, key)
-                .with_context(|| format!("stage.{name}.adapters[{i}].lora"))?;
+            lora::attach(&mut self.vlm, cfg, &adapter, key).with_context(|| format!("adapters[{i}].lora"))?;
             self.adapters.insert(adapter.clone(), cfg.clone());
             if !cfg.freeze {
                 trained.push(adapter);

@@ -43,7 +43,7 @@ fn warns_of_what_is_rarely_meant() {
         "--set",
         "defaults.lr_scheduler={constant={}}",
     ]);
-    let high = "warning: stage.align: 29 pretrained tensors of group `default`, e.g. language.embed_tokens.weight, get a learning rate of 1e-3";
+    let high = "warning: stage.align: 30 pretrained tensors of group `default`, e.g. language.embed_tokens.weight, get a learning rate of 1e-3";
     assert!(said.stderr.contains(high), "{}", said.stderr);
     assert!(said.stderr.contains("warning: stage.sft: 42 new tensors"), "{}", said.stderr);
     // The projector is loaded, and DPO goes on with the adapter of SFT: nothing there is new.

@@ -103,7 +103,7 @@ impl Folder {
         for keep in ["PATH", "LD_LIBRARY_PATH", "RAYON_NUM_THREADS", "TMPDIR"] {
             c.envs(std::env::var_os(keep).map(|v| (keep, v)));
         }
-        c.env("GOLDEN", golden("")).env("HF_HOME", self.path("hf")).env("HF_HUB_OFFLINE", "1");
+        c.env("GOLDEN", golden("model").parent().unwrap()).env("HF_HOME", self.path("hf")).env("HF_HUB_OFFLINE", "1");
         c.stdin(Stdio::null());
         c
     }
