@@ -157,11 +157,11 @@ fn a_loss_that_is_no_number() {
     // It breaks later: what was saved before stays, and a lower rate goes on from there.
     f.train(&["--set", "stage.align.max_steps=6", "--stages", "align", "--set", "stage.align.lr=1e-30"]);
     fs::remove_file(f.path("run/01-align/done.json")).unwrap();
-    fs::remove_dir_all(f.path("run/01-align/checkpoints/step-0000006")).unwrap();
+    fs::remove_dir_all(f.path("run/01-align/checkpoints/step-00000006")).unwrap();
     let wild = ["--stages", "align", "--allow-changes", "--set", "stage.align.max_steps=12"];
     let lr = ["--set", "stage.align.lr=1e38", "--set", "stage.align.max_grad_norm=0"];
     f.fails(&[&["train", "recipe.toml"], &wild[..], &lr].concat(), &["align, step ", "samples plain-"]);
-    assert!(f.path("run/01-align/checkpoints/step-0000004").exists());
+    assert!(f.path("run/01-align/checkpoints/step-00000004").exists());
     assert!(f.train(&wild).stderr.contains("align: goes on after step 4 of 12"));
 }
 
