@@ -19,15 +19,36 @@
 //! | [`optim`] | AdamW, groups, schedules, clipping |
 //! | [`ops`] | differentiable operations with their own backward |
 
+// Input never panics: what the user can get wrong is an error.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::exit,
+        clippy::print_stdout
+    )
+)]
+
+#[warn(missing_docs)]
 pub mod adapters;
+#[warn(missing_docs)]
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
+#[warn(missing_docs)]
 pub mod error;
 pub mod model;
+#[warn(missing_docs)]
 pub mod ops;
+#[warn(missing_docs)]
 pub mod optim;
 pub mod pipeline;
 pub mod recipe;
+#[warn(missing_docs)]
 pub mod report;
 pub mod train;

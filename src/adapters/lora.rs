@@ -1,7 +1,6 @@
 //! LoRA (Hu et al. 2021) on linear layers of tower and language model: grafting, merging, taking out, in PEFT's terms.
 
 use crate::bail;
-use crate::checkpoint::peft::LoraAdapter;
 use crate::error::Result;
 use crate::model::init::fresh;
 use crate::model::linear::{Linear, LowRank};
@@ -17,6 +16,38 @@ use std::collections::BTreeMap;
 /// alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023).
 pub fn scale(rank: usize, alpha: f64, rslora: bool) -> f64 {
     if rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+}
+
+/// A LoRA adapter: low-rank updates B·A of linear layers.
+#[derive(Debug, Clone)]
+pub struct LoraAdapter {
+    /// Part of its parameters' names.
+    pub name: String,
+    /// Rank of the modules, unless their tensors have another one.
+    pub rank: usize,
+    /// Alpha of the modules that have no own one.
+    pub alpha: f64,
+    /// Alpha of the modules that have their own (PEFT's `alpha_pattern`), by canonical name.
+    pub alphas: BTreeMap<String, f64>,
+    /// Scale alpha/√rank instead of alpha/rank.
+    pub rslora: bool,
+    /// Probability of zeroing an input of A while training.
+    pub dropout: f64,
+    /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
+    pub tensors: BTreeMap<String, (Tensor, Tensor)>,
+}
+
+impl LoraAdapter {
+    /// What B·A of `module` is multiplied by.
+    pub fn scale(&self, module: &str) -> f64 {
+        let alpha = self.alphas.get(module).copied().unwrap_or(self.alpha);
+        scale(self.rank_of(module), alpha, self.rslora)
+    }
+
+    /// Rank of `module`: that of its tensors.
+    pub fn rank_of(&self, module: &str) -> usize {
+        self.tensors.get(module).and_then(|(a, _)| a.dims().first().copied()).unwrap_or(self.rank)
+    }
 }
 
 /// Name of one matrix of an adapter, e.g. `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
@@ -128,17 +159,17 @@ pub fn names(vlm: &mut Vlm) -> Vec<String> {
     out.into_iter().collect()
 }
 
-/// An adapter as it is saved.
-pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> LoraAdapter {
-    let tensors: BTreeMap<String, (Tensor, Tensor)> =
-        vlm.deltas(adapter).into_iter().map(|(name, d)| (name, (d.a.value, d.b.value))).collect();
-    LoraAdapter {
-        name: adapter.to_string(),
-        rank: cfg.rank,
-        alpha: cfg.alpha,
-        rslora: cfg.rslora,
-        dropout: cfg.dropout,
-        alphas: BTreeMap::new(),
-        tensors,
+/// An adapter as it is saved. Modules whose scale comes from an alpha of their own keep it.
+pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> Result<LoraAdapter> {
+    let (mut tensors, mut alphas) = (BTreeMap::new(), BTreeMap::new());
+    for (name, d) in vlm.deltas(adapter) {
+        let rank = d.a.value.dim(0)? as f64;
+        let alpha = d.scale * if cfg.rslora { rank.sqrt() } else { rank };
+        if (alpha - cfg.alpha).abs() > 1e-9 * cfg.alpha.abs() {
+            alphas.insert(name.clone(), alpha);
+        }
+        tensors.insert(name, (d.a.value, d.b.value));
     }
+    let (name, rank) = (adapter.to_string(), cfg.rank);
+    Ok(LoraAdapter { name, rank, alpha: cfg.alpha, rslora: cfg.rslora, dropout: cfg.dropout, alphas, tensors })
 }

@@ -4,6 +4,7 @@
 //! spelling that names a module of ours. Scale: alpha / rank, rsLoRA alpha / √rank.
 
 use super::{atomic, safetensors};
+pub use crate::adapters::lora::LoraAdapter;
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::model::weights::{Tensors, names};
@@ -11,21 +12,6 @@ use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-/// A LoRA adapter: low-rank updates B·A of linear layers.
-#[derive(Debug, Clone)]
-pub struct LoraAdapter {
-    pub name: String,
-    /// Rank of the modules, unless their tensors have another one.
-    pub rank: usize,
-    pub alpha: f64,
-    /// Alpha of the modules that have their own (PEFT's `alpha_pattern`), by canonical name.
-    pub alphas: BTreeMap<String, f64>,
-    pub rslora: bool,
-    pub dropout: f64,
-    /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
-    pub tensors: BTreeMap<String, (Tensor, Tensor)>,
-}
 
 /// What an adapter sits on; decides how PEFT names its modules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,17 +26,6 @@ pub enum Base {
 type Groups<'a> = BTreeMap<(&'a str, BTreeSet<usize>), BTreeSet<&'a str>>;
 
 impl LoraAdapter {
-    /// What B·A of `module` is multiplied by.
-    pub fn scale(&self, module: &str) -> f64 {
-        let alpha = self.alphas.get(module).copied().unwrap_or(self.alpha);
-        let rank = self.rank_of(module) as f64;
-        if self.rslora { alpha / rank.sqrt() } else { alpha / rank }
-    }
-
-    fn rank_of(&self, module: &str) -> usize {
-        self.tensors.get(module).and_then(|(a, _)| a.dims().first().copied()).unwrap_or(self.rank)
-    }
-
     /// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
     pub fn load(dir: &Path, name: &str) -> Result<Self> {
         let path = dir.join("adapter_config.json");

@@ -8,7 +8,6 @@ pub use super::resize::Rgb;
 use super::resize::{Filter, resize};
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::model::config::VisionConfig;
 use crate::recipe::schema::{Alpha, Resize};
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder};
 use image::{DynamicImage, ImageDecoder, ImageFormat};
@@ -75,12 +74,12 @@ impl ImageProcessor {
             "copy the file from the repository that the vision tower comes from")
     }
 
-    /// CLIP's mean and standard deviation, at the tower's own picture size.
-    pub fn default_for(vision: &VisionConfig) -> Self {
+    /// CLIP's own way, at a tower's picture size.
+    pub fn clip(image_size: usize) -> Self {
         Self {
-            size: vision.image_size,
+            size: image_size,
             square: false,
-            crop: vision.image_size,
+            crop: image_size,
             mean: CLIP_MEAN,
             std: CLIP_STD,
             rescale: 1.0 / 255.0,

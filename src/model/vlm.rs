@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::random::Key;
+use crate::recipe::pattern::Patterns;
 use crate::recipe::schema::Activations;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -190,6 +191,21 @@ impl Vlm {
             v.for_each_linear(f);
         }
         self.language.for_each_linear(f);
+    }
+
+    /// Lets the layers whose names match `patterns` recompute; the others follow the pass.
+    pub fn recompute(&mut self, patterns: &[String]) -> Result<()> {
+        let towers = self.vision.iter().flat_map(|v| &v.layers).map(|l| l.name.clone());
+        let known: Vec<String> = towers.chain(self.language.layers.iter().map(|l| l.name.clone())).collect();
+        let matcher = if patterns.is_empty() { None } else { Some(Patterns::new(patterns, &known)?) };
+        let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Activations::Recompute);
+        for l in self.vision.iter_mut().flat_map(|v| &mut v.layers) {
+            l.policy = policy(&l.name);
+        }
+        for l in &mut self.language.layers {
+            l.policy = policy(&l.name);
+        }
+        Ok(())
     }
 
     /// Names of those linear layers.

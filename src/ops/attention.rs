@@ -18,16 +18,22 @@ use std::ops::Range;
 /// keys up to the same distance from the end of `k`: with a cache `k` is longer than `q`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
+    /// Its rows of Q.
     pub q: Range<usize>,
+    /// Its rows of K and V.
     pub k: Range<usize>,
 }
 
 /// Shape of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Config {
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Width of a head.
     pub head_dim: usize,
+    /// Whether a query sees only the keys up to its own place.
     pub causal: bool,
 }
 
@@ -80,10 +86,15 @@ pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Te
 
 /// What [`backward`] needs of the forward pass.
 pub struct Saved<'a> {
+    /// `[N, heads·hd]`.
     pub q: &'a Tensor,
+    /// `[M, kv_heads·hd]`.
     pub k: &'a Tensor,
+    /// `[M, kv_heads·hd]`.
     pub v: &'a Tensor,
+    /// The output, `[N, heads·hd]`.
     pub o: &'a Tensor,
+    /// Log-sum-exp of each row's scores, `[N, heads]`.
     pub lse: &'a Tensor,
 }
 
@@ -94,7 +105,7 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
     dispatch!(s.q, "attention backward", T => {
         let (q, k, v) = (data::<T>(s.q)?, data::<T>(s.k)?, data::<T>(s.v)?);
         let (o, lse, g) = (data::<T>(s.o)?, data::<T>(s.lse)?, data::<T>(d_o)?);
-        let (q, k, v, o, lse, g): (&[T], &[T], &[T], &[T], &[T], &[T]) = (&q, &k, &v, &o, &lse, &g);
+        let [q, k, v, o, lse, g]: [&[T]; 6] = [&q, &k, &v, &o, &lse, &g];
         let (qw, kw) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
         let (mut dq, mut dk, mut dv) = (vec![T::default(); n * qw], vec![T::default(); m * kw], vec![T::default(); m * kw]);
         let (dqp, dkp, dvp) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
@@ -141,7 +152,7 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
 ///
 /// # Safety
 /// `rows` and the keys must lie in `q` and `k`.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the operands of one matrix product")]
 unsafe fn score<T: Real>(
     cfg: Config,
     q: &[T],
@@ -213,7 +224,7 @@ fn check(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) 
     if qw != cfg.heads * cfg.head_dim
         || kw != cfg.kv_heads * cfg.head_dim
         || v.dims() != k.dims()
-        || cfg.heads % cfg.kv_heads != 0
+        || !cfg.heads.is_multiple_of(cfg.kv_heads)
     {
         bail!("attention: q {:?}, k {:?}, v {:?} do not fit {cfg:?}", q.dims(), k.dims(), v.dims())
     }

@@ -160,7 +160,7 @@ fn product<T: Real>(out: &mut [T], keep: T, a: Mat, b: Mat, alpha: T) -> Result<
 ///
 /// # Safety
 /// All elements reached through (m, n, k) and the strides must lie in live buffers, C's in no other task's hands.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the operands of one matrix product")]
 pub(super) unsafe fn gemm_raw<T: Real>(
     (m, n, k): (usize, usize, usize),
     c: *mut T,

@@ -1,7 +1,7 @@
 //! Differentiable operations: each file holds a forward and its own backward over candle tensors.
 //!
 //! candle's graph would keep every activation, compute gradients of frozen weights and offers no in-place sums;
-//! so the trunk of a model calls these pairs explicitly (see `model::chain`). Every op is generic over f32 and f64,
+//! so the trunk of a model calls these pairs explicitly (see `model::segment`). Every op is generic over f32 and f64,
 //! so that a whole chain can be checked against finite differences. [`registry`] lists the cases every test walks.
 //!
 //! Shapes: activations of all sequences of a micro-batch stand packed in rows, `[N, D]`; there is no padding.
@@ -158,7 +158,7 @@ pub(crate) fn update<T: WithDType>(t: &Tensor, f: impl FnOnce(&mut [T])) -> Resu
 /// A vector of `n` elements that the caller overwrites entirely.
 ///
 /// Zeroed pages would be written twice; the allocator hands back warm ones.
-#[allow(clippy::uninit_vec)]
+#[allow(clippy::uninit_vec, reason = "every bit pattern is a number, and each is overwritten")]
 pub(crate) fn scratch<T: Real>(n: usize) -> Vec<T> {
     let mut v = Vec::with_capacity(n);
     // SAFETY: T is f32 or f64, for which every bit pattern is a value, and callers write each element before reading.
@@ -185,6 +185,7 @@ pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
 pub(crate) struct Shared<T>(*mut T);
 // SAFETY: users write disjoint index ranges only, and the buffer outlives the parallel section.
 unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 impl<T> Shared<T> {
     pub(crate) fn new(v: &mut [T]) -> Self {

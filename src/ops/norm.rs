@@ -48,7 +48,7 @@ pub fn rebuild(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stats: &Stats) -> Res
     dispatch!(x, "norm", T => {
         let (xs, ws, ss) = (data::<T>(x)?, data::<T>(w)?, data::<T>(&stats.0)?);
         let bs = b.map(data::<T>).transpose()?;
-        let (xs, ws, bs, ss): (&[T], &[T], Option<&[T]>, &[T]) = (&xs, &ws, bs.as_deref(), &ss);
+        let ([xs, ws, ss], bs): ([&[T]; 3], Option<&[T]>) = ([&xs, &ws, &ss], bs.as_deref());
         let mut y = scratch::<T>(n * d);
         y.par_chunks_mut(d).enumerate().with_min_len(rows_per_task(n, d)).for_each(|(i, y)| {
             apply(y, &xs[i * d..(i + 1) * d], ws, bs, ss[2 * i], ss[2 * i + 1]);

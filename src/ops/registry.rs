@@ -1,5 +1,5 @@
 //! Every op with its test cases: shapes (awkward ones among them), forward, backward, and the same function composed
-//! of candle's own ops as an oracle. The CPU test, `selftest` and the benches walk this one list.
+//! of candle's own ops as an oracle. Tests and benches walk this one list.
 
 use super::attention::{Config, Saved, Segment};
 use super::matmul::{Mat, linear, matmul, sum_rows};
@@ -14,7 +14,9 @@ type Backward = Box<dyn Fn(&[Tensor], &Tensor) -> Result<Vec<Option<Tensor>>>>;
 
 /// One op at one set of shapes.
 pub struct Case {
+    /// The op's name.
     pub op: &'static str,
+    /// Its shapes, for messages.
     pub label: String,
     /// Shapes of the random inputs.
     pub inputs: Vec<Vec<usize>>,

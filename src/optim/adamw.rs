@@ -58,6 +58,7 @@ pub struct StepReport {
 /// One group's share of a [`StepReport`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GroupReport {
+    /// The group's name.
     pub name: String,
     /// Learning rate used in the step.
     pub lr: f64,
@@ -84,6 +85,7 @@ impl AdamW {
         self.step
     }
 
+    /// Which parameter belongs to which group.
     pub fn groups(&self) -> &Groups {
         &self.groups
     }

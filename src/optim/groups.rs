@@ -16,6 +16,7 @@ pub const REST: &str = "default";
 /// A set of parameters with one peak learning rate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group {
+    /// As the recipe calls it; default: its first pattern.
     pub name: String,
     /// Peak learning rate; the schedule scales it.
     pub lr: f64,
@@ -30,7 +31,9 @@ pub struct Group {
 pub struct Member {
     /// Index into [`Groups::list`].
     pub group: usize,
+    /// Decoupled; 0 for biases and norms unless their group states one.
     pub weight_decay: f64,
+    /// The parameter's shape.
     pub shape: Vec<usize>,
 }
 

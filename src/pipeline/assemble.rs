@@ -1,7 +1,7 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
+use crate::adapters::lora::LoraAdapter;
 use crate::bail;
-use crate::checkpoint::peft::LoraAdapter;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
@@ -53,13 +53,13 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
     let images = match &vision {
         None => None,
         Some(Part { dir: Some(dir), tower }) => Some(processor(dir, &tower.config)?),
-        Some(Part { dir: None, tower }) => Some(ImageProcessor::default_for(&tower.config)),
+        Some(Part { dir: None, tower }) => Some(ImageProcessor::clip(tower.config.image_size)),
     };
-    if let (Some(p), Some(t)) = (&images, &tower) {
-        if p.crop != t.config.image_size {
-            bail!("pictures are prepared at {} px, but the tower takes {} px", p.crop, t.config.image_size;
-                "preprocessor_config.json and config.json of the tower do not belong together")
-        }
+    if let (Some(p), Some(t)) = (&images, &tower)
+        && p.crop != t.config.image_size
+    {
+        bail!("pictures are prepared at {} px, but the tower takes {} px", p.crop, t.config.image_size;
+            "preprocessor_config.json and config.json of the tower do not belong together")
     }
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
     let mut start_adapter = None;
@@ -257,7 +257,7 @@ impl Parts {
 /// How the tower's folder says pictures are prepared; CLIP's way if it says nothing.
 fn processor(dir: &Path, config: &VisionConfig) -> Result<ImageProcessor> {
     let says = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| dir.join(f).exists());
-    if says { ImageProcessor::from_dir(dir) } else { Ok(ImageProcessor::default_for(config)) }
+    if says { ImageProcessor::from_dir(dir) } else { Ok(ImageProcessor::clip(config.image_size)) }
 }
 
 fn either(key: &str) -> Error {

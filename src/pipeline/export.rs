@@ -36,7 +36,7 @@ pub fn write_final(
             hf::save_projector(&dir.join("projector.safetensors"), &projector)?;
         }
         for (name, cfg) in state.adapters.clone() {
-            let adapter = lora::export(&mut state.vlm, &name, &cfg);
+            let adapter = lora::export(&mut state.vlm, &name, &cfg)?;
             adapter.save(&dir.join("adapters").join(&name), base, None)?;
         }
         let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));

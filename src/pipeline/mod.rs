@@ -83,7 +83,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         {
             return Ok(Outcome::Stopped);
         }
-        if let Some(table) = evaluation::table(recipe, &dir.results()?)? {
+        for table in evaluation::tables(recipe, &dir.results()?)? {
             reporter.table(&table);
         }
         at = Some((name.to_string(), state));

@@ -125,7 +125,7 @@ pub fn check_reachable(state: &mut State, pictures: bool) -> Result<()> {
         "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
 }
 
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "all that a stage consists of")]
 fn steps(
     run: &Run,
     state: &mut State,
@@ -203,7 +203,7 @@ fn metrics_line(
         grad_norm_total: report.grad_norm,
         label_tokens: done.label_tokens,
         tokens_per_s: done.tokens as f64 / seconds,
-        samples_per_s: done.sequences as f64 / seconds,
+        samples_per_s: done.samples as f64 / seconds,
         peak_memory_bytes: peak_memory_bytes(),
         preference: done.dpo.map(|m| PreferenceMetrics {
             reward_chosen: m.reward_chosen,

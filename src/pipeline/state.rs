@@ -50,6 +50,7 @@ impl State {
         let trainable = self.trainable(stage, &continued, &declared)?;
         self.changed.extend(trainable.iter().filter(|n| !is_adapter(n)).cloned());
         self.vlm.train_only(&trainable);
+        self.vlm.recompute(&stage.recompute).with_context(|| format!("stage.{name}.recompute"))?;
         Ok(())
     }
 

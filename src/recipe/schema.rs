@@ -216,6 +216,9 @@ pub struct Stage {
     pub checkpoint: Checkpoint,
     #[serde(default)]
     pub activations: Activations,
+    /// Layers that recompute although the rest keeps, by pattern, e.g. `["language.layers[0..16]"]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recompute: Vec<String>,
     /// Names of the evaluations that run at the end of this stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub eval: Vec<String>,

@@ -18,6 +18,7 @@ pub const TIMING_FIELDS: [&str; 3] = ["tokens_per_s", "samples_per_s", "peak_mem
 /// What one optimizer step was like.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct StepMetrics {
+    /// The stage's name.
     pub stage: String,
     /// Counted from 1 within the stage.
     pub step: usize,
@@ -31,6 +32,7 @@ pub struct StepMetrics {
     pub grad_norm_total: f64,
     /// Label tokens of the global batch.
     pub label_tokens: usize,
+    /// DPO only.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub preference: Option<PreferenceMetrics>,
     /// Tokens that went through the language model, a second.
@@ -44,16 +46,22 @@ pub struct StepMetrics {
 /// Means over the pairs of a DPO step, under the names that TRL uses.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct PreferenceMetrics {
+    /// β · (log-probability under the policy − under the reference), of the chosen answer.
     #[serde(rename = "rewards/chosen")]
     pub reward_chosen: f64,
+    /// The same of the rejected answer.
     #[serde(rename = "rewards/rejected")]
     pub reward_rejected: f64,
+    /// The first less the second.
     #[serde(rename = "rewards/margins")]
     pub margin: f64,
+    /// Share of the pairs whose margin is above 0.
     #[serde(rename = "rewards/accuracies")]
     pub accuracy: f64,
+    /// Summed log-probability of the chosen answer.
     #[serde(rename = "logps/chosen")]
     pub logp_chosen: f64,
+    /// The same of the rejected answer.
     #[serde(rename = "logps/rejected")]
     pub logp_rejected: f64,
 }

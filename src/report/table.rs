@@ -6,12 +6,16 @@ use std::fmt::Write;
 /// A title, column heads, and rows of cells. A row may be shorter than the heads.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Table {
+    /// Stands above the table; none if empty.
     pub title: String,
+    /// Column heads.
     pub columns: Vec<String>,
+    /// Cells, row by row.
     pub rows: Vec<Vec<String>>,
 }
 
 impl Table {
+    /// A table without rows.
     pub fn new<C: Into<String>>(title: impl Into<String>, columns: impl IntoIterator<Item = C>) -> Self {
         Self { title: title.into(), columns: columns.into_iter().map(Into::into).collect(), rows: Vec::new() }
     }

@@ -40,7 +40,8 @@ pub struct Computed {
     /// Tokens that went through the language model.
     pub tokens: usize,
     pub label_tokens: usize,
-    pub sequences: usize,
+    /// Samples, or pairs.
+    pub samples: usize,
     pub dpo: Option<DpoMetrics>,
 }
 
@@ -66,7 +67,7 @@ fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) ->
     let label_tokens = samples.iter().map(|s| s.targets()).sum();
     let coef = sft_coefficient(label_tokens)?;
     let mut out =
-        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, sequences: samples.len(), dpo: None };
+        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, samples: samples.len(), dpo: None };
     for (i, micro) in samples.chunks(cfg.micro).enumerate() {
         let batch = collate(micro, pixels, vlm.language.dtype())?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
@@ -90,7 +91,7 @@ fn preference(
 ) -> Result<Computed> {
     let n = items.len() as f64;
     let mut out =
-        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, sequences: 2 * items.len(), dpo: None };
+        Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, samples: items.len(), dpo: None };
     let mut results: Vec<(Pair, PairLoss)> = Vec::with_capacity(items.len());
     for (i, micro) in items.chunks(cfg.micro).enumerate() {
         let samples = both_sides(micro)?;

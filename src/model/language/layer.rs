@@ -9,11 +9,16 @@ use crate::ops::activation::{swiglu, swiglu_backward};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
 use crate::ops::{attention, rope};
+use crate::recipe::schema::Activations;
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
 #[derive(Debug, Clone)]
 pub struct Layer {
+    /// E.g. `language.layers.0`.
+    pub name: String,
+    /// What this layer keeps, if it is not what the pass says.
+    pub policy: Option<Activations>,
     pub attention: attention::Config,
     pub input_layernorm: Norm,
     pub q_proj: Linear,
@@ -87,6 +92,14 @@ impl Layer {
 
 impl Segment for Layer {
     type Saved = Saved;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn policy(&self) -> Option<Activations> {
+        self.policy
+    }
 
     fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
         self.run(x, side, None)

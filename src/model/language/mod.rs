@@ -59,7 +59,10 @@ impl Language {
     /// Builds the model from `src`.
     pub fn new(config: LlamaConfig, src: &mut dyn Source) -> Result<Self> {
         let c = &config;
-        if c.num_key_value_heads == 0 || c.num_attention_heads % c.num_key_value_heads != 0 || c.head_dim % 2 != 0 {
+        if c.num_key_value_heads == 0
+            || !c.num_attention_heads.is_multiple_of(c.num_key_value_heads)
+            || !c.head_dim.is_multiple_of(2)
+        {
             bail!(
                 "the language model's config does not fit together: {} heads, {} key-value heads, head_dim {}",
                 c.num_attention_heads,
@@ -74,6 +77,8 @@ impl Language {
         for i in 0..c.num_hidden_layers {
             let name = |part: &str| format!("language.layers.{i}.{part}");
             layers.push(Layer {
+                name: format!("language.layers.{i}"),
+                policy: None,
                 attention: attention::Config {
                     heads: c.num_attention_heads,
                     kv_heads: c.num_key_value_heads,

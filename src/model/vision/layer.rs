@@ -8,12 +8,16 @@ use crate::model::segment::{Segment, Side};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
 use crate::ops::{activation, attention};
-use crate::recipe::schema::Activation;
+use crate::recipe::schema::{Activation, Activations};
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
 #[derive(Debug, Clone)]
 pub struct Layer {
+    /// E.g. `vision.encoder.layers.0`.
+    pub name: String,
+    /// What this layer keeps, if it is not what the pass says.
+    pub policy: Option<Activations>,
     pub attention: attention::Config,
     pub act: Activation,
     pub layer_norm1: Norm,
@@ -40,6 +44,14 @@ pub struct Saved {
 
 impl Segment for Layer {
     type Saved = Saved;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn policy(&self) -> Option<Activations> {
+        self.policy
+    }
 
     fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
         let (h, stats1) = self.layer_norm1.forward(x)?;

@@ -178,8 +178,8 @@ impl Weights {
     }
 }
 
-/// Whether `config.json` in `dir` describes a whole LLaVA model; any problem with the file is reported by its reader.
-/// Does the folder hold a whole `LlavaForConditionalGeneration`?
+/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration`; any problem with the file is reported
+/// by its reader.
 pub fn is_llava(dir: &Path) -> bool {
     let json =
         std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());

@@ -79,7 +79,8 @@ impl Tensors {
         let map = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| damaged(path, &map, e))?;
         let file = self.files.len();
-        for (name, info) in metadata.tensors() {
+        let infos: BTreeMap<_, _> = metadata.tensors().into_iter().collect();
+        for (name, info) in infos {
             let (start, end) = info.data_offsets;
             let entry = Entry {
                 info: Info { shape: info.shape.clone(), dtype: DType::try_from(info.dtype).ok() },
