@@ -4,7 +4,7 @@
 
 use super::assemble::{Assembly, START_ADAPTER, assemble};
 use super::freeze::{self, thousands};
-use super::stage::{check_reachable, dataset, step_counts};
+use super::stage::{check_reachable, dataset, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data};
 use crate::bail;
@@ -90,8 +90,7 @@ impl<'a> Check<'a> {
         let data = dataset(self.recipe, stage, &self.assembly.encoder)?;
         check_reachable(&mut state, !data.images().is_empty())?;
         let (total, epoch) = step_counts(stage, data.items.len());
-        let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-        let optimizer = AdamW::of_stage(stage, total, &shapes)?;
+        let optimizer = optimizer(stage, &mut state, total)?;
         writeln!(out)?;
         write!(out, "{}", groups(name, &optimizer).render())?;
         writeln!(out)?;

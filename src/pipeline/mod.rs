@@ -16,17 +16,17 @@ pub mod stage;
 pub mod state;
 
 use crate::bail;
-use crate::data::{Dataset, synth};
+use crate::data::synth;
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Recipe, SynthKind};
+use crate::recipe::schema::{HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
 use signals::Signals;
-use stage::{Run, SideFiles, dataset, run_stage};
-use state::{State, lineage, parent};
-use std::collections::BTreeSet;
+use stage::{Run, SideFiles, check_reachable, dataset, optimizer, run_stage, step_counts};
+use state::{State, hand_over, lineage, parent};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// How a recipe is run.
@@ -53,7 +53,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe)?;
-    let inputs = inputs(recipe, &assembly)?;
+    let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = None;
     let mut at: Option<(String, State)> = None;
@@ -156,20 +156,33 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// Checksums of everything the run reads.
-fn inputs(recipe: &Recipe, assembly: &Assembly) -> Result<std::collections::BTreeMap<String, String>> {
+/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
+/// returns the checksums of everything the run reads.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, String>> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
-    let mut names: BTreeSet<&String> = BTreeSet::new();
-    let data_of = |stage: &str, set: Result<Dataset>| set.with_context(|| format!("stage.{stage}"));
-    for (name, stage) in recipe.stages.iter().map(|s| (s, &recipe.stage[s])) {
+    let mut evals: BTreeSet<&String> = BTreeSet::new();
+    let mut ends: BTreeMap<&str, State> = BTreeMap::new();
+    for name in &recipe.stages {
+        let stage = &recipe.stage[name];
+        let mut visit = || -> Result<()> {
+            let before = parent(recipe, name)?.and_then(|p| ends.get(p)).cloned();
+            let mut state = before.unwrap_or_else(|| State::new(assembly.vlm.clone(), assembly.start_adapter.clone()));
+            state.enter(stage, name)?;
+            let data = dataset(recipe, stage, &assembly.encoder)?;
+            check_reachable(&mut state, !data.images().is_empty())?;
+            optimizer(stage, &mut state, step_counts(stage, data.items.len()).0)?;
+            pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+            ends.insert(name, state);
+            Ok(())
+        };
+        visit().with_context(|| format!("stage.{name}"))?;
+        // A merge works in place, on weights that all copies of the model share: they are read again.
+        assembly.used |= hand_over(stage) == HandOver::Merge;
         files.extend(stage.data.iter().map(|d| d.path.clone()));
-        pictures.extend(
-            data_of(name, dataset(recipe, stage, &assembly.encoder))?.images().into_iter().map(|i| i.path.clone()),
-        );
-        names.extend(&stage.eval);
+        evals.extend(&stage.eval);
     }
-    files.extend(names.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
+    files.extend(evals.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
     checksums(&assembly.sources, &files, &pictures)
 }

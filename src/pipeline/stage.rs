@@ -66,6 +66,12 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
     (total, epoch)
 }
 
+/// A fresh optimizer for what trains in an entered stage.
+pub fn optimizer(stage: &Stage, state: &mut State, total: usize) -> Result<AdamW> {
+    let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
+    AdamW::of_stage(stage, total, &shapes)
+}
+
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a
 /// signal asked it to stop on the way.
 pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) -> Result<Option<Done>> {
@@ -82,8 +88,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let frozen = freeze::frozen_checksums(state)?;
 
     let (total, epoch) = step_counts(stage, data.items.len());
-    let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    let mut optimizer = AdamW::of_stage(stage, total, &shapes).with_context(|| format!("stage.{name}"))?;
+    let mut optimizer = optimizer(stage, state, total).with_context(|| format!("stage.{name}"))?;
     let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     let Some(loss) = steps(run, state, name, &data, &mut optimizer, &reference, (from, total, epoch), &dir)? else {

@@ -168,7 +168,7 @@ fn a_loss_that_is_no_number() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_keeps_the_last_good_checkpoint() {
-    let args = ["--set", "defaults.max_steps=8", "--stages", "align,sft"];
+    let args = ["--set", "defaults.max_steps=40", "--stages", "align,sft"];
     let whole = Folder::with(THREE_STAGES);
     whole.train(&args);
     let f = Folder::with(THREE_STAGES);
@@ -189,7 +189,7 @@ fn a_full_disk_keeps_the_last_good_checkpoint() {
     let said = said(f.command("bash").args(["-c", &limited]).output().unwrap());
     assert_eq!(said.code, Some(1), "{}", said.stderr);
     for part in [
-        "cannot write run/02-sft/checkpoints/step-0000000",
+        "cannot write run/02-sft/checkpoints/step-000000",
         ".safetensors",
         "hint: free space on the disk",
         "checkpoints (or",
@@ -208,11 +208,12 @@ fn runs_that_are_none() {
     let ask = |dir: &str| ["generate", "--run", dir, "--prompt", "Hi"].map(String::from);
     let fails = |dir: &str, parts: &[&str]| f.fails(&ask(dir).each_ref().map(String::as_str), parts);
     fails("run", &["run is no run directory", "output_dir"]);
-    let mut child = f.start(&["--stages", "align"]);
+    let mut child = f.start(&["--stages", "align", "--set", "defaults.max_steps=1000"]);
     f.wait_for_step(&mut child, "align", 1);
     child.kill().unwrap();
     child.wait().unwrap();
     fails("run", &["run has no finished stage", "train it first"]);
+    fs::remove_dir_all(f.path("run")).unwrap();
     f.train(&["--stages", "align"]);
     f.fails(&["score", "--run", "run", "--stage", "sft", "--data", "x", "--out", "y"], &["no finished stage `sft`"]);
     f.fails(&["score", "--run", "run", "--data", "x.json", "--out", "y"], &["x.json"]);

@@ -17,12 +17,16 @@ fn unbroken() -> &'static BTreeMap<String, Vec<u8>> {
 
 /// Kills a run in `stage` once and lets it go on.
 fn killed_in(stage: &str, folder: &str) {
-    let f = Folder::with(THREE_STAGES);
-    let mut child = f.start(&[]);
-    f.wait_for_step(&mut child, stage, 5);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!f.path(&format!("run/{folder}/done.json")).exists(), "killed too late");
+    let attempt = |_| {
+        let f = Folder::with(THREE_STAGES);
+        let mut child = f.start(&[]);
+        f.wait_for_step(&mut child, stage, 5);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // On a busy machine the kill may come too late.
+        (!f.path(&format!("run/{folder}/done.json")).exists()).then_some(f)
+    };
+    let f = (0..20).find_map(attempt).expect("always killed too late");
     let said = f.train(&[]);
     assert!(said.stderr.contains(&format!("{stage}: goes on after step ")), "{}", said.stderr);
     assert_same(unbroken(), &figures(&f.path("run")));
