@@ -17,7 +17,7 @@ fn small(dir: &Path) -> Recipe {
     let text = text
         .replace("\"runs/quickstart", &here)
         .replace("\"${RECIPE_DIR}", &format!("\"{}", repository("recipes").display()));
-    let path = dir.join("recipe.toml");
+    let path = dir.join("small.toml");
     std::fs::write(&path, text).unwrap();
     let sets = ["synth.shapes.n=64", "stage.align.max_steps=2", "stage.sft.max_steps=2", "stage.dpo.max_steps=2"];
     recipe::load(&path, &sets.map(String::from)).unwrap()

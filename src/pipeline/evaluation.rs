@@ -61,7 +61,7 @@ impl<'a> Evaluations<'a> {
 }
 
 /// What a figure is called in the table; the order is that of the rows.
-const ROWS: [(&str, &str); 12] = [
+const ROWS: [(&str, &str); 14] = [
     ("loss", "loss"),
     ("loss/blank", "  every picture blank"),
     ("loss/shuffled", "  pictures shuffled"),
@@ -72,8 +72,10 @@ const ROWS: [(&str, &str); 12] = [
     ("exact_match/shuffled", "  pictures shuffled"),
     ("hallucination", "hallucination rate"),
     ("hallucination/blank", "  every picture blank"),
+    ("hallucination/shuffled", "  pictures shuffled"),
     ("preference", "preference accuracy"),
     ("preference/blank", "  every picture blank"),
+    ("preference/shuffled", "  pictures shuffled"),
 ];
 
 /// The headline figures of all stages so far (a row a figure, a column a stage), then the exact match of the newest stage by
