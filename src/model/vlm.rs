@@ -23,8 +23,8 @@ pub struct Vlm {
     pub vision: Option<Tower>,
     pub projector: Option<Projector>,
     pub language: Language,
-    /// Id that stands for a visual token in `Batch::ids`.
-    pub image_token_id: u32,
+    /// Id that stands for a visual token in `Batch::ids`; `None` without a tower.
+    pub image_token_id: Option<u32>,
     /// What backward has to reach, see [`Vlm::plan`].
     projector_trains: bool,
 }
@@ -70,7 +70,13 @@ pub struct Saved {
 
 impl Vlm {
     /// Puts the parts together, everything frozen.
-    pub fn new(vision: Option<Tower>, projector: Option<Projector>, language: Language, image_token_id: u32) -> Self {
+    pub fn new(
+        vision: Option<Tower>,
+        projector: Option<Projector>,
+        language: Language,
+        image_token_id: impl Into<Option<u32>>,
+    ) -> Self {
+        let image_token_id = image_token_id.into();
         let mut vlm = Self { vision, projector, language, image_token_id, projector_trains: false };
         vlm.plan();
         vlm
@@ -157,8 +163,13 @@ impl Vlm {
     /// Rows of the stream that hold visual tokens, and the rows of the projected features that belong there.
     fn splice_rows(&self, batch: &Batch) -> Result<(Vec<u32>, Vec<u32>)> {
         let per = self.tokens_per_image();
-        let rows: Vec<u32> =
-            batch.ids.iter().enumerate().filter(|(_, id)| **id == self.image_token_id).map(|(i, _)| i as u32).collect();
+        let rows: Vec<u32> = batch
+            .ids
+            .iter()
+            .enumerate()
+            .filter(|(_, id)| Some(**id) == self.image_token_id)
+            .map(|(i, _)| i as u32)
+            .collect();
         if rows.len() != batch.pictures.len() * per {
             bail!("{} visual tokens for {} pictures of {per} tokens", rows.len(), batch.pictures.len();
                 "a text holds the image token itself, or the sample's tokens were cut inside a picture")
