@@ -141,6 +141,11 @@ impl ImageProcessor {
     /// A missing, corrupt or unsupported file; the error names it.
     pub fn load(&self, path: &Path, resize: Resize, alpha: Alpha) -> Result<Vec<f32>> {
         let rgb = load_rgb(path, alpha)?;
+        let edge = rgb.width.max(rgb.height) as u64;
+        if resize == Resize::Pad && edge * edge > MAX_PIXELS {
+            bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", path.display();
+                "scale the picture down, or use resize = \"crop\"")
+        }
         Ok(self.process(rgb, resize))
     }
 

@@ -113,6 +113,19 @@ fn bad_files_are_named() {
     }
 }
 
+/// Its square would take gigabytes.
+#[test]
+fn a_long_strip_is_not_padded() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("strip.png");
+    let gray = png::ColorType::Grayscale;
+    std::fs::write(&path, png_file(40_000, 1, gray, png::BitDepth::Eight, Extra::default(), &[7; 40_000])).unwrap();
+    let p = processor(8, 8);
+    assert_eq!(p.load(&path, Resize::Crop, Alpha::Drop).unwrap().len(), 3 * 8 * 8);
+    let e = p.load(&path, Resize::Pad, Alpha::Drop).unwrap_err();
+    assert!(e.cause().contains("strip.png") && e.cause().contains("40000 × 40000"), "{e}");
+}
+
 /// A PNG file of the given colour type and bit depth.
 fn png_file(
     width: u32,

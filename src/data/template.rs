@@ -203,8 +203,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(len) = rest[open..].find("%}") else { break };
-        let tag = &rest[open + 2..open + len];
+        let Some(len) = rest[open + 2..].find("%}") else { break };
+        let tag = &rest[open + 2..open + 2 + len];
         let word = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
             "generation" => tag.replace("generation", "if true"),
@@ -214,7 +214,7 @@ fn without_generation_tags(source: &str) -> String {
         out.push_str(&rest[..open + 2]);
         out.push_str(&replacement);
         out.push_str("%}");
-        rest = &rest[open + len + 2..];
+        rest = &rest[open + len + 4..];
     }
     out.push_str(rest);
     out

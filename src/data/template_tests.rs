@@ -69,6 +69,7 @@ fn a_chat_template_that_rewrites_the_past_is_an_error() {
 #[test]
 fn a_broken_chat_template_is_an_error() {
     assert!(chat("{% for %}").unwrap_err().cause().contains("line 1"));
+    assert!(chat("{%} set x %}").unwrap_err().cause().contains("line 1"));
     assert!(chat("nothing").unwrap_err().cause().contains("does not show"));
     let e = chat("{{ raise_exception('roles must alternate') }}").unwrap_err();
     assert!(e.cause().contains("roles must alternate"), "{e}");

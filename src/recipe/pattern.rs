@@ -118,7 +118,7 @@ fn count(known: &[String]) -> Counts {
         for (at, _) in name.match_indices('.') {
             if let Some((index, _)) = leading_index(&name[at..]) {
                 let n = counts.entry(name[..at].to_string()).or_insert(0);
-                *n = (*n).max(index + 1);
+                *n = (*n).max(index.saturating_add(1));
             }
         }
     }
@@ -205,7 +205,7 @@ fn index(range: &str) -> Option<Token> {
     let Some((start, end)) = range.split_once("..") else {
         let i = number(range)?;
         // The last one, −1, has no end: −1 + 1 would count from the start.
-        return Some(Token::Index(i, (i != -1).then_some(i + 1)));
+        return Some(Token::Index(i, (i != -1).then_some(i.saturating_add(1))));
     };
     let start = if start.trim().is_empty() { 0 } else { number(start)? };
     let end = if end.trim().is_empty() { None } else { Some(number(end)?) };
