@@ -3,7 +3,11 @@
 //!
 //! `cargo bench --bench step_vs_candle [-- ROUNDS]`. Every measurement is a process of its own, so that the peak of
 //! resident memory is its own; engines and tasks alternate round by round. Both engines use the allocator of the
-//! binary. Wall time depends on what else the machine does, processor time much less. Memory is read from `/proc`.
+//! binary. Memory and processor time are read from `/proc`.
+//!
+//! candle's worker threads wait for each other in a loop that never sleeps. On a machine with other work that inflates
+//! both of candle's times many times over, so the figures of a busy machine say nothing; `RAYON_NUM_THREADS=1` before
+//! the command takes the waiting out of both engines, and their processor time can then be compared.
 
 #[path = "../tests/stock/mod.rs"]
 mod stock;
@@ -206,7 +210,10 @@ fn table(rounds: usize) -> ExitCode {
         }
         eprintln!("round {} of {rounds}", round + 1);
     }
-    println!("{SEQUENCES} sequences of {TOKENS} tokens, {} threads, medians of {rounds} processes", num_threads());
+    println!(
+        "{SEQUENCES} sequences of {TOKENS} tokens, {} threads, medians of {rounds} processes",
+        rayon::current_num_threads()
+    );
     println!("| task | engine | step ms | processor ms | peak MiB | candle / ours: step | processor | peak |");
     println!("|---|---|---|---|---|---|---|---|");
     for (task, what) in TASKS {
@@ -232,10 +239,6 @@ fn table(rounds: usize) -> ExitCode {
         }
     }
     ExitCode::SUCCESS
-}
-
-fn num_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 fn median(v: &mut [f64]) -> f64 {
