@@ -21,7 +21,7 @@ pub struct Stock {
     text: LlamaConfig,
     /// Layers of the tower that run; patches are selected.
     depth: usize,
-    image: u32,
+    image: Option<u32>,
     rope: Rope,
     pub vars: BTreeMap<String, Var>,
     tensors: BTreeMap<String, Tensor>,
@@ -140,7 +140,7 @@ impl Stock {
             let (tokens, n) = (self.visual_tokens(pixels)?, batch.ids.len() as u32);
             let per = tokens.dim(0)? / pixels.dim(0)?;
             let mut shown = batch.pictures.iter().flat_map(|p| (0..per as u32).map(move |k| n + p * per as u32 + k));
-            let row = |(i, id): (usize, &u32)| if *id == self.image { shown.next().unwrap() } else { i as u32 };
+            let row = |(i, id): (usize, &u32)| if Some(*id) == self.image { shown.next().unwrap() } else { i as u32 };
             let rows: Vec<u32> = batch.ids.iter().enumerate().map(row).collect();
             x = Tensor::cat(&[&x, &tokens], 0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         }
