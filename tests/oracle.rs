@@ -151,7 +151,8 @@ fn clip_gives_the_hidden_states_of_candle_transformers() {
 
 #[test]
 fn the_chain_gives_the_gradients_of_stock_candle() {
-    let settings: [(&str, fn(&str) -> bool); 4] = [
+    type Setting = (&'static str, fn(&str) -> bool);
+    let settings: [Setting; 4] = [
         ("everything", |n| !n.contains("layers.2.") && !n.contains("post_layernorm") && !n.contains("lora")),
         ("projector", |n| n.starts_with("projector.")),
         ("LoRA", |n| n.contains(".lora_") && !n.starts_with("vision.encoder.layers.2.")),

@@ -129,6 +129,7 @@ fn check_layer<S: Segment + Clone>(
     });
     let g = noise("g", x.dims(), 1.0);
     let everything: fn(&str) -> bool = |_| true;
+    #[allow(clippy::type_complexity, reason = "a table of name, segment, and what trains")]
     let cases: [(&str, &S, fn(&str) -> bool); 5] = [
         ("everything", layer, everything),
         ("LoRA", &adapted, |n| n.contains("lora")),

@@ -3,6 +3,10 @@
 //!
 //! Sequences of one micro-batch have equal lengths here. Where nothing is tracked the fused inference ops are used, as
 //! anyone would write it.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the stock model uses the fast forward where nothing is tracked, as one would"
+)]
 
 use adfreeze::model::config::{LlamaConfig, VisionConfig};
 use adfreeze::model::language::rope::Rope;

@@ -1,5 +1,5 @@
 //! Tiny models and batches in f64, and the checks that `tests/segments.rs` and `tests/oracle.rs` share.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
 use adfreeze::model::init::Fresh;
