@@ -48,7 +48,7 @@ pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
     builder.prefix(&prefix).suffix(TMP);
     ordinary_permissions(&mut builder, 0o777);
     let temp = builder.tempdir_in(dir).map_err(|e| storage_error(path, e))?;
-    fill(temp.path())?;
+    fill(temp.path()).with_context(|| format!("cannot write {}", path.display()))?;
     sync_tree(temp.path()).map_err(|e| storage_error(path, e))?;
     // The folder for the old version is made (and later removed) by its guard; an empty one is replaced by the rename.
     let aside = builder.suffix(OLD).tempdir_in(dir).map_err(|e| storage_error(path, e))?;
@@ -95,11 +95,18 @@ pub fn storage_error(path: &Path, error: std::io::Error) -> Error {
     if full {
         cause.hint(format!(
             "free space on the disk of {} (or raise the quota) and run the same command again; what was saved before is intact",
-            parent(path).display()
+            lasting(path).display()
         ))
     } else {
-        cause.hint(format!("can this user write to {}?", parent(path).display()))
+        cause.hint(format!("can this user write to {}?", lasting(path).display()))
     }
+}
+
+/// The innermost folder of `path` that is not a temporary one of ours.
+fn lasting(path: &Path) -> &Path {
+    let temporary = |dir: &Path| dir.iter().any(|c| c.to_str().is_some_and(|name| temporary_target(name).is_some()));
+    let dir = path.ancestors().skip(1).find(|dir| !temporary(dir));
+    dir.filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."))
 }
 
 /// A writer that remembers why the disk refused.
@@ -225,7 +232,7 @@ mod tests {
         let fill = |name: &'static str| move |d: &Path| write_bytes(&d.join("sub").join(name), name.as_bytes());
         directory(&path, fill("a")).unwrap();
         let error = directory(&path, |d| fill("b")(d).and_then(|()| Err(Error::new("stopped"))));
-        assert_eq!(error.unwrap_err().cause(), "stopped");
+        assert_eq!(error.unwrap_err().cause(), format!("cannot write {}: stopped", path.display()));
         assert_eq!(names(&path.join("sub")), ["a"]);
         directory(&path, fill("c")).unwrap();
         assert_eq!((names(&path.join("sub")), names(dir.path())), (vec!["c".to_string()], vec!["adapter".to_string()]));
@@ -258,6 +265,8 @@ mod tests {
         let report = storage_error(Path::new("runs/a/state.bin"), full.failed.unwrap()).report();
         assert!(report.starts_with("cannot write runs/a/state.bin: No space left on device"), "{report}");
         assert!(report.contains("hint: free space on the disk of runs/a "), "{report}");
+        assert_eq!(lasting(Path::new("runs/.a.aB3dE6.tmp/deep/state.bin")), Path::new("runs"));
+        assert_eq!(lasting(Path::new(".a.aB3dE6.tmp/state.bin")), Path::new("."));
     }
 
     /// Runs itself again in a process that may write files of at most 64 blocks.

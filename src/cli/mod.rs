@@ -46,7 +46,8 @@ enum Command {
     Synth(synth::Args),
 }
 
-/// Runs the command line; errors go to stderr as cause, blank line, hint.
+/// Runs the command line; errors go to stderr as cause, blank line, hint. Exit codes: 0 done, 1 an error, 2 wrong
+/// arguments, 75 stopped by a signal (the same command goes on).
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let format = match args.log {
@@ -57,18 +58,22 @@ pub fn main() -> ExitCode {
     let reporter = Reporter::new(format);
     let result = match args.command {
         Command::Train(a) => train::run(&a, &reporter),
-        Command::Check(a) => check::run(&a, &reporter),
-        Command::Generate(a) => generate::run(&a),
-        Command::Score(a) => score::run(&a, &reporter),
-        Command::Synth(a) => synth::run(&a, &reporter),
+        Command::Check(a) => check::run(&a, &reporter).map(done),
+        Command::Generate(a) => generate::run(&a).map(done),
+        Command::Score(a) => score::run(&a, &reporter).map(done),
+        Command::Synth(a) => synth::run(&a, &reporter).map(done),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => {
-            eprintln!("error: {}", e.report());
+            reporter.error(&e);
             ExitCode::FAILURE
         }
     }
+}
+
+fn done((): ()) -> ExitCode {
+    ExitCode::SUCCESS
 }
 
 /// Tracing spans go to stderr if `ADFREEZE_LOG` (the syntax of `RUST_LOG`) asks for them.

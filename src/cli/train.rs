@@ -1,10 +1,12 @@
 //! `adfreeze train`.
 
 use crate::error::Result;
-use crate::pipeline::{self, Options};
+use crate::pipeline::signals::{STOPPED, Signals};
+use crate::pipeline::{self, Options, Outcome};
 use crate::recipe;
 use crate::report::Reporter;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -24,9 +26,13 @@ pub struct Args {
     allow_changes: bool,
 }
 
-pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
+pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
     super::device::check(&args.device)?;
     let recipe = recipe::load(&args.recipe, &args.sets)?;
-    let options = Options { stages: args.stages.clone(), allow_changes: args.allow_changes };
-    pipeline::train(&recipe, &options, reporter)
+    let options =
+        Options { stages: args.stages.clone(), allow_changes: args.allow_changes, signals: Signals::listen()? };
+    Ok(match pipeline::train(&recipe, &options, reporter)? {
+        Outcome::Finished => ExitCode::SUCCESS,
+        Outcome::Stopped => ExitCode::from(STOPPED),
+    })
 }

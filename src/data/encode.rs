@@ -63,7 +63,8 @@ pub struct TextEncoder {
     settings: TextSettings,
     bos: Option<u32>,
     eos_ids: Vec<u32>,
-    image_token_id: u32,
+    /// `None`: the model takes no pictures.
+    image_token_id: Option<u32>,
     image_token_added: bool,
     marks: Marks,
     chat: Option<Result<ChatTemplate>>,
@@ -78,9 +79,15 @@ impl TextEncoder {
     pub fn load(dir_or_file: &Path, settings: TextSettings) -> Result<Self> {
         let mut files = TokenizerFiles::read(dir_or_file)?;
         let here = dir_or_file.display();
-        let (image_token_id, image_token_added) = files
-            .image_token(&settings.image_token, settings.image_token_id, settings.vocab_size)
-            .with_context(|| &here)?;
+        // A model without a tower needs no image token, and its embedding table may have no room for one.
+        let (image_token_id, image_token_added) = match settings.tokens_per_image {
+            0 => (None, false),
+            _ => {
+                let (text, expected) = (&settings.image_token, settings.image_token_id);
+                let (id, added) = files.image_token(text, expected, settings.vocab_size).with_context(|| &here)?;
+                (Some(id), added)
+            }
+        };
         let text_of = |id: &u32| files.tokenizer.id_to_token(*id);
         let bos_text = files.bos.clone().or_else(|| settings.bos.as_ref().and_then(text_of));
         let bos_id = bos_text.as_deref().and_then(|t| files.tokenizer.token_to_id(t));
@@ -115,7 +122,7 @@ impl TextEncoder {
         self.bos
     }
 
-    pub fn image_token_id(&self) -> u32 {
+    pub fn image_token_id(&self) -> Option<u32> {
         self.image_token_id
     }
 
@@ -181,13 +188,13 @@ impl TextEncoder {
     /// Cuts to `max` tokens, or before a picture that would be cut in two.
     fn truncate(&self, ids: &mut Vec<u32>, max: usize) {
         ids.truncate(max);
-        let pictures = ids.iter().filter(|&&id| id == self.image_token_id).count();
+        let pictures = ids.iter().filter(|&&id| Some(id) == self.image_token_id).count();
         let part = pictures % self.settings.tokens_per_image.max(1);
         ids.truncate(ids.len() - part);
     }
 
     fn whole_images(&self, ids: &[u32]) -> usize {
-        ids.iter().filter(|&&id| id == self.image_token_id).count() / self.settings.tokens_per_image.max(1)
+        ids.iter().filter(|&&id| Some(id) == self.image_token_id).count() / self.settings.tokens_per_image.max(1)
     }
 
     /// The text of a conversation and its trained spans.
@@ -245,6 +252,10 @@ impl TextEncoder {
 
     /// Ids and labels of a rendered text.
     fn encode(&self, r: &Rendered) -> Result<(Vec<u32>, Vec<i32>)> {
+        if r.images > 0 && self.image_token_id.is_none() {
+            bail!("there are {} image(s), but the model has no vision tower", r.images;
+                "name a tower in model.vision, use a whole LLaVA folder, or leave the pictures out");
+        }
         let encoding = self
             .tokenizer
             .encode(r.text.as_str(), false)
@@ -256,7 +267,7 @@ impl TextEncoder {
         let mut labels = vec![IGNORE; ids.len()];
         let mut images = 0;
         for (&id, &(start, _)) in tokens.iter().zip(encoding.get_offsets()) {
-            if id == self.image_token_id {
+            if Some(id) == self.image_token_id {
                 images += 1;
                 ids.extend(std::iter::repeat_n(id, self.settings.tokens_per_image));
                 labels.resize(ids.len(), IGNORE);

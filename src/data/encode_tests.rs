@@ -132,7 +132,7 @@ fn refuses_or_cuts_long_samples() {
 #[test]
 fn a_cut_through_a_picture_takes_the_whole_picture_away() {
     let encoder = encoder();
-    let (img, n) = (encoder.image_token_id(), encoder.tokens_per_image());
+    let (img, n) = (encoder.image_token_id().unwrap(), encoder.tokens_per_image());
     let mut ids = vec![encoder.eos_ids()[0]; 2];
     ids.extend(std::iter::repeat_n(img, n));
     ids.push(encoder.eos_ids()[0]);
@@ -158,8 +158,12 @@ fn finds_a_place_for_the_image_token() {
     assert!(free.image_token_added());
     assert!(free.tokenizer_json().unwrap().contains("<picture>"));
     let ids = free.prompt("hello", 1, Template::Plain).unwrap();
-    assert_eq!(ids[1..], vec![free.image_token_id(); free.tokens_per_image()]);
-    let full = TextSettings { vocab_size: free.image_token_id() as usize, ..base.clone() };
+    assert_eq!(ids[1..], vec![free.image_token_id().unwrap(); free.tokens_per_image()]);
+    let full = TextSettings { vocab_size: free.image_token_id().unwrap() as usize, ..base.clone() };
+    let no_tower = TextEncoder::load(&dir, TextSettings { tokens_per_image: 0, ..full.clone() }).unwrap();
+    assert_eq!((no_tower.image_token_id(), no_tower.image_token_added()), (None, false));
+    assert!(no_tower.prompt("hello", 0, Template::VicunaV1).is_ok());
+    assert!(no_tower.prompt("hello", 1, Template::VicunaV1).unwrap_err().cause().contains("no vision tower"));
     let e = TextEncoder::load(&dir, full).err().unwrap();
     assert!(e.cause().contains("embedding table") && e.hint_text().unwrap().contains("model.image_token"), "{e}");
     let other = TextSettings { image_token_id: Some(7), ..base };

@@ -3,6 +3,7 @@
 
 use super::params::{Grads, Module, Param};
 use super::segment::Side;
+use crate::bail;
 use crate::error::Result;
 use crate::ops::matmul::{Mat, add_, linear, matmul, matmul_add, sum_rows};
 use crate::ops::random::{Key, dropout};
@@ -54,6 +55,47 @@ impl LowRank {
 /// What backward needs beside x: `drop(x)·Aᵀ` of each update, `[N, rank]`.
 pub struct Saved(Vec<Option<Tensor>>);
 
+/// The gradient of an input that one or several layers share: the first product is written, the others are added.
+#[derive(Debug)]
+pub enum InputGrad {
+    /// Nobody asks for it.
+    Unwanted,
+    /// Asked for, nothing there yet.
+    Empty,
+    /// What has come together so far, `[N, in]`.
+    Sum(Tensor),
+}
+
+impl InputGrad {
+    /// No gradient yet, or none at all.
+    pub fn new(wanted: bool) -> Self {
+        if wanted { Self::Empty } else { Self::Unwanted }
+    }
+
+    /// Adds `A·B`.
+    fn add_product(&mut self, a: Mat, b: Mat) -> Result<()> {
+        match self {
+            Self::Unwanted => {}
+            Self::Empty => *self = Self::Sum(matmul(a, b)?),
+            Self::Sum(sum) => matmul_add(sum, 1.0, a, b)?,
+        }
+        Ok(())
+    }
+
+    /// The sum of what every layer has added.
+    pub fn sum(&self) -> Result<&Tensor> {
+        match self {
+            Self::Sum(t) => Ok(t),
+            _ => bail!("the gradient of an input was read before a layer gave one"),
+        }
+    }
+
+    /// The sum, if it was asked for.
+    pub fn take(self) -> Option<Tensor> {
+        if let Self::Sum(t) = self { Some(t) } else { None }
+    }
+}
+
 impl Linear {
     /// Does backward need the layer's input?
     pub fn needs_input(&self) -> bool {
@@ -76,7 +118,7 @@ impl Linear {
         Ok((y, Saved(saved)))
     }
 
-    /// Adds this layer's gradients to `grads`, and dX to `dx` if there is one.
+    /// Adds this layer's gradients to `grads`, and dX to `dx` if it is wanted.
     ///
     /// `x` is the layer's input; it is read only if [`Linear::needs_input`].
     pub fn backward(
@@ -86,7 +128,7 @@ impl Linear {
         dy: &Tensor,
         side: &Side,
         grads: &mut Grads,
-        dx: Option<&Tensor>,
+        dx: &mut InputGrad,
     ) -> Result<()> {
         if let (true, Some(x)) = (self.weight.trainable, x) {
             grads.add_product(&self.weight, 1.0, Mat::T(dy), Mat::N(x))?;
@@ -94,12 +136,10 @@ impl Linear {
         if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
             grads.add(&b.name, sum_rows(dy)?)?;
         }
-        if let Some(dx) = dx {
-            matmul_add(dx, 1.0, Mat::N(dy), Mat::N(&self.weight.value))?;
-        }
+        dx.add_product(Mat::N(dy), Mat::N(&self.weight.value))?;
         for (d, h) in self.deltas.iter().zip(&saved.0) {
             let Some(h) = h else { continue };
-            if !d.trains() && dx.is_none() {
+            if !d.trains() && matches!(dx, InputGrad::Unwanted) {
                 continue;
             }
             if d.b.trainable {
@@ -110,12 +150,11 @@ impl Linear {
             if let (true, Some(x)) = (d.a.trainable, x) {
                 grads.add_product(&d.a, 1.0, Mat::T(&u), Mat::N(&d.input(x, side)?))?;
             }
-            match (dx, d.mask(side)) {
-                (Some(dx), Some(key)) => {
+            match (&mut *dx, d.mask(side)) {
+                (InputGrad::Sum(dx), Some(key)) => {
                     add_(dx, 1.0, &dropout(key, &matmul(Mat::N(&u), Mat::N(&d.a.value))?, d.dropout)?)?;
                 }
-                (Some(dx), None) => matmul_add(dx, 1.0, Mat::N(&u), Mat::N(&d.a.value))?,
-                (None, _) => {}
+                (dx, _) => dx.add_product(Mat::N(&u), Mat::N(&d.a.value))?,
             }
         }
         Ok(())

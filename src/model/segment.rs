@@ -45,6 +45,12 @@ pub trait Segment: Module {
     /// What backward needs.
     type Saved;
 
+    /// The segment's name, e.g. `language.layers.3`.
+    fn name(&self) -> &str;
+
+    /// What this segment keeps, if it is not what the pass says.
+    fn policy(&self) -> Option<Activations>;
+
     /// `x` `[N, D]` → `[N, D]`.
     fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Self::Saved)>;
 
@@ -78,7 +84,8 @@ pub fn forward<S: Segment>(
     for (i, s) in segments.iter().enumerate() {
         let (y, saved) = s.forward(&x, side)?;
         if i >= frontier {
-            records.push((x, (policy == Activations::Keep).then_some(saved)));
+            let keep = s.policy().unwrap_or(policy) == Activations::Keep;
+            records.push((x, keep.then_some(saved)));
         }
         x = y;
     }

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::random::Key;
+use crate::recipe::pattern::Patterns;
 use crate::recipe::schema::Activations;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,8 +23,8 @@ pub struct Vlm {
     pub vision: Option<Tower>,
     pub projector: Option<Projector>,
     pub language: Language,
-    /// Id that stands for a visual token in `Batch::ids`.
-    pub image_token_id: u32,
+    /// Id that stands for a visual token in `Batch::ids`; `None` without a tower.
+    pub image_token_id: Option<u32>,
     /// What backward has to reach, see [`Vlm::plan`].
     projector_trains: bool,
 }
@@ -69,7 +70,13 @@ pub struct Saved {
 
 impl Vlm {
     /// Puts the parts together, everything frozen.
-    pub fn new(vision: Option<Tower>, projector: Option<Projector>, language: Language, image_token_id: u32) -> Self {
+    pub fn new(
+        vision: Option<Tower>,
+        projector: Option<Projector>,
+        language: Language,
+        image_token_id: impl Into<Option<u32>>,
+    ) -> Self {
+        let image_token_id = image_token_id.into();
         let mut vlm = Self { vision, projector, language, image_token_id, projector_trains: false };
         vlm.plan();
         vlm
@@ -156,8 +163,13 @@ impl Vlm {
     /// Rows of the stream that hold visual tokens, and the rows of the projected features that belong there.
     fn splice_rows(&self, batch: &Batch) -> Result<(Vec<u32>, Vec<u32>)> {
         let per = self.tokens_per_image();
-        let rows: Vec<u32> =
-            batch.ids.iter().enumerate().filter(|(_, id)| **id == self.image_token_id).map(|(i, _)| i as u32).collect();
+        let rows: Vec<u32> = batch
+            .ids
+            .iter()
+            .enumerate()
+            .filter(|(_, id)| Some(**id) == self.image_token_id)
+            .map(|(i, _)| i as u32)
+            .collect();
         if rows.len() != batch.pictures.len() * per {
             bail!("{} visual tokens for {} pictures of {per} tokens", rows.len(), batch.pictures.len();
                 "a text holds the image token itself, or the sample's tokens were cut inside a picture")
@@ -190,6 +202,21 @@ impl Vlm {
             v.for_each_linear(f);
         }
         self.language.for_each_linear(f);
+    }
+
+    /// Lets the layers whose names match `patterns` recompute; the others follow the pass.
+    pub fn recompute(&mut self, patterns: &[String]) -> Result<()> {
+        let towers = self.vision.iter().flat_map(|v| &v.layers).map(|l| l.name.clone());
+        let known: Vec<String> = towers.chain(self.language.layers.iter().map(|l| l.name.clone())).collect();
+        let matcher = if patterns.is_empty() { None } else { Some(Patterns::new(patterns, &known)?) };
+        let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Activations::Recompute);
+        for l in self.vision.iter_mut().flat_map(|v| &mut v.layers) {
+            l.policy = policy(&l.name);
+        }
+        for l in &mut self.language.layers {
+            l.policy = policy(&l.name);
+        }
+        Ok(())
     }
 
     /// Names of those linear layers.

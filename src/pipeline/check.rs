@@ -1,122 +1,274 @@
 //! All that can be known about a run before it begins: weights, tokenizer, data, what trains, steps, warnings.
+//!
+//! Nothing is written into the run directory. Problems of all stages and evaluations are reported together.
 
-use super::assemble::assemble;
-use super::freeze;
-use super::stage::{check_reachable, dataset, step_counts};
-use super::state::{State, parent};
+use super::assemble::{Assembly, START_ADAPTER, assemble};
+use super::freeze::{self, thousands};
+use super::stage::{check_reachable, dataset, optimizer, step_counts};
+use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data};
-use crate::data::Stats;
-use crate::error::{Context, Result};
+use crate::bail;
+use crate::data::{Dataset, ImageProcessor, ImageRef};
+use crate::error::{Context, Error, Result};
 use crate::model::params::Module;
 use crate::optim::AdamW;
-use crate::recipe::schema::{Recipe, Scheduler, Stage, Warmup};
+use crate::recipe::schema::{Model, Projector, Recipe, Scheduler, Stage, Warmup};
 use crate::report::{Reporter, Table};
-use std::collections::BTreeMap;
+use rayon::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
 /// Learning rate above which pretrained weights are usually destroyed.
 const PRETRAINED_LR: f64 = 1e-4;
 
-/// Checks `recipe` and prints its stages to `out`; the first thing that is wrong is the error.
+/// Every picture must be there; of each data set at most so many, evenly spread, are decoded as well.
+const DECODED: usize = 1000;
+
+/// Checks `recipe` and prints its stages to `out`.
+///
+/// # Errors
+/// What is wrong with the model at once; what is wrong with the stages and their data all together.
 pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
     make_data(recipe, reporter)?;
     let assembly = assemble(recipe)?;
-    let mut sources = Table::new("sources", ["part", "from"]);
-    for (part, from) in &assembly.sources {
-        sources.row([part.clone(), from.clone()]);
-    }
-    write!(out, "{}", sources.render())?;
-    let mut states: BTreeMap<&str, Start> = BTreeMap::new();
+    write!(out, "{}", sources(&assembly).render())?;
+    let mut all = Check { recipe, assembly: &assembly, ends: BTreeMap::new(), warnings: Vec::new(), steps: 0 };
+    let mut problems = Vec::new();
     for name in &recipe.stages {
-        let stage = &recipe.stage[name];
-        let start = match parent(recipe, name)?.and_then(|p| states.get(p)) {
-            Some(s) => s.clone(),
-            None => Start {
-                vlm: assembly.vlm.clone(),
-                adapters: assembly
-                    .start_adapter
-                    .clone()
-                    .into_iter()
-                    .map(|l| (super::assemble::START_ADAPTER.to_string(), l))
-                    .collect(),
-                changed: Default::default(),
-            },
-        };
-        let mut state = State { vlm: start.vlm, adapters: start.adapters, changed: start.changed };
-        state.enter(stage, name).with_context(|| format!("stage.{name}"))?;
-        let data = dataset(recipe, stage, &assembly.encoder).with_context(|| format!("stage.{name}.data"))?;
-        check_reachable(&mut state, name, !data.images().is_empty())?;
-        let rows = freeze::rows(&mut state, stage)?;
         writeln!(out)?;
-        write!(out, "{}", freeze::table(&format!("stage {name}: parameters"), &rows).render())?;
-        let (total, epoch) = step_counts(stage, data.items.len());
-        writeln!(out)?;
-        write!(out, "{}", data_table(name, &data.stats(), total, epoch).render())?;
-        for warning in warnings(&mut state, stage, name, total)? {
-            reporter.warn(&warning);
+        if let Err(e) = all.stage(name, out) {
+            writeln!(out, "stage {name}: see the error at the end")?;
+            problems.push(e.context(format!("stage.{name}")));
         }
-        states.insert(name, Start { vlm: state.vlm, adapters: state.adapters, changed: state.changed });
     }
-    let names: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
-    evaluation::Evaluations::load(recipe, &names, &assembly.encoder, assembly.images.as_ref())?;
+    writeln!(out)?;
+    problems.extend(all.evaluations(out)?);
+    all.warnings.iter().for_each(|w| reporter.warn(w));
+    together(problems)?;
+    let (stages, steps) = (recipe.stages.len(), thousands(all.steps));
+    reporter.info(&format!("the recipe can run: {stages} stages, {steps} steps, {} warnings", all.warnings.len()));
     Ok(())
 }
 
-#[derive(Clone)]
-struct Start {
-    vlm: crate::model::vlm::Vlm,
-    adapters: BTreeMap<String, crate::recipe::schema::Lora>,
-    changed: std::collections::BTreeSet<String>,
-}
-
-fn data_table(name: &str, s: &Stats, total: usize, epoch: usize) -> Table {
-    let mut t = Table::new(format!("stage {name}: data"), ["", ""]);
-    let mut row = |k: &str, v: String| t.row([k.to_string(), v]);
-    row("samples", freeze::thousands(s.items));
-    row("of them without a picture", freeze::thousands(s.text_only));
-    row("pictures", freeze::thousands(s.images));
-    row("tokens of an epoch", freeze::thousands(s.tokens));
-    row("label tokens of an epoch", freeze::thousands(s.labels));
-    row("length, min / median / max", format!("{} / {} / {}", s.min_len, s.median_len, s.max_len));
-    row("steps", freeze::thousands(total));
-    row("steps of an epoch", freeze::thousands(epoch));
+fn sources(assembly: &Assembly) -> Table {
+    let mut t = Table::new("sources", ["part", "from"]);
+    for (part, from) in &assembly.sources {
+        t.row([part.clone(), from.clone()]);
+    }
     t
 }
 
-/// What is allowed but rarely meant.
-fn warnings(state: &mut State, stage: &Stage, name: &str, total: usize) -> Result<Vec<String>> {
-    let trained = state.vlm.trainable();
-    let shapes = trained.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect();
-    let optimizer = AdamW::of_stage(stage, total, &shapes).with_context(|| format!("stage.{name}"))?;
+/// The stages that were checked so far.
+struct Check<'a> {
+    recipe: &'a Recipe,
+    assembly: &'a Assembly,
+    /// How each stage leaves the model; the copies share their tensors.
+    ends: BTreeMap<&'a str, State>,
+    warnings: Vec<String>,
+    steps: usize,
+}
+
+impl<'a> Check<'a> {
+    /// The model as the stage finds it; `None` if the stage before it cannot run.
+    fn start(&self, name: &str) -> Result<Option<State>> {
+        Ok(match parent(self.recipe, name)? {
+            Some(before) => self.ends.get(before).cloned(),
+            None => Some(State::new(self.assembly.vlm.clone(), self.assembly.start_adapter.clone())),
+        })
+    }
+
+    fn stage(&mut self, name: &'a str, out: &mut dyn Write) -> Result<()> {
+        let stage = &self.recipe.stage[name];
+        let Some(mut state) = self.start(name)? else {
+            writeln!(out, "stage {name}: not checked, because the stage that it starts from cannot run")?;
+            return Ok(());
+        };
+        state.enter(stage, name)?;
+        let rows = freeze::rows(&mut state, stage)?;
+        write!(out, "{}", freeze::table(&format!("stage {name}: parameters"), &rows).render())?;
+        self.ends.insert(name, state.clone());
+        let data = dataset(self.recipe, stage, &self.assembly.encoder)?;
+        check_reachable(&mut state, !data.images().is_empty())?;
+        let (total, epoch) = step_counts(stage, data.items.len());
+        let optimizer = optimizer(stage, &mut state, total)?;
+        writeln!(out)?;
+        write!(out, "{}", groups(name, &optimizer).render())?;
+        writeln!(out)?;
+        let decoded = decode(&data, self.assembly.images.as_ref())?;
+        write!(out, "{}", data_table(name, stage, &data, decoded, (total, epoch)).render())?;
+        self.steps += total;
+        let fresh = self.fresh(name, &mut state)?;
+        self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
+        Ok(())
+    }
+
+    /// Trained parameters that start from random values in this stage.
+    fn fresh(&self, name: &str, state: &mut State) -> Result<BTreeSet<String>> {
+        let stage = &self.recipe.stage[name];
+        let own = |n: &str| {
+            let adapter = n.rsplit('.').nth(1).unwrap_or_default();
+            is_adapter(n) && adapter != START_ADAPTER && !self.ends_with_adapter(name, adapter)
+        };
+        let first = parent(self.recipe, name)?.is_none();
+        let trained: Vec<String> = state.vlm.trainable().into_keys().collect();
+        let reset = if stage.reset.is_empty() {
+            None
+        } else {
+            let known: Vec<String> = state.vlm.params().into_keys().collect();
+            Some(crate::recipe::pattern::Patterns::new(&stage.reset, &known).context("reset")?)
+        };
+        let is_fresh = |n: &String| {
+            own(n) || reset.as_ref().is_some_and(|p| p.matches(n)) || first && is_random(&self.recipe.model, n)
+        };
+        Ok(trained.into_iter().filter(is_fresh).collect())
+    }
+
+    /// Did the stage before `name` already carry this adapter?
+    fn ends_with_adapter(&self, name: &str, adapter: &str) -> bool {
+        let before = parent(self.recipe, name).ok().flatten();
+        before.and_then(|p| self.ends.get(p)).is_some_and(|s| s.adapters.contains_key(adapter))
+    }
+
+    /// The data of every evaluation that a stage runs; returns what is wrong.
+    fn evaluations(&self, out: &mut dyn Write) -> Result<Vec<Error>> {
+        let wanted: BTreeSet<&String> = self.recipe.stages.iter().flat_map(|s| &self.recipe.stage[s].eval).collect();
+        let (mut problems, mut t) =
+            (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures"]));
+        for name in wanted {
+            let eval = &self.recipe.eval[name];
+            let load = || -> Result<Dataset> {
+                let data = evaluation::dataset(self.recipe, eval, &self.assembly.encoder)?;
+                decode(&data, self.assembly.images.as_ref())?;
+                Ok(data)
+            };
+            match load() {
+                Ok(data) => {
+                    let metric = serde_json::to_value(eval.metric)?;
+                    t.row([
+                        name.clone(),
+                        metric.as_str().unwrap_or_default().to_string(),
+                        thousands(data.items.len()),
+                        thousands(data.images().len()),
+                    ]);
+                }
+                Err(e) => problems.push(e.context(format!("eval.{name}"))),
+            }
+        }
+        if !t.rows.is_empty() {
+            write!(out, "{}", t.render())?;
+        }
+        Ok(problems)
+    }
+}
+
+/// Does the model begin with random values here?
+fn is_random(model: &Model, name: &str) -> bool {
+    let part = |p: &str| name.starts_with(p);
+    let loaded = |p: &Projector| match p {
+        Projector::Linear(l) => l.source.is_some(),
+        Projector::Mlp(m) => m.source.is_some(),
+    };
+    part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
+        || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
+        || part("projector.") && model.projector.as_ref().is_some_and(|p| !loaded(p))
+}
+
+/// Decodes pictures, at most [`DECODED`]; returns how many.
+fn decode(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
+    let all: Vec<&ImageRef> = data.images().into_iter().collect();
+    let Some(images) = images else {
+        if let Some(first) = all.first() {
+            bail!("the model has no vision tower for {}", first.path.display(); "set model.vision, or leave the pictures out of the data")
+        }
+        return Ok(0);
+    };
+    let some: Vec<&ImageRef> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).copied().collect();
+    let broken = some.par_iter().filter_map(|i| images.load(&i.path, i.resize, i.alpha).err()).collect();
+    together(broken)?;
+    Ok(some.len())
+}
+
+fn groups(name: &str, optimizer: &AdamW) -> Table {
+    let mut t = Table::new(
+        format!("stage {name}: optimizer groups"),
+        ["group", "tensors", "parameters", "peak lr", "weight decay"],
+    );
+    for (i, g) in optimizer.groups().list().iter().enumerate() {
+        let decays: BTreeSet<String> = optimizer
+            .groups()
+            .members()
+            .values()
+            .filter(|m| m.group == i)
+            .map(|m| m.weight_decay.to_string())
+            .collect();
+        let decays: Vec<String> = decays.into_iter().rev().collect();
+        let decay = match decays.as_slice() {
+            [decay, rest] if rest == "0" => format!("{decay} (biases and norms 0)"),
+            all => all.join(" or "),
+        };
+        t.row([g.name.clone(), g.tensors.to_string(), thousands(g.elements), format!("{:e}", g.lr), decay]);
+    }
+    t
+}
+
+fn data_table(name: &str, stage: &Stage, data: &Dataset, decoded: usize, (total, epoch): (usize, usize)) -> Table {
+    let s = data.stats();
+    let mut t = Table::new(format!("stage {name}: data"), ["", ""]);
+    let mut row = |k: &str, v: String| t.row([k.to_string(), v]);
+    row("samples", thousands(s.items));
+    row("of them without a picture", thousands(s.text_only));
+    row("pictures (all there)", thousands(s.images));
+    row("of them decoded to see whether they are whole", thousands(decoded));
+    row("tokens of an epoch", thousands(s.tokens));
+    row("label tokens of an epoch", thousands(s.labels));
+    row("longest sample, in tokens", thousands(s.max_len));
+    row("median", thousands(s.median_len));
+    row("shortest", thousands(s.min_len));
+    row("samples a step", thousands(stage.batch.global));
+    row("steps of an epoch", thousands(epoch));
+    row("steps", thousands(total));
+    t
+}
+
+/// What is allowed but rarely meant. `fresh`: trained parameters that start from random values.
+fn warnings(stage: &Stage, name: &str, optimizer: &AdamW, fresh: &BTreeSet<String>) -> Vec<String> {
     let mut out = Vec::new();
+    let pretrained = |n: &&String| !is_adapter(n) && !n.starts_with("projector.") && !fresh.contains(*n);
     for (i, group) in optimizer.groups().list().iter().enumerate() {
-        let members = optimizer.groups().members().iter().filter(|(_, m)| m.group == i);
-        let pretrained: Vec<&String> =
-            members.map(|(n, _)| n).filter(|n| !super::state::is_adapter(n) && !n.starts_with("projector.")).collect();
-        let fresh = pretrained.iter().all(|n| stage_resets(stage, n));
-        if group.lr > PRETRAINED_LR && !pretrained.is_empty() && !fresh {
+        let members = optimizer.groups().members().iter().filter(|(_, m)| m.group == i).map(|(n, _)| n);
+        let pretrained: Vec<&String> = members.filter(pretrained).collect();
+        if let (true, Some(first)) = (group.lr > PRETRAINED_LR, pretrained.first()) {
             out.push(format!(
-                "stage.{name}: {} pretrained tensors (group `{}`, e.g. {}) get a learning rate of {:e}; above {PRETRAINED_LR:e} they are usually destroyed",
-                pretrained.len(), group.name, pretrained[0], group.lr
+                "stage.{name}: {} pretrained tensors of group `{}`, e.g. {first}, get a learning rate of {:e}; above {PRETRAINED_LR:e} they are usually destroyed: give them a lower one in param_groups",
+                pretrained.len(), group.name, group.lr
             ));
         }
     }
     let (Scheduler::Cosine(w) | Scheduler::Linear(w) | Scheduler::Constant(w)) = &stage.lr_scheduler;
-    let new = !stage.adapters.is_empty() || trained.keys().any(|n| n.starts_with("projector."));
-    if new && no_warmup(w) {
+    if let (Some(first), true) = (fresh.first(), no_warmup(w)) {
         out.push(format!(
-            "stage.{name}: new parameters get no warm-up; set lr_scheduler = {{ cosine = {{ warmup_ratio = 0.03 }} }}"
+            "stage.{name}: {} new tensors, e.g. {first}, get no warm-up: set e.g. lr_scheduler = {{ cosine = {{ warmup_ratio = 0.03 }} }}",
+            fresh.len()
         ));
     }
-    Ok(out)
+    out
 }
 
 fn no_warmup(w: &Warmup) -> bool {
     w.warmup_ratio.unwrap_or(0.0) == 0.0 && w.warmup_steps.unwrap_or(0) == 0
 }
 
-/// Does the stage itself start this parameter from fresh values?
-fn stage_resets(stage: &Stage, name: &str) -> bool {
-    !stage.reset.is_empty()
-        && crate::recipe::pattern::Patterns::new(&stage.reset, &[name.to_string()]).is_ok_and(|p| p.matches(name))
+/// One error out of several, each with its own hint.
+fn together(mut problems: Vec<Error>) -> Result<()> {
+    const NAMED: usize = 20;
+    let n = problems.len();
+    if n < 2 {
+        return problems.pop().map_or(Ok(()), Err);
+    }
+    let lines = problems.iter().take(NAMED).map(|e| format!("\n\n{}", e.report().replace("\n\nhint: ", "\nhint: ")));
+    let mut text = format!("{n} problems:{}", lines.collect::<String>());
+    if n > NAMED {
+        text += &format!("\n\nand {} more", n - NAMED);
+    }
+    Err(Error::new(text).hint("mend them all, then check again"))
 }

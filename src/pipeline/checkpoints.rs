@@ -11,13 +11,23 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// How far a stage has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// Steps done.
+    pub steps: usize,
+    /// Loss of the last of them; NaN before the first.
+    pub loss: f64,
+}
+
 const TRAINED: &str = "trained.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const LOSS: &str = "loss";
 
-/// Writes the checkpoint after `step` steps and deletes all but the newest `keep`.
+/// Writes a checkpoint and deletes all but the newest `keep`.
 pub fn save(
     stage_dir: &Path,
-    step: usize,
+    at: Progress,
     params: &BTreeMap<String, Tensor>,
     optimizer: &AdamW,
     keep: usize,
@@ -25,9 +35,10 @@ pub fn save(
     let folder = stage_dir.join("checkpoints");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let state = optimizer.state()?;
-    atomic::directory(&folder.join(format!("step-{step:08}")), |dir| {
-        save_tensors(&dir.join(TRAINED), params)?;
-        save_tensors(&dir.join(OPTIMIZER), &state)
+    atomic::directory(&folder.join(format!("step-{:08}", at.steps)), |dir| {
+        let loss = BTreeMap::from([(LOSS.to_string(), format!("{:?}", at.loss))]);
+        safetensors::save(&dir.join(TRAINED), params, &loss)?;
+        safetensors::save(&dir.join(OPTIMIZER), &state, &BTreeMap::new())
     })?;
     let all = list(stage_dir)?;
     for (_, old) in all.iter().rev().skip(keep.max(1)) {
@@ -36,13 +47,10 @@ pub fn save(
     Ok(())
 }
 
-fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-    safetensors::save(path, tensors, &BTreeMap::new())
-}
-
-/// Loads the newest checkpoint into model and optimizer; returns the number of steps done, 0 if there is none.
-pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Result<usize> {
-    let Some((step, dir)) = list(stage_dir)?.pop() else { return Ok(0) };
+/// Loads the newest checkpoint, if there is one, into model and optimizer; returns how far it had come.
+pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Result<Progress> {
+    let none = Progress { steps: 0, loss: f64::NAN };
+    let Some((steps, dir)) = newest(stage_dir)? else { return Ok(none) };
     let read =
         |file: &str| safetensors::load(&dir.join(file)).with_context(|| format!("the checkpoint {}", dir.display()));
     let trained = read(TRAINED)?;
@@ -55,7 +63,16 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Res
     }
     optimizer.load_state(&read(OPTIMIZER)?).with_context(|| dir.display().to_string())?;
     assign(&mut state.vlm, &trained);
-    Ok(step)
+    let path = dir.join(TRAINED);
+    let Some(loss) = safetensors::metadata(&path)?.get(LOSS).and_then(|l| l.parse().ok()) else {
+        crate::bail!("{} does not say its loss", path.display(); "delete {} to go on from the checkpoint before it", dir.display())
+    };
+    Ok(Progress { steps, loss })
+}
+
+/// The newest checkpoint of a stage: its step and folder.
+pub fn newest(stage_dir: &Path) -> Result<Option<(usize, PathBuf)>> {
+    Ok(list(stage_dir)?.pop())
 }
 
 /// Checkpoints of a stage by step, oldest first.

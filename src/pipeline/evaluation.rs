@@ -1,13 +1,22 @@
-//! A run's held-out evaluations: their data, encoded and decoded once, and the table of all figures so far.
+//! A run's held-out evaluations: their data, encoded and decoded once, and the tables of the figures so far.
 
 use crate::data::{Dataset, ImageProcessor, Pixels, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
-use crate::recipe::schema::{Metric, Recipe};
+use crate::recipe::schema::{Eval, Metric, Recipe};
 use crate::report::Table;
+use crate::report::human::percent;
 use crate::train::evaluate::{Evaluation, Figures, evaluate};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The samples of an evaluation, as its metric takes them.
+pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
+    match eval.metric {
+        Metric::Preference => Dataset::preferences(&eval.data, encoder, recipe.model.template),
+        _ => Dataset::conversations(&eval.data, encoder, recipe.model.template),
+    }
+}
 
 /// Evaluations by name, ready to run.
 pub struct Evaluations<'a> {
@@ -29,10 +38,7 @@ impl<'a> Evaluations<'a> {
         for name in wanted {
             let e = &recipe.eval[name];
             let load = || -> Result<(Dataset, Pixels)> {
-                let set = match e.metric {
-                    Metric::Preference => Dataset::preferences(&e.data, encoder, recipe.model.template)?,
-                    _ => Dataset::conversations(&e.data, encoder, recipe.model.template)?,
-                };
+                let set = dataset(recipe, e, encoder)?;
                 let pixels = load_pixels(&set.items, images)?;
                 Ok((set, pixels))
             };
@@ -54,33 +60,126 @@ impl<'a> Evaluations<'a> {
     }
 }
 
-/// All figures of all stages so far, one row a figure, one column a stage.
-pub fn table(recipe: &Recipe, results: &BTreeMap<String, Value>) -> Result<Option<Table>> {
-    let mut columns = vec!["held out".to_string(), "n".to_string()];
-    let mut rows: BTreeMap<(String, String), (usize, BTreeMap<usize, f64>)> = BTreeMap::new();
-    let stages: Vec<&String> = recipe.stages.iter().filter(|s| results.contains_key(*s)).collect();
-    for (i, stage) in stages.iter().enumerate() {
-        columns.push(format!("after {stage}"));
-        let figures: BTreeMap<String, Figures> = serde_json::from_value(results[*stage].clone())?;
-        for (eval, f) in figures {
-            for (name, v) in f.values {
-                rows.entry((eval.clone(), name)).or_insert((f.n, BTreeMap::new())).1.insert(i, v);
-            }
+/// What a figure is called in the table; the order is that of the rows.
+const ROWS: [(&str, &str); 14] = [
+    ("loss", "loss"),
+    ("loss/blank", "  every picture blank"),
+    ("loss/shuffled", "  pictures shuffled"),
+    ("exact_match", "exact match"),
+    ("chance/uniform", "  chance: any answer of its kind"),
+    ("chance/most_frequent", "  chance: the commonest of its kind"),
+    ("exact_match/blank", "  every picture blank"),
+    ("exact_match/shuffled", "  pictures shuffled"),
+    ("hallucination", "hallucination rate"),
+    ("hallucination/blank", "  every picture blank"),
+    ("hallucination/shuffled", "  pictures shuffled"),
+    ("preference", "preference accuracy"),
+    ("preference/blank", "  every picture blank"),
+    ("preference/shuffled", "  pictures shuffled"),
+];
+
+/// The headline figures of all stages so far (a row a figure, a column a stage), then the exact match of the newest stage by
+/// kind of question. `results.json` holds every figure of every stage.
+pub fn tables(recipe: &Recipe, results: &BTreeMap<String, Value>) -> Result<Vec<Table>> {
+    let mut stages: Vec<(&String, BTreeMap<String, Figures>)> = Vec::new();
+    for stage in recipe.stages.iter() {
+        if let Some(figures) = results.get(stage) {
+            stages.push((stage, serde_json::from_value(figures.clone())?));
         }
     }
-    if rows.is_empty() {
-        return Ok(None);
+    let mut names: Vec<&String> = Vec::new();
+    for eval in recipe.stages.iter().flat_map(|s| &recipe.stage[s].eval) {
+        if !names.contains(&eval) && stages.iter().any(|(_, f)| f.contains_key(eval)) {
+            names.push(eval);
+        }
     }
-    let mut t = Table::new("held-out figures", columns);
-    for ((eval, name), (n, values)) in rows {
-        let mut row = vec![format!("{eval}: {name}"), n.to_string()];
-        row.extend((0..stages.len()).map(|i| values.get(&i).map_or("-".to_string(), |v| show(&name, *v))));
-        t.row(row);
+    let all = [headline(&stages, &names), by_category(&stages, &names)];
+    Ok(all.into_iter().flatten().filter(|t| !t.rows.is_empty()).collect())
+}
+
+type OfStages<'a> = [(&'a String, BTreeMap<String, Figures>)];
+
+fn headline(stages: &OfStages, evals: &[&String]) -> Option<Table> {
+    let heads = ["held out".to_string(), "n".to_string()];
+    let mut table =
+        Table::new("held-out figures", heads.into_iter().chain(stages.iter().map(|(s, _)| format!("after {s}"))));
+    for eval in evals {
+        let of = |f: &BTreeMap<String, Figures>, figure: &str| f.get(*eval)?.values.get(figure).copied();
+        let n = stages.iter().find_map(|(_, f)| f.get(*eval)).map_or(0, |f| f.n);
+        for (figure, label) in ROWS {
+            let values: Vec<Option<f64>> = stages.iter().map(|(_, f)| of(f, figure)).collect();
+            if values.iter().all(Option::is_none) {
+                continue;
+            }
+            let head = !label.starts_with(' ');
+            let label = if head { format!("{eval}: {label}") } else { label.to_string() };
+            let n = if head { n.to_string() } else { String::new() };
+            let cells = values.iter().map(|v| v.map_or("-".to_string(), |v| show(figure, v)));
+            table.row([label, n].into_iter().chain(cells));
+        }
     }
-    Ok(Some(t))
+    Some(table)
+}
+
+fn by_category(stages: &OfStages, evals: &[&String]) -> Option<Table> {
+    let (stage, figures) = stages.last()?;
+    let mut columns = vec!["kind"];
+    let mut rows: BTreeMap<&str, BTreeMap<usize, f64>> = BTreeMap::new();
+    for eval in evals {
+        let Some(f) = figures.get(*eval) else { continue };
+        let kinds = f.values.iter().filter_map(|(k, v)| Some((k.strip_prefix("exact_match/category/")?, *v)));
+        let kinds: Vec<_> = kinds.collect();
+        if !kinds.is_empty() {
+            columns.push(eval);
+            kinds.into_iter().for_each(|(k, v)| _ = rows.entry(k).or_default().insert(columns.len() - 2, v));
+        }
+    }
+    let width = columns.len() - 1;
+    let mut table = Table::new(format!("exact match after {stage}, by kind"), columns);
+    for (kind, values) in rows {
+        let cell = |i: usize| values.get(&i).map_or("-".to_string(), |v| show("exact_match", *v));
+        table.row(std::iter::once(kind.to_string()).chain((0..width).map(cell)));
+    }
+    Some(table)
 }
 
 /// Shares in percent, losses as they are.
-fn show(name: &str, v: f64) -> String {
-    if name.starts_with("loss") { format!("{v:.4}") } else { format!("{:.1} %", 100.0 * v) }
+fn show(figure: &str, v: f64) -> String {
+    if figure.starts_with("loss") { format!("{v:.4}") } else { percent(v) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn tables_put_the_headline_first_and_the_kinds_of_the_newest_stage_last() {
+        let recipe = "stages = ['align', 'sft']\noutput_dir = 'x'\n[model]\n[model.language]\nsource = 'l'\n\
+            [stage.align]\ntrain = ['*']\ndata = [{ path = 'a' }]\nbatch = { global = 1 }\nlr = 1e-3\neval = ['words', 'seen']\n\
+            [stage.sft]\ntrain = ['*']\ndata = [{ path = 'a' }]\nbatch = { global = 1 }\nlr = 1e-3\neval = ['seen']\n\
+            [eval.words]\nmetric = 'loss'\ndata = [{ path = 'a' }]\n[eval.seen]\nmetric = 'exact_match'\ndata = [{ path = 'a' }]\n";
+        let recipe: Recipe = toml::from_str(recipe).unwrap();
+        let seen = |hit: f64| {
+            json!({ "n": 8, "values": { "exact_match": hit, "exact_match/blank": 0.25, "chance/uniform": 0.125,
+                                        "exact_match/category/color": hit, "exact_match/category/where": 0.5 } })
+        };
+        assert!(tables(&recipe, &BTreeMap::new()).unwrap().is_empty());
+        let results = BTreeMap::from([
+            ("align".to_string(), json!({ "words": { "n": 4, "values": { "loss": 0.5 } }, "seen": seen(0.5) })),
+            ("sft".to_string(), json!({ "seen": seen(0.875) })),
+        ]);
+        let text: Vec<String> = tables(&recipe, &results).unwrap().iter().map(Table::render).collect();
+        assert_eq!(
+            text[0].lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()[3..],
+            [
+                "words: loss 4 0.5000 -",
+                "seen: exact match 8 50.0 % 87.5 %",
+                "chance: any answer of its kind 12.5 % 12.5 %",
+                "every picture blank 25.0 % 25.0 %"
+            ]
+        );
+        assert!(text[1].starts_with("exact match after sft, by kind\nkind     seen\n"), "{}", text[1]);
+        assert!(text[1].ends_with("color  87.5 %\nwhere  50.0 %\n"), "{}", text[1]);
+    }
 }

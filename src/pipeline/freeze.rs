@@ -122,10 +122,10 @@ pub fn checksum(t: &Tensor) -> Result<String> {
     Ok(hex(&Sha256::digest(&bytes)))
 }
 
-/// Watches that every trained parameter gets a gradient within its first epoch.
+/// Watches that every trained parameter gets a gradient within an epoch.
 pub struct GradientWatch {
     missing: BTreeSet<String>,
-    /// Steps of the first epoch.
+    /// Step (from 0) by which all must have had one.
     deadline: usize,
 }
 
@@ -133,9 +133,9 @@ pub struct GradientWatch {
 const GRACE: usize = 3;
 
 impl GradientWatch {
-    /// For a stage whose epoch has `epoch_steps` steps.
-    pub fn new(trainable: impl IntoIterator<Item = String>, epoch_steps: usize) -> Self {
-        Self { missing: trainable.into_iter().collect(), deadline: epoch_steps.max(GRACE) }
+    /// For a stage that begins (or goes on) at step `first` and whose epoch has `epoch` steps.
+    pub fn new(trainable: impl IntoIterator<Item = String>, first: usize, epoch: usize) -> Self {
+        Self { missing: trainable.into_iter().collect(), deadline: first + epoch.max(GRACE) }
     }
 
     /// Notes the gradients of step `step` (from 0); an error names parameters that got none in a whole epoch.

@@ -11,20 +11,22 @@ pub mod export;
 pub mod freeze;
 pub mod merge;
 pub mod run_dir;
+pub mod signals;
 pub mod stage;
 pub mod state;
 
 use crate::bail;
-use crate::data::{source, synth};
+use crate::data::synth;
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Objective, Recipe, SynthKind};
+use crate::recipe::schema::{HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
-use stage::{Run, SideFiles, run_stage};
-use state::{State, lineage, parent};
-use std::collections::BTreeSet;
+use signals::Signals;
+use stage::{Run, SideFiles, check_reachable, dataset, optimizer, run_stage, step_counts};
+use state::{State, hand_over, lineage, parent};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// How a recipe is run.
@@ -34,22 +36,34 @@ pub struct Options {
     pub stages: Vec<String>,
     /// Go on although recipe or inputs differ from what the run directory says.
     pub allow_changes: bool,
+    /// What may ask the run to stop.
+    pub signals: Signals,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Finished,
+    /// A signal asked for it; a checkpoint is written, and the same command goes on.
+    Stopped,
 }
 
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
-pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<()> {
+pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe)?;
-    let inputs = inputs(recipe, &assembly)?;
+    let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = None;
     let mut at: Option<(String, State)> = None;
+    let mut nothing_to_do = true;
     for name in wanted {
         if let Some(done) = dir.done(recipe, name)? {
             reporter.info(&format!("{name}: done ({} steps, loss {:.4})", done.steps, done.loss));
             continue;
         }
+        nothing_to_do = false;
         let mut state = start(recipe, &dir, &mut assembly, at.take(), name, reporter)?;
         if evals.is_none() {
             let names: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
@@ -62,17 +76,21 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
             images: assembly.images.as_ref(),
             sides: SideFiles::of(&assembly),
             reporter,
+            signals: &options.signals,
         };
-        if let Some(evals) = &evals {
-            run_stage(&run, &mut state, name, evals)?;
+        if let Some(evals) = &evals
+            && run_stage(&run, &mut state, name, evals)?.is_none()
+        {
+            return Ok(Outcome::Stopped);
         }
-        if let Some(table) = evaluation::table(recipe, &dir.results()?)? {
+        for table in evaluation::tables(recipe, &dir.results()?)? {
             reporter.table(&table);
         }
         at = Some((name.to_string(), state));
     }
-    reporter.info(&format!("the run is in {}", dir.root().display()));
-    Ok(())
+    let what = if nothing_to_do { "nothing to do: the run is finished and lies in" } else { "the run is in" };
+    reporter.info(&format!("{what} {}", dir.root().display()));
+    Ok(Outcome::Finished)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -90,7 +108,8 @@ fn start(
         (Some(p), _) => restore(recipe, dir, assembly, p)?,
         (None, _) => fresh_state(recipe, assembly)?,
     };
-    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))?;
+    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))
+        .with_context(|| format!("stage.{name}"))?;
     Ok(state)
 }
 
@@ -101,7 +120,7 @@ pub fn restore(recipe: &Recipe, dir: &RunDir, assembly: &mut Assembly, stage: &s
     };
     let mut state = fresh_state(recipe, assembly)?;
     for ancestor in lineage(recipe, stage)? {
-        state.enter(&recipe.stage[ancestor], ancestor)?;
+        state.enter(&recipe.stage[ancestor], ancestor).with_context(|| format!("stage.{ancestor}"))?;
     }
     state.load(&dir.stage(recipe, stage).join("final"))?;
     Ok(state)
@@ -137,24 +156,33 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// Checksums of everything the run reads.
-fn inputs(recipe: &Recipe, assembly: &Assembly) -> Result<std::collections::BTreeMap<String, String>> {
+/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
+/// returns the checksums of everything the run reads.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, String>> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
-    let mut names: BTreeSet<&String> = BTreeSet::new();
-    for stage in recipe.stages.iter().map(|s| &recipe.stage[s]) {
-        for data in &stage.data {
-            files.insert(data.path.clone());
-            // The samples are read, not encoded: that comes when the stage runs.
-            let images: Vec<_> = match stage.objective {
-                Objective::Sft => source::conversations(data)?.into_iter().flat_map(|c| c.images).collect(),
-                Objective::Dpo(_) => source::preferences(data)?.into_iter().flat_map(|p| p.images).collect(),
-            };
-            pictures.extend(images.into_iter().map(|i| i.path));
-        }
-        names.extend(&stage.eval);
+    let mut evals: BTreeSet<&String> = BTreeSet::new();
+    let mut ends: BTreeMap<&str, State> = BTreeMap::new();
+    for name in &recipe.stages {
+        let stage = &recipe.stage[name];
+        let mut visit = || -> Result<()> {
+            let before = parent(recipe, name)?.and_then(|p| ends.get(p)).cloned();
+            let mut state = before.unwrap_or_else(|| State::new(assembly.vlm.clone(), assembly.start_adapter.clone()));
+            state.enter(stage, name)?;
+            let data = dataset(recipe, stage, &assembly.encoder)?;
+            check_reachable(&mut state, !data.images().is_empty())?;
+            optimizer(stage, &mut state, step_counts(stage, data.items.len()).0)?;
+            pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+            ends.insert(name, state);
+            Ok(())
+        };
+        visit().with_context(|| format!("stage.{name}"))?;
+        // A merge works in place, on weights that all copies of the model share: they are read again.
+        assembly.used |= hand_over(stage) == HandOver::Merge;
+        files.extend(stage.data.iter().map(|d| d.path.clone()));
+        evals.extend(&stage.eval);
     }
-    files.extend(names.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
+    files.extend(evals.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
     checksums(&assembly.sources, &files, &pictures)
 }

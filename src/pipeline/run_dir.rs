@@ -7,14 +7,14 @@
 //! results.json           every held-out figure by stage
 //! 01-align/
 //!   params.json          what is frozen and what trains
-//!   reference.json       DPO: the reference's log-probabilities
+//!   reference.safetensors  DPO: the reference's log-probabilities
 //!   checkpoints/step-N/  trained tensors and optimizer state
 //!   final/               trained.safetensors, projector.safetensors, one PEFT folder an adapter, changed backbones
 //!   done.json            written last
 //! ```
 
 use crate::bail;
-use crate::checkpoint::atomic::{self, write_bytes};
+use crate::checkpoint::atomic::{recover, write_bytes};
 use crate::error::{Context, Result};
 use crate::recipe::schema::Recipe;
 use rayon::prelude::*;
@@ -25,11 +25,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A run's directory.
 #[derive(Debug, Clone)]
 pub struct RunDir {
     root: PathBuf,
+    /// Held while a run writes here; the system lets go of it when the process ends, however it ends.
+    _lock: Option<Arc<fs::File>>,
 }
 
 /// What a finished stage says of itself.
@@ -46,14 +49,20 @@ pub struct Done {
 }
 
 impl RunDir {
-    /// Opens or makes the directory; it is an error if it holds another run (unless `allow_changes`).
+    /// Opens or makes the directory. It is an error if another process writes there, or if it holds checkpoints of
+    /// another recipe or other inputs (unless `allow_changes`).
     pub fn open(root: &Path, recipe: &Recipe, inputs: &BTreeMap<String, String>, allow_changes: bool) -> Result<Self> {
         fs::create_dir_all(root).with_context(|| format!("cannot make the run directory {}", root.display()))?;
-        let run = Self { root: root.to_path_buf() };
-        run.tidy(recipe)?;
+        let run = Self { root: root.to_path_buf(), _lock: Some(Arc::new(lock(root)?)) };
+        recover(root)?;
         let (recipe_path, inputs_path) = (root.join("recipe.toml"), root.join("inputs.json"));
         let text = crate::recipe::to_toml(recipe)?;
-        if recipe_path.exists() && !allow_changes {
+        if !begun(root)? {
+            // Whatever an earlier attempt left, nothing was trained with it.
+            for name in ["metrics.jsonl", "results.json"] {
+                remove(&root.join(name))?;
+            }
+        } else if recipe_path.exists() && !allow_changes {
             let mut changed = changes(&flatten_toml(&fs::read_to_string(&recipe_path)?)?, &flatten_toml(&text)?);
             if inputs_path.exists() {
                 let old: BTreeMap<String, String> = serde_json::from_str(&fs::read_to_string(&inputs_path)?)
@@ -70,22 +79,12 @@ impl RunDir {
         Ok(run)
     }
 
-    /// Finishes or removes what a killed writer left half done.
-    fn tidy(&self, recipe: &Recipe) -> Result<()> {
-        let stages = recipe.stages.iter().map(|s| self.stage(recipe, s));
-        let folders = stages.flat_map(|s| [s.join("checkpoints"), s]).chain([self.root.clone()]);
-        for folder in folders.filter(|f| f.is_dir()) {
-            atomic::recover(&folder)?;
-        }
-        Ok(())
-    }
-
     /// An existing run, to read from.
     pub fn existing(root: &Path) -> Result<Self> {
         if !root.join("recipe.toml").exists() {
             bail!("{} is no run directory: it has no recipe.toml", root.display(); "give the output_dir of a recipe that was trained")
         }
-        Ok(Self { root: root.to_path_buf() })
+        Ok(Self { root: root.to_path_buf(), _lock: None })
     }
 
     /// The resolved recipe of the run.
@@ -132,6 +131,40 @@ impl RunDir {
         all.insert(stage.to_string(), figures);
         write_bytes(&self.root.join("results.json"), serde_json::to_string_pretty(&all)?.as_bytes())
     }
+}
+
+/// Does the directory hold a checkpoint or a finished stage?
+fn begun(root: &Path) -> Result<bool> {
+    for entry in fs::read_dir(root).with_context(|| root.display().to_string())? {
+        let stage = entry?.path();
+        let saved = fs::read_dir(stage.join("checkpoints")).is_ok_and(|mut all| all.next().is_some());
+        if saved || stage.join("done.json").exists() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).with_context(|| path.display().to_string()),
+        _ => Ok(()),
+    }
+}
+
+/// Keeps a second process from writing into the same run.
+fn lock(root: &Path) -> Result<fs::File> {
+    let path = root.join(".lock");
+    let file = fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => {
+            bail!("another process is training in {}", root.display(); "wait until it ends, or choose another output_dir")
+        }
+        // Some network file systems know no locks.
+        Err(fs::TryLockError::Error(e)) => tracing::warn!("{}: no lock: {e}", path.display()),
+        Ok(()) => {}
+    }
+    Ok(file)
 }
 
 /// SHA-256 of files (contents) and of pictures (path and size: there may be very many), by what they are.

@@ -1,16 +1,17 @@
 //! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
 
 use super::assemble::Assembly;
-use super::checkpoints;
+use super::checkpoints::{self, Progress};
 use super::evaluation::Evaluations;
 use super::export::write_final;
 use super::freeze::{self, GradientWatch};
-use super::run_dir::{Done, RunDir, sha256_file};
+use super::run_dir::{Done, RunDir, hex, sha256_file};
+use super::signals::Signals;
 use super::state::{State, TRAINED};
 use crate::bail;
-use crate::checkpoint::atomic::write_bytes;
+use crate::checkpoint::atomic::{recover, write_bytes};
 use crate::checkpoint::safetensors;
-use crate::data::{Dataset, ImageProcessor, Loader, LoaderOptions, Plan, TextEncoder, load_pixels};
+use crate::data::{Dataset, ImageProcessor, Item, Loader, LoaderOptions, Plan, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::ops::random::Key;
@@ -19,6 +20,7 @@ use crate::optim::AdamW;
 use crate::recipe::schema::{Objective, Recipe, Reference, Stage};
 use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics, peak_memory_bytes};
 use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +34,7 @@ pub struct Run<'a> {
     pub images: Option<&'a ImageProcessor>,
     pub sides: SideFiles,
     pub reporter: &'a Reporter,
+    pub signals: &'a Signals,
 }
 
 /// Folders whose tokenizer and preprocessor files go with an exported backbone.
@@ -63,28 +66,34 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
     (total, epoch)
 }
 
-/// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint.
-pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) -> Result<Done> {
+/// A fresh optimizer for what trains in an entered stage.
+pub fn optimizer(stage: &Stage, state: &mut State, total: usize) -> Result<AdamW> {
+    let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
+    AdamW::of_stage(stage, total, &shapes)
+}
+
+/// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a
+/// signal asked it to stop on the way.
+pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) -> Result<Option<Done>> {
     let _span = tracing::info_span!("stage", name).entered();
     let stage = &run.recipe.stage[name];
     let dir = run.dir.stage(run.recipe, name);
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    tidy(&dir)?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
-    check_reachable(state, name, !data.images().is_empty())?;
+    check_reachable(state, !data.images().is_empty()).with_context(|| format!("stage.{name}"))?;
     let rows = freeze::rows(state, stage)?;
     write_bytes(&dir.join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
     run.reporter.table(&freeze::table(&format!("{name}: parameters"), &rows));
     let frozen = freeze::frozen_checksums(state)?;
 
     let (total, epoch) = step_counts(stage, data.items.len());
-    let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    let mut optimizer = AdamW::of_stage(stage, total, &shapes).with_context(|| format!("stage.{name}"))?;
+    let mut optimizer = optimizer(stage, state, total).with_context(|| format!("stage.{name}"))?;
     let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
-    let first = checkpoints::resume(&dir, state, &mut optimizer)?;
-    if first > 0 {
-        run.reporter.info(&format!("{name}: goes on after step {first} of {total}"));
-    }
-    let loss = steps(run, state, name, &data, &mut optimizer, &reference, (first, total, epoch), &dir)?;
+    let from = checkpoints::resume(&dir, state, &mut optimizer)?;
+    let Some(loss) = steps(run, state, name, &data, &mut optimizer, &reference, (from, total, epoch), &dir)? else {
+        return Ok(None);
+    };
 
     let unchanged = freeze::prove_frozen(state, &frozen)?;
     let last = dir.join("final");
@@ -94,11 +103,17 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let trained_sha256 = sha256_file(&last.join(TRAINED))?;
     let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
     write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
-    Ok(done)
+    Ok(Some(done))
+}
+
+/// Removes what a killed process had begun to write.
+fn tidy(dir: &Path) -> Result<()> {
+    let folders = [dir.to_path_buf(), dir.join("checkpoints")];
+    folders.iter().filter(|d| d.is_dir()).try_for_each(|d| recover(d).map(drop))
 }
 
 /// Every trained parameter must be one that a gradient can reach.
-pub fn check_reachable(state: &mut State, name: &str, pictures: bool) -> Result<()> {
+pub fn check_reachable(state: &mut State, pictures: bool) -> Result<()> {
     let lost = state.vlm.unreachable(pictures);
     if lost.is_empty() {
         return Ok(());
@@ -106,7 +121,7 @@ pub fn check_reachable(state: &mut State, name: &str, pictures: bool) -> Result<
     let lines: Vec<String> = lost.iter().take(6).map(|(n, why)| format!("{n}: {why}")).collect();
     let more =
         if lost.len() > lines.len() { format!("\n  … and {} more", lost.len() - lines.len()) } else { String::new() };
-    bail!("stage.{name} trains parameters that no gradient can reach:\n  {}{more}", lines.join("\n  ");
+    bail!("it trains parameters that no gradient can reach:\n  {}{more}", lines.join("\n  ");
         "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
 }
 
@@ -118,9 +133,10 @@ fn steps(
     data: &Arc<Dataset>,
     optimizer: &mut AdamW,
     reference: &ReferenceTable,
-    (first, total, epoch): (usize, usize, usize),
+    (from, total, epoch): (Progress, usize, usize),
     dir: &Path,
-) -> Result<f64> {
+) -> Result<Option<f64>> {
+    let first = from.steps;
     let stage = &run.recipe.stage[name];
     let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
     let batches = (first..total).map(move |s| (s, plan.step(s)));
@@ -128,14 +144,16 @@ fn steps(
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
     let params = state.vlm.trainable();
-    let mut watch = GradientWatch::new(params.keys().cloned(), epoch.min(total));
+    let mut watch =
+        GradientWatch::new(params.keys().cloned(), first, if first == 0 { epoch.min(total) } else { epoch });
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
         Objective::Dpo(settings) => Task::Dpo { settings, reference },
     };
     let dropout = Key::new(stage.seed, &format!("dropout/{name}"));
     let micro = stage.batch.micro.unwrap_or(stage.batch.global);
-    let mut last_loss = f64::NAN;
+    let mut last_loss = from.loss;
+    let _deferred = run.signals.defer();
     run.reporter.stage_start(name, first, total);
     for step in loader {
         let step = step?;
@@ -145,9 +163,7 @@ fn steps(
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
         let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;
-        if first == 0 {
-            watch.see(step.step, done.grads.by_name()).with_context(at)?;
-        }
+        watch.see(step.step, done.grads.by_name()).with_context(at)?;
         let report = optimizer.step(&params, done.grads.by_name()).with_context(at)?;
         last_loss = done.loss;
         let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64());
@@ -155,13 +171,20 @@ fn steps(
         run.reporter.step(&line);
         let n = step.step + 1;
         let every = stage.checkpoint.every_steps;
-        if every > 0 && n % every == 0 && n < total {
+        // The last step needs one only if evaluations follow, which may take long.
+        let due = every > 0 && if n < total { n % every == 0 } else { !stage.eval.is_empty() };
+        let stop = run.signals.asked();
+        if due || stop {
             metrics.sync()?;
-            checkpoints::save(dir, n, &params, optimizer, stage.checkpoint.keep)?;
+            checkpoints::save(dir, Progress { steps: n, loss: done.loss }, &params, optimizer, stage.checkpoint.keep)?;
+        }
+        if stop {
+            run.reporter.stage_stopped(n);
+            return Ok(None);
         }
     }
     run.reporter.stage_end();
-    Ok(last_loss)
+    Ok(Some(last_loss))
 }
 
 fn metrics_line(
@@ -196,7 +219,10 @@ fn metrics_line(
 /// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
 fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
-    if path.exists() {
+    let fingerprint = fingerprint(data);
+    // Before the first checkpoint, the start itself may have changed.
+    let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
+    if begun && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
         let all = safetensors::load(path)?;
         let column = |k: &str| -> Result<Vec<f64>> {
             let Some(t) = all.get(k) else {
@@ -219,6 +245,21 @@ fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path
     let n = table.len();
     let columns =
         BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
-    safetensors::save(path, &columns, &BTreeMap::new())?;
+    safetensors::save(path, &columns, &BTreeMap::from([(DATA.to_string(), fingerprint)]))?;
     Ok(table)
+}
+
+/// What the reference's log-probabilities belong to.
+const DATA: &str = "data_sha256";
+
+/// SHA-256 of all tokens and pictures, in order.
+fn fingerprint(data: &Dataset) -> String {
+    let mut h = Sha256::new();
+    for sample in data.items.iter().flat_map(Item::samples) {
+        h.update((sample.ids.len() as u64).to_le_bytes());
+        sample.ids.iter().for_each(|id| h.update(id.to_le_bytes()));
+        sample.labels.iter().for_each(|l| h.update(l.to_le_bytes()));
+        sample.images.iter().for_each(|i| h.update(format!("{i:?}")));
+    }
+    hex(&h.finalize())
 }

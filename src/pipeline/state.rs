@@ -18,10 +18,11 @@ use std::path::Path;
 /// File of all tensors that differ from the backbones as loaded.
 pub const TRAINED: &str = "trained.safetensors";
 
-/// A model between or in stages.
+/// A model between or in stages; copies share their tensors.
+#[derive(Clone)]
 pub struct State {
     pub vlm: Vlm,
-    /// Adapters on the model, as the recipe declared them.
+    /// Adapters on the model, as the recipe declared them; `freeze` is set where later ones are stacked on them.
     pub adapters: BTreeMap<String, schema::Lora>,
     /// Parameters of the base model that were trained, reset or merged into so far.
     pub changed: BTreeSet<String>,
@@ -37,24 +38,26 @@ impl State {
 
     /// Does what the stage says about structure: hand-over of adapters, fresh parameters, new adapters, what trains.
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
-        let before: Vec<String> = self.adapters.keys().cloned().collect();
-        if hand_over(stage) == HandOver::Merge {
-            self.merge(&before)?;
+        match hand_over(stage) {
+            HandOver::Merge => self.merge()?,
+            HandOver::Stack => self.adapters.values_mut().for_each(|a| a.freeze = true),
+            HandOver::Continue => {}
         }
+        let continued: Vec<String> =
+            self.adapters.iter().filter(|(_, a)| !a.freeze).map(|(name, _)| name.clone()).collect();
         self.reset(stage, name)?;
         let declared = self.declare(stage, name)?;
-        let continued = if hand_over(stage) == HandOver::Continue { before } else { Vec::new() };
         let trainable = self.trainable(stage, &continued, &declared)?;
         self.changed.extend(trainable.iter().filter(|n| !is_adapter(n)).cloned());
         self.vlm.train_only(&trainable);
+        self.vlm.recompute(&stage.recompute).with_context(|| format!("stage.{name}.recompute"))?;
         Ok(())
     }
 
-    fn merge(&mut self, adapters: &[String]) -> Result<()> {
-        for a in adapters {
-            self.changed.extend(self.vlm.deltas(a).into_keys().map(|n| format!("{n}.weight")));
-            lora::merge(&mut self.vlm, a)?;
-            self.adapters.remove(a);
+    fn merge(&mut self) -> Result<()> {
+        for a in std::mem::take(&mut self.adapters).into_keys() {
+            self.changed.extend(self.vlm.deltas(&a).into_keys().map(|n| format!("{n}.weight")));
+            lora::merge(&mut self.vlm, &a)?;
         }
         Ok(())
     }
@@ -65,7 +68,7 @@ impl State {
         }
         let key = Key::new(stage.seed, &format!("reset/{name}"));
         let known: Vec<String> = self.vlm.params().into_keys().collect();
-        let patterns = Patterns::new(&stage.reset, &known).with_context(|| format!("stage.{name}.reset"))?;
+        let patterns = Patterns::new(&stage.reset, &known).context("reset")?;
         let mut values = BTreeMap::new();
         for (n, t) in self.vlm.params() {
             if patterns.matches(&n) {
@@ -84,8 +87,7 @@ impl State {
             let fallback = if i == 0 { name.to_string() } else { format!("{name}_{}", i + 1) };
             let adapter = cfg.name.clone().unwrap_or(fallback);
             let key = Key::new(stage.seed, &format!("adapter/{name}"));
-            lora::attach(&mut self.vlm, cfg, &adapter, key)
-                .with_context(|| format!("stage.{name}.adapters[{i}].lora"))?;
+            lora::attach(&mut self.vlm, cfg, &adapter, key).with_context(|| format!("adapters[{i}].lora"))?;
             self.adapters.insert(adapter.clone(), cfg.clone());
             if !cfg.freeze {
                 trained.push(adapter);
@@ -99,7 +101,7 @@ impl State {
         let mut out: BTreeSet<String> = if stage.train.is_empty() {
             BTreeSet::new()
         } else {
-            let patterns = Patterns::new(&stage.train, &own)?;
+            let patterns = Patterns::new(&stage.train, &own).context("train")?;
             own.into_iter().filter(|n| patterns.matches(n)).collect()
         };
         for adapter in continued.iter().chain(declared) {

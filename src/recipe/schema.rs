@@ -177,7 +177,7 @@ pub enum Template {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// Where the stage starts; default: the stage before it, adapters continued (frozen unless listed here).
+    /// Where the stage starts; default: the stage before it, its adapters continued.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<From>,
     /// Ordered patterns over parameter names, `"pattern"` or `"!pattern"`; first match wins, unmatched = frozen.
@@ -216,6 +216,9 @@ pub struct Stage {
     pub checkpoint: Checkpoint,
     #[serde(default)]
     pub activations: Activations,
+    /// Layers that recompute although the rest keeps, by pattern, e.g. `["language.layers[0..16]"]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recompute: Vec<String>,
     /// Names of the evaluations that run at the end of this stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub eval: Vec<String>,
@@ -234,7 +237,7 @@ pub struct From {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HandOver {
-    /// Keep training them.
+    /// Keep training those that trained.
     #[default]
     Continue,
     /// Freeze them; new ones go on top.

@@ -262,7 +262,7 @@ fn start(s: &Stage, earlier: &[String], all: &[String], inherits: bool) -> Resul
             bail!("from: `{}` has no adapters to stack on or merge", from.stage; "drop `adapters`, or declare some in that stage");
         }
     }
-    let continued = inherits && s.from.as_ref().is_some_and(|f| f.adapters == HandOver::Continue);
+    let continued = inherits && s.from.as_ref().is_none_or(|f| f.adapters == HandOver::Continue);
     let own = s.adapters.iter().any(|Adapter::Lora(a)| !a.freeze);
     if s.train.is_empty() && !own && !continued {
         bail!(

@@ -2,6 +2,7 @@
 
 use super::human;
 use super::{StepMetrics, Table};
+use crate::error::Error;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
@@ -127,6 +128,22 @@ impl Reporter {
         );
     }
 
+    /// The stage that was started stops after `step`, to go on later.
+    pub fn stage_stopped(&self, step: usize) {
+        let Some(stage) = self.state().stage.take() else { return };
+        if let Some(bar) = &stage.bar {
+            bar.finish_and_clear();
+        }
+        let (name, total) = (&stage.name, stage.total_steps);
+        self.message(
+            || json!({ "event": "stopped", "stage": name, "step": step, "total_steps": total }),
+            || {
+                let go_on = "a checkpoint is written; the same command goes on from there";
+                format!("{name}: asked to stop, stopped after step {step} of {total}; {go_on}\n")
+            },
+        );
+    }
+
     /// Something worth knowing.
     pub fn info(&self, text: &str) {
         self.message(|| json!({ "event": "info", "message": text }), || format!("{text}\n"));
@@ -136,6 +153,17 @@ impl Reporter {
     pub fn warn(&self, text: &str) {
         let label = if self.color { "\u{1b}[33mwarning:\u{1b}[0m" } else { "warning:" };
         self.message(|| json!({ "event": "warn", "message": text }), || format!("{label} {text}\n"));
+    }
+
+    /// Why the command fails: cause, blank line, hint.
+    pub fn error(&self, e: &Error) {
+        if let Some(bar) = self.state().stage.take().and_then(|s| s.bar) {
+            bar.finish_and_clear();
+        }
+        self.message(
+            || json!({ "event": "error", "message": e.to_string(), "hint": e.hint_text() }),
+            || format!("error: {}\n", e.report()),
+        );
     }
 
     /// A table, with an empty line before and behind it.
@@ -281,13 +309,20 @@ mod tests {
             r.info("so\nit is");
             r.table(&table);
             r.stage_end();
+            r.stage_start("sft", 0, 2);
+            r.stage_stopped(1);
+            r.error(&Error::new("broken").hint("mend it"));
         });
         let events: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         let names: Vec<&str> = events.iter().map(|e| e["event"].as_str().unwrap()).collect();
-        assert_eq!(names, ["stage_start", "step", "warn", "info", "table", "stage_end"]);
+        assert_eq!(
+            names,
+            ["stage_start", "step", "warn", "info", "table", "stage_end", "stage_start", "stopped", "error"]
+        );
         assert_eq!(events[1]["lr"]["lora"], 2e-3);
         assert_eq!(events[3]["message"], "so\nit is");
         assert_eq!(events[4]["rows"][0][0], "1");
+        assert_eq!((&events[8]["message"], &events[8]["hint"]), (&json!("broken"), &json!("mend it")));
         assert!(!text.contains('\u{1b}'));
     }
 

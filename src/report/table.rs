@@ -25,7 +25,7 @@ impl Table {
         self.rows.push(cells.into_iter().map(Into::into).collect());
     }
 
-    /// Title, heads, a rule, and the rows; two spaces between columns; ends in a newline.
+    /// Title, heads (unless all are empty), a rule, and the rows; two spaces between columns; ends in a newline.
     ///
     /// A column whose cells all read as numbers (`12`, `0.5`, `84 %`, `1,024`, `3.1 MB`, `-`) is aligned to the right.
     pub fn render(&self) -> String {
@@ -47,7 +47,9 @@ impl Table {
             }
             let _ = writeln!(out, "{}", text.trim_end());
         };
-        line(&self.columns);
+        if self.columns.iter().any(|c| !c.is_empty()) {
+            line(&self.columns);
+        }
         line(&widths.iter().map(|w| "─".repeat(*w)).collect::<Vec<_>>());
         for row in &self.rows {
             line(row);
@@ -90,7 +92,7 @@ mod tests {
 
     #[test]
     fn an_empty_table_and_a_longer_row_are_fine() {
-        assert_eq!(Table::default().render(), "\n\n");
+        assert_eq!(Table::default().render(), "\n");
         let mut table = Table::new("", ["a"]);
         table.row(["x", "y"]);
         assert_eq!(table.render(), "a\n─  ─\nx  y\n");

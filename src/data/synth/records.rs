@@ -101,7 +101,7 @@ impl Pictures {
 
 /// Conversations without a picture: the scene is told in the first human turn, where a picture would stand.
 ///
-/// Training: one to four questions, half of them relational and a fifth about what is absent, or a request for the
+/// Training: one to eight questions, half of them relational and a fifth about what is absent, or a request for the
 /// caption. Validation: one question each, with its `category`.
 pub fn text_only(seed: u64, split: Split, n: usize) -> Vec<Value> {
     let document = |i: usize| {
@@ -132,7 +132,7 @@ fn text_turns(scene: &Scene, rng: &mut Rng) -> Vec<(String, String)> {
     if rng.chance(0.15) {
         return vec![(DESCRIBE.into(), text::caption(scene))];
     }
-    let turns = 1 + rng.below(4);
+    let turns = 1 + rng.below(8);
     let mut asked = Vec::with_capacity(turns);
     while asked.len() < turns {
         let kinds: &[Kind] = if rng.chance(0.5) { &Kind::RELATIONAL } else { &Kind::ALL };

@@ -1,7 +1,7 @@
 //! One LLaMA decoder layer (Touvron et al. 2023; HF `LlamaDecoderLayer`), forward and backward.
 
 use crate::error::Result;
-use crate::model::linear::{self, Linear};
+use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
 use crate::model::segment::{Segment, Side};
@@ -9,11 +9,16 @@ use crate::ops::activation::{swiglu, swiglu_backward};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
 use crate::ops::{attention, rope};
+use crate::recipe::schema::Activations;
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
 #[derive(Debug, Clone)]
 pub struct Layer {
+    /// E.g. `language.layers.0`.
+    pub name: String,
+    /// What this layer keeps, if it is not what the pass says.
+    pub policy: Option<Activations>,
     pub attention: attention::Config,
     pub input_layernorm: Norm,
     pub q_proj: Linear,
@@ -88,6 +93,14 @@ impl Layer {
 impl Segment for Layer {
     type Saved = Saved;
 
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn policy(&self) -> Option<Activations> {
+        self.policy
+    }
+
     fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
         self.run(x, side, None)
     }
@@ -104,22 +117,22 @@ impl Segment for Layer {
         let [sq, sk, sv, so, sg, su, sd] = &s.linears;
         // MLP
         let act = self.down_proj.needs_input().then(|| swiglu(&s.gate, &s.up)).transpose()?;
-        let dact = s.gate.zeros_like()?;
-        self.down_proj.backward(sd, act.as_ref(), &dy, side, grads, Some(&dact))?;
-        let (dgate, dup) = swiglu_backward(&s.gate, &s.up, &dact)?;
+        let mut dact = InputGrad::Empty;
+        self.down_proj.backward(sd, act.as_ref(), &dy, side, grads, &mut dact)?;
+        let (dgate, dup) = swiglu_backward(&s.gate, &s.up, dact.sum()?)?;
         let needs = self.gate_proj.needs_input() || self.up_proj.needs_input();
         let h = needs.then(|| self.post_attention_layernorm.rebuild(&s.mid, &s.stats[1])).transpose()?;
-        let dh = dy.zeros_like()?;
-        self.gate_proj.backward(sg, h.as_ref(), &dgate, side, grads, Some(&dh))?;
-        self.up_proj.backward(su, h.as_ref(), &dup, side, grads, Some(&dh))?;
+        let mut dh = InputGrad::Empty;
+        self.gate_proj.backward(sg, h.as_ref(), &dgate, side, grads, &mut dh)?;
+        self.up_proj.backward(su, h.as_ref(), &dup, side, grads, &mut dh)?;
         let dmid = dy;
-        self.post_attention_layernorm.backward_into(&s.mid, &s.stats[1], &dh, grads, &dmid)?;
+        self.post_attention_layernorm.backward_into(&s.mid, &s.stats[1], dh.sum()?, grads, &dmid)?;
         // attention
-        let d_o = s.o.zeros_like()?;
-        self.o_proj.backward(so, Some(&s.o), &dmid, side, grads, Some(&d_o))?;
+        let mut d_o = InputGrad::Empty;
+        self.o_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
         let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
-        let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, &d_o)?;
+        let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
         if let Some((cos, sin)) = &side.rope {
             rope::rotate_back_(&dq, cos, sin)?;
             rope::rotate_back_(&dk, cos, sin)?;
@@ -127,11 +140,11 @@ impl Segment for Layer {
         let trained = [&self.q_proj, &self.k_proj, &self.v_proj].iter().any(|l| l.needs_input());
         let h = trained.then(|| self.input_layernorm.rebuild(x, &s.stats[0])).transpose()?;
         let norm_trains = self.input_layernorm.weight.trainable;
-        let dh = (need_dx || norm_trains).then(|| dmid.zeros_like()).transpose()?;
+        let mut dh = InputGrad::new(need_dx || norm_trains);
         for (l, saved, d) in [(&self.q_proj, sq, &dq), (&self.k_proj, sk, &dk), (&self.v_proj, sv, &dv)] {
-            l.backward(saved, h.as_ref(), d, side, grads, dh.as_ref())?;
+            l.backward(saved, h.as_ref(), d, side, grads, &mut dh)?;
         }
-        let Some(dh) = dh else { return Ok(None) };
+        let Some(dh) = dh.take() else { return Ok(None) };
         self.input_layernorm.backward_into(x, &s.stats[0], &dh, grads, &dmid)?;
         Ok(need_dx.then_some(dmid))
     }

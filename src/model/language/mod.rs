@@ -77,6 +77,8 @@ impl Language {
         for i in 0..c.num_hidden_layers {
             let name = |part: &str| format!("language.layers.{i}.{part}");
             layers.push(Layer {
+                name: format!("language.layers.{i}"),
+                policy: None,
                 attention: attention::Config {
                     heads: c.num_attention_heads,
                     kv_heads: c.num_key_value_heads,

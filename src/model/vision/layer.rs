@@ -1,19 +1,23 @@
 //! One CLIP encoder layer (Radford et al. 2021; HF `CLIPEncoderLayer`), forward and backward.
 
 use crate::error::Result;
-use crate::model::linear::{self, Linear};
+use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
 use crate::model::segment::{Segment, Side};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
 use crate::ops::{activation, attention};
-use crate::recipe::schema::Activation;
+use crate::recipe::schema::{Activation, Activations};
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
 #[derive(Debug, Clone)]
 pub struct Layer {
+    /// E.g. `vision.encoder.layers.0`.
+    pub name: String,
+    /// What this layer keeps, if it is not what the pass says.
+    pub policy: Option<Activations>,
     pub attention: attention::Config,
     pub act: Activation,
     pub layer_norm1: Norm,
@@ -40,6 +44,14 @@ pub struct Saved {
 
 impl Segment for Layer {
     type Saved = Saved;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn policy(&self) -> Option<Activations> {
+        self.policy
+    }
 
     fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
         let (h, stats1) = self.layer_norm1.forward(x)?;
@@ -69,29 +81,29 @@ impl Segment for Layer {
         let [sq, sk, sv, so, s1, s2] = &s.linears;
         // MLP
         let act = self.fc2.needs_input().then(|| activation::forward(self.act, &s.inner)).transpose()?;
-        let dact = s.inner.zeros_like()?;
-        self.fc2.backward(s2, act.as_ref(), &dy, side, grads, Some(&dact))?;
-        let dinner = activation::backward(self.act, &s.inner, &dact)?;
+        let mut dact = InputGrad::Empty;
+        self.fc2.backward(s2, act.as_ref(), &dy, side, grads, &mut dact)?;
+        let dinner = activation::backward(self.act, &s.inner, dact.sum()?)?;
         let h = self.fc1.needs_input().then(|| self.layer_norm2.rebuild(&s.mid, &s.stats[1])).transpose()?;
-        let dh = dy.zeros_like()?;
-        self.fc1.backward(s1, h.as_ref(), &dinner, side, grads, Some(&dh))?;
+        let mut dh = InputGrad::Empty;
+        self.fc1.backward(s1, h.as_ref(), &dinner, side, grads, &mut dh)?;
         let dmid = dy;
-        self.layer_norm2.backward_into(&s.mid, &s.stats[1], &dh, grads, &dmid)?;
+        self.layer_norm2.backward_into(&s.mid, &s.stats[1], dh.sum()?, grads, &dmid)?;
         // attention
-        let d_o = s.o.zeros_like()?;
-        self.out_proj.backward(so, Some(&s.o), &dmid, side, grads, Some(&d_o))?;
+        let mut d_o = InputGrad::Empty;
+        self.out_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
         let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
-        let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, &d_o)?;
+        let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
         let trained = [&self.q_proj, &self.k_proj, &self.v_proj].iter().any(|l| l.needs_input());
         let h = trained.then(|| self.layer_norm1.rebuild(x, &s.stats[0])).transpose()?;
         let mut norm_trains = self.layer_norm1.weight.trainable;
         norm_trains |= self.layer_norm1.bias.as_ref().is_some_and(|b| b.trainable);
-        let dh = (need_dx || norm_trains).then(|| dmid.zeros_like()).transpose()?;
+        let mut dh = InputGrad::new(need_dx || norm_trains);
         for (l, saved, d) in [(&self.q_proj, sq, &dq), (&self.k_proj, sk, &dk), (&self.v_proj, sv, &dv)] {
-            l.backward(saved, h.as_ref(), d, side, grads, dh.as_ref())?;
+            l.backward(saved, h.as_ref(), d, side, grads, &mut dh)?;
         }
-        let Some(dh) = dh else { return Ok(None) };
+        let Some(dh) = dh.take() else { return Ok(None) };
         self.layer_norm1.backward_into(x, &s.stats[0], &dh, grads, &dmid)?;
         Ok(need_dx.then_some(dmid))
     }

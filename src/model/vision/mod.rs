@@ -84,6 +84,8 @@ impl Tower {
             let name = |part: &str| format!("vision.encoder.layers.{i}.{part}");
             let (m, bias) = (c.intermediate_size, true);
             layers.push(Layer {
+                name: format!("vision.encoder.layers.{i}"),
+                policy: None,
                 attention: attention::Config {
                     heads: c.num_attention_heads,
                     kv_heads: c.num_attention_heads,

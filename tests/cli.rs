@@ -1,0 +1,12 @@
+//! The commands, end to end: the binary itself on the golden model, as a user runs it.
+
+mod cli {
+    mod bad_input;
+    mod check;
+    mod folder;
+    mod hand_over;
+    mod hub;
+    mod output;
+    mod resume;
+    mod signals;
+}

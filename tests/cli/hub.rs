@@ -1,0 +1,88 @@
+//! A recipe whose model lies on the hub, played by a server on the loopback.
+
+use super::folder::{Folder, THREE_STAGES, golden, said};
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use tiny_http::{Header, Request, Response, Server};
+
+const COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
+
+/// Serves the golden model as `owner/tiny`, in ranges as the client asks for them.
+struct Hub {
+    server: Arc<Server>,
+    thread: Option<JoinHandle<usize>>,
+}
+
+impl Hub {
+    fn start() -> Self {
+        let entry = |e: std::io::Result<fs::DirEntry>| {
+            let path = e.unwrap().path();
+            (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(path).unwrap())
+        };
+        let files: BTreeMap<String, Vec<u8>> = fs::read_dir(golden("model")).unwrap().map(entry).collect();
+        let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+        let listening = server.clone();
+        let thread = std::thread::spawn(move || {
+            let mut served = 0;
+            for request in listening.incoming_requests() {
+                served += 1;
+                answer(&files, request);
+            }
+            served
+        });
+        Self { server, thread: Some(thread) }
+    }
+
+    fn endpoint(&self) -> String {
+        format!("http://{}", self.server.server_addr())
+    }
+
+    /// Ends it; returns the number of requests.
+    fn stop(mut self) -> usize {
+        self.server.unblock();
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+fn answer(files: &BTreeMap<String, Vec<u8>>, request: Request) {
+    let header = |k: &str, v: &str| Header::from_bytes(k.as_bytes(), v.as_bytes()).unwrap();
+    let url = request.url().to_string();
+    if ["main", COMMIT].iter().any(|r| url == format!("/api/models/owner/tiny/revision/{r}")) {
+        let siblings: Vec<_> = files.keys().map(|n| serde_json::json!({ "rfilename": n })).collect();
+        let info = serde_json::json!({ "id": "owner/tiny", "sha": COMMIT, "siblings": siblings });
+        return request.respond(Response::from_string(info.to_string())).unwrap();
+    }
+    let data = url.strip_prefix(&format!("/owner/tiny/resolve/{COMMIT}/")).and_then(|n| files.get(n));
+    let Some(data) = data else { return request.respond(Response::empty(404)).unwrap() };
+    let range = request.headers().iter().find(|h| h.field.equiv("Range")).unwrap().value.to_string();
+    let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+    let (from, end) = (from.parse().unwrap(), to.parse::<usize>().map_or(data.len(), |to| to + 1));
+    let content_range = format!("bytes {from}-{}/{}", end - 1, data.len());
+    let response = Response::from_data(&data[from..end])
+        .with_status_code(206)
+        .with_header(header("Content-Range", &content_range))
+        .with_header(header("X-Repo-Commit", COMMIT))
+        .with_header(header("ETag", &format!("\"{:040x}\"", data.len())));
+    request.respond(response).unwrap();
+}
+
+#[test]
+fn a_model_from_the_hub_then_without_the_network() {
+    let f = Folder::with(&THREE_STAGES.replace("${GOLDEN}/model", "owner/tiny@main"));
+    // Not in the cache, and no network.
+    f.fails(&["check", "recipe.toml"], &["owner/tiny@main is not complete in the cache", "HF_HUB_OFFLINE"]);
+    let hub = Hub::start();
+    let online =
+        f.adfreeze(["check", "recipe.toml"]).env("HF_ENDPOINT", hub.endpoint()).env("HF_HUB_OFFLINE", "0").output();
+    let online = said(online.unwrap());
+    assert!(hub.stop() > 4);
+    assert_eq!(online.code, Some(0), "{}", online.stderr);
+    assert!(online.stdout.contains(&format!("owner/tiny@{COMMIT}")), "{}", online.stdout);
+    let offline = f.ok(["check", "recipe.toml"]);
+    assert_eq!(offline.stdout, online.stdout);
+    // The run notes the revision.
+    f.train(&["--stages", "align", "--set", "defaults.max_steps=2"]);
+    assert!(fs::read_to_string(f.path("run/inputs.json")).unwrap().contains(COMMIT));
+}
