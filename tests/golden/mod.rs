@@ -24,7 +24,9 @@ use adfreeze::recipe::schema::{self, MlpProjector, Template};
 use adfreeze::train::collate::collate;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// One folder of reference values.
@@ -32,6 +34,8 @@ pub struct Golden {
     pub dir: PathBuf,
     pub json: Value,
     pub key_map: Vec<Value>,
+    /// The cases that were off.
+    pub off: RefCell<Vec<String>>,
 }
 
 /// Committed folders, and the one that the environment names.
@@ -65,7 +69,7 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
 impl Golden {
     pub fn open(dir: &Path) -> Self {
         let key_map = json(&dir.join("key_map.json")).as_array().unwrap().clone();
-        Self { dir: dir.to_path_buf(), json: json(&dir.join("golden.json")), key_map }
+        Self { dir: dir.to_path_buf(), json: json(&dir.join("golden.json")), key_map, off: RefCell::default() }
     }
 
     pub fn path(&self, file: &str) -> PathBuf {
@@ -85,11 +89,15 @@ impl Golden {
         v.as_f64().unwrap_or_else(|| panic!("{}: no tolerance {keys:?}", self.dir.display()))
     }
 
-    /// Prints the case and fails if `error` is above `tolerance`.
+    /// Prints the case, and notes it if `error` is above `tolerance`.
     pub fn case(&self, name: &str, error: f64, tolerance: f64) {
         let folder = self.dir.file_name().unwrap().to_string_lossy().into_owned();
-        println!("parity {folder}: {name}: error {error:.2e}, tolerance {tolerance:.0e}");
-        assert!(error <= tolerance, "{folder}: {name}: {error:e} is above {tolerance:e}");
+        let line = format!("parity {folder}: {name}: error {error:.2e}, tolerance {tolerance:.0e}\n");
+        // Not `println!`, which the test harness keeps back; in one piece, because tests run beside each other.
+        std::io::stdout().write_all(line.as_bytes()).unwrap();
+        if error.is_nan() || error > tolerance {
+            self.off.borrow_mut().push(format!("{folder}: {name}: {error:e} is above {tolerance:e}"));
+        }
     }
 
     /// The whole model in a folder (`model`, `model_hub_naming`).
