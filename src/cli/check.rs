@@ -17,5 +17,5 @@ pub struct Args {
 
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let recipe = recipe::load(&args.recipe, &args.sets)?;
-    check::check(&recipe, reporter, &mut std::io::stdout().lock())
+    check::check(&recipe, reporter, &mut super::stdout::Stdout::lock())
 }

@@ -40,7 +40,10 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     super::device::check(&args.device)?;
-    if !(0.0..=1.0).contains(&args.top_p) || args.top_p == 0.0 || args.temperature < 0.0 {
+    if !(0.0..=1.0).contains(&args.top_p)
+        || args.top_p == 0.0
+        || !(args.temperature >= 0.0 && args.temperature.is_finite())
+    {
         bail!("--temperature {} --top-p {}", args.temperature, args.top_p; "a temperature of 0 or more, and 0 < top-p ≤ 1")
     }
     let m = args.model.load()?;
@@ -60,7 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
         max_new_tokens: args.max_new_tokens,
     };
     // A token may be part of a character: print what the text has grown by.
-    let (mut out, mut shown) = (std::io::stdout().lock(), String::new());
+    let (mut out, mut shown) = (super::stdout::Stdout::lock(), String::new());
     let mut so_far = Vec::new();
     let mut result = Ok(());
     generate(&m.vlm, &batch, encoder.eos_ids(), how, |t| {

@@ -5,11 +5,13 @@ mod device;
 mod generate;
 mod model;
 mod score;
+mod stdout;
 mod synth;
 mod train;
 
 use crate::report::{LogFormat, Reporter};
 use clap::{Parser, Subcommand, ValueEnum};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -54,7 +56,7 @@ pub fn main() -> ExitCode {
         Log::Auto => LogFormat::Auto,
         Log::Json => LogFormat::Json,
     };
-    trace();
+    trace(format);
     let reporter = Reporter::new(format);
     let result = match args.command {
         Command::Train(a) => train::run(&a, &reporter),
@@ -76,9 +78,16 @@ fn done((): ()) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Tracing spans go to stderr if `ADFREEZE_LOG` (the syntax of `RUST_LOG`) asks for them.
-fn trace() {
-    let filter = EnvFilter::try_from_env("ADFREEZE_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
+/// What the rooms below notice goes to stderr, in the form of the other lines there: warnings, and more if
+/// `ADFREEZE_LOG` (the syntax of `RUST_LOG`) asks for it.
+fn trace(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("ADFREEZE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     let spans = tracing_subscriber::fmt::format::FmtSpan::CLOSE;
-    tracing_subscriber::fmt().with_env_filter(filter).with_span_events(spans).with_writer(std::io::stderr).init();
+    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_span_events(spans).with_ansi(color);
+    let lines = lines.with_writer(std::io::stderr);
+    match format {
+        LogFormat::Auto => lines.init(),
+        LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
 }

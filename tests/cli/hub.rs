@@ -82,6 +82,22 @@ fn a_model_from_the_hub_then_without_the_network() {
     assert!(online.stdout.contains(&format!("owner/tiny@{COMMIT}")), "{}", online.stdout);
     let offline = f.ok(["check", "recipe.toml"]);
     assert_eq!(offline.stdout, online.stdout);
+    assert!(!offline.stderr.contains("WARN"), "{}", offline.stderr);
+    // A cache that may lack an optional file, and a hub that cannot be asked: a warning, not silence.
+    let snapshot = f.path("hf/hub/models--owner--tiny");
+    fs::remove_dir_all(snapshot.join(".no_exist")).unwrap();
+    let unreachable = |args: &[&str]| {
+        let mut c = f.adfreeze([args, &["check", "recipe.toml"]].concat());
+        said(c.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HUB_OFFLINE", "0").output().unwrap())
+    };
+    let said = unreachable(&[]);
+    assert_eq!((said.code, &said.stdout), (Some(0), &online.stdout), "{}", said.stderr);
+    let warning = said.stderr.lines().find(|l| l.contains("WARN")).expect(&said.stderr);
+    assert!(warning.contains("using the cached owner/tiny@main") && !warning.contains('\u{1b}'), "{warning}");
+    let lines = unreachable(&["--log", "json"]).stderr;
+    let lines: Vec<serde_json::Value> = lines.lines().map(|l| serde_json::from_str(l).expect(l)).collect();
+    let warning = lines.iter().find(|l| l["level"] == "WARN").unwrap();
+    assert!(warning["message"].as_str().unwrap().contains("using the cached owner/tiny@main"), "{warning}");
     // The run notes the revision.
     f.train(&["--stages", "align", "--set", "defaults.max_steps=2"]);
     assert!(fs::read_to_string(f.path("run/inputs.json")).unwrap().contains(COMMIT));

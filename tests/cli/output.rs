@@ -28,6 +28,7 @@ fn answers_greedily_or_by_a_seed() {
     f.fails(&["generate", &m[0], &m[1], "--prompt", "<image> <image>?", "--image", &image], &["2 <image> mark(s)"]);
     f.fails(&["generate", &m[0], &m[1], "--prompt", "?", "--image", "no.png"], &["no.png"]);
     f.fails(&["generate", &m[0], &m[1], "--prompt", "?", "--temperature=-1"], &["--temperature -1"]);
+    f.fails(&["generate", &m[0], &m[1], "--prompt", "?", "--temperature", "nan"], &["--temperature NaN"]);
 }
 
 #[test]
