@@ -9,7 +9,7 @@ mod fields;
 mod tests;
 
 use crate::bail;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::recipe::schema::{Activation, SelectFeature};
 use fields::Fields;
 use serde_json::{Value, json};
@@ -354,8 +354,13 @@ fn from_file<T>(dir: &Path, parse: impl Fn(&Value) -> Result<T>) -> Result<T> {
     let text = std::fs::read_to_string(&path).map_err(|e| {
         Error::new(format!("cannot read {}", path.display())).source(e).hint("a model folder holds a `config.json`")
     })?;
-    let json: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-    parse(&json).with_context(|| path.display().to_string())
+    let read = || parse(&serde_json::from_str(&text)?);
+    read().map_err(|e| match e.hint_text() {
+        Some(_) => e.context(path.display()),
+        None => e
+            .context(path.display())
+            .hint("the file is damaged or was edited: get it again from where the model comes from"),
+    })
 }
 
 fn unsupported(path: &str, key: &str, found: &str, supported: &str) -> Error {

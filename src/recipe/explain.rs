@@ -56,12 +56,36 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
     }
 }
 
-/// `did you mean …? known: …`; a near name is at most a third of the word's letters away.
+/// What other trainers call a key of ours.
+const ALIASES: [(&str, &str); 5] = [
+    ("learning_rate", "lr"),
+    ("num_train_epochs", "epochs"),
+    ("lora_alpha", "alpha"),
+    ("lora_dropout", "dropout"),
+    ("target_modules", "target"),
+];
+
+/// Likeness (Jaro–Winkler, 0 to 1) from which on two names that differ in more letters are still taken for one.
+const ALIKE: f64 = 0.8;
+
+/// The known name that `word` was probably meant to be, by our names and those of [`ALIASES`]: one that is at most a third
+/// of the word's letters away, else one that begins and goes on alike.
+fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+    let alias = |(other, ours): &(&'static str, &str)| Some((*other, *known.iter().find(|k| *k == ours)?));
+    let names: Vec<(&str, &'a str)> = known.iter().map(|k| (*k, *k)).chain(ALIASES.iter().filter_map(alias)).collect();
+    let distance = |name: &str| strsim::damerau_levenshtein(word, name);
+    let likeness = |name: &str| strsim::jaro_winkler(word, name);
+    let near = names.iter().min_by_key(|(name, _)| distance(name));
+    let alike = names.iter().max_by(|(a, _), (b, _)| likeness(a).total_cmp(&likeness(b)));
+    near.filter(|(name, _)| distance(name) <= (word.chars().count() / 3).max(1))
+        .or(alike.filter(|(name, _)| likeness(name) >= ALIKE))
+        .map(|(_, ours)| *ours)
+}
+
+/// `did you mean …? known: …`.
 pub fn suggestion(word: &str, known: &[&str]) -> String {
     let names: Vec<String> = known.iter().map(|k| format!("`{k}`")).collect();
-    let distance = |k: &&str| strsim::damerau_levenshtein(word, k);
-    let near = known.iter().copied().min_by_key(distance).filter(|k| distance(k) <= (word.len() / 3).max(1));
-    match (near, names.len()) {
+    match (nearest(word, known), names.len()) {
         (_, 0) => "there is nothing to choose from".into(),
         (Some(near), 1) => format!("did you mean `{near}`?"),
         (Some(near), _) => format!("did you mean `{near}`? known: {}", list(&names)),

@@ -48,8 +48,8 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
     if below.contains(&real) {
         bail!("{}: the recipe extends itself", path.display(); "follow the `extends` of each file and cut the circle");
     }
-    below.push(real);
     let text = std::fs::read_to_string(path).map_err(|e| missing(path, below, e))?;
+    below.push(real);
     let mut table: Table = match toml::from_str(&text) {
         Ok(t) => t,
         Err(e) => bail!(

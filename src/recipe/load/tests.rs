@@ -158,6 +158,8 @@ fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
         message("lora =", "loar =")
             .contains("stage.sft.adapters[0]: unknown value `loar`\n\nhint: did you mean `lora`?")
     );
+    assert!(message("lr ", "lerning_rate ").contains("lerning_rate: unknown key\n\nhint: did you mean `lr`?"));
+    assert!(message("lr ", "momentum ").contains("momentum: unknown key\n\nhint: known: "));
     assert!(message("mlp =", "mpl =").contains("model.projector: unknown value `mpl`\n\nhint: did you mean `mlp`?"));
     let e = message("lr = 1e-3", "lr = 1e-3\nactivations = 'recompute_all'");
     assert!(
