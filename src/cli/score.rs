@@ -8,6 +8,7 @@ use crate::model::vlm::Mode;
 use crate::recipe::schema::{Data, Resize};
 use crate::report::Reporter;
 use crate::train::collate::collate;
+use crate::train::step::finite_logps;
 use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
@@ -57,6 +58,7 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
             let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();
             let batch = collate(&samples, &pixels, m.vlm.language.dtype())?;
             let (lp, _) = m.vlm.forward(&batch, Mode::default())?;
+            finite_logps(&lp.logps, &samples)?;
             let mut at = 0;
             for s in samples {
                 let logps = &lp.logps[at..at + s.targets()];

@@ -6,7 +6,7 @@ use super::assemble::{Assembly, START_ADAPTER, assemble};
 use super::freeze::{self, thousands};
 use super::stage::{check_reachable, dataset, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
-use super::{evaluation, make_data};
+use super::{evaluation, make_data, tell_type};
 use crate::bail;
 use crate::data::{Dataset, ImageProcessor, ImageRef};
 use crate::error::{Context, Error, Result};
@@ -29,10 +29,12 @@ const DECODED: usize = 1000;
 /// # Errors
 /// What is wrong with the model at once; what is wrong with the stages and their data all together.
 pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
+    tell_type(recipe, reporter);
     make_data(recipe, reporter)?;
     let assembly = assemble(recipe)?;
     write!(out, "{}", sources(&assembly).render())?;
-    let mut all = Check { recipe, assembly: &assembly, ends: BTreeMap::new(), warnings: Vec::new(), steps: 0 };
+    let (ends, random) = (BTreeMap::new(), BTreeMap::new());
+    let mut all = Check { recipe, assembly: &assembly, ends, random, warnings: Vec::new(), steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
@@ -64,6 +66,8 @@ struct Check<'a> {
     assembly: &'a Assembly,
     /// How each stage leaves the model; the copies share their tensors.
     ends: BTreeMap<&'a str, State>,
+    /// What is still random at a stage's end: it began so, and no stage on the way has trained it.
+    random: BTreeMap<&'a str, BTreeSet<String>>,
     warnings: Vec<String>,
     steps: usize,
 }
@@ -86,6 +90,7 @@ impl<'a> Check<'a> {
         state.enter(stage, name)?;
         let rows = freeze::rows(&mut state, stage)?;
         write!(out, "{}", freeze::table(&format!("stage {name}: parameters"), &rows).render())?;
+        let fresh = self.fresh(name, &mut state)?;
         self.ends.insert(name, state.clone());
         let data = dataset(self.recipe, stage, &self.assembly.encoder)?;
         check_reachable(&mut state, !data.images().is_empty())?;
@@ -97,36 +102,34 @@ impl<'a> Check<'a> {
         let decoded = decode(&data, self.assembly.images.as_ref())?;
         write!(out, "{}", data_table(name, stage, &data, decoded, (total, epoch)).render())?;
         self.steps += total;
-        let fresh = self.fresh(name, &mut state)?;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
         Ok(())
     }
 
-    /// Trained parameters that start from random values in this stage.
-    fn fresh(&self, name: &str, state: &mut State) -> Result<BTreeSet<String>> {
+    /// Parameters that this stage trains and that are random until then: from the start, reset or newly declared, and
+    /// trained by none of the stages that lead here.
+    fn fresh(&mut self, name: &'a str, state: &mut State) -> Result<BTreeSet<String>> {
         let stage = &self.recipe.stage[name];
-        let own = |n: &str| {
+        let before = parent(self.recipe, name)?;
+        let known: Vec<String> = state.vlm.params().into_keys().collect();
+        let mut random = match before {
+            Some(p) => self.random.get(p).cloned().unwrap_or_default(),
+            None => known.iter().filter(|n| is_random(&self.recipe.model, n)).cloned().collect(),
+        };
+        let carried = before.and_then(|p| self.ends.get(p)).map(|s| &s.adapters);
+        let declared = |n: &str| {
             let adapter = n.rsplit('.').nth(1).unwrap_or_default();
-            is_adapter(n) && adapter != START_ADAPTER && !self.ends_with_adapter(name, adapter)
+            is_adapter(n) && adapter != START_ADAPTER && !carried.is_some_and(|c| c.contains_key(adapter))
         };
-        let first = parent(self.recipe, name)?.is_none();
-        let trained: Vec<String> = state.vlm.trainable().into_keys().collect();
-        let reset = if stage.reset.is_empty() {
-            None
-        } else {
-            let known: Vec<String> = state.vlm.params().into_keys().collect();
-            Some(crate::recipe::pattern::Patterns::new(&stage.reset, &known).context("reset")?)
-        };
-        let is_fresh = |n: &String| {
-            own(n) || reset.as_ref().is_some_and(|p| p.matches(n)) || first && is_random(&self.recipe.model, n)
-        };
-        Ok(trained.into_iter().filter(is_fresh).collect())
-    }
-
-    /// Did the stage before `name` already carry this adapter?
-    fn ends_with_adapter(&self, name: &str, adapter: &str) -> bool {
-        let before = parent(self.recipe, name).ok().flatten();
-        before.and_then(|p| self.ends.get(p)).is_some_and(|s| s.adapters.contains_key(adapter))
+        random.extend(known.iter().filter(|n| declared(n)).cloned());
+        if !stage.reset.is_empty() {
+            let reset = crate::recipe::pattern::Patterns::new(&stage.reset, &known).context("reset")?;
+            random.extend(known.iter().filter(|n| reset.matches(n)).cloned());
+        }
+        let trained: BTreeSet<String> = state.vlm.trainable().into_keys().collect();
+        let fresh = random.intersection(&trained).cloned().collect();
+        self.random.insert(name, random.difference(&trained).cloned().collect());
+        Ok(fresh)
     }
 
     /// The data of every evaluation that a stage runs; returns what is wrong.
@@ -161,30 +164,39 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Does the model begin with random values here?
+/// Does the model, without its adapters, begin with random values here?
 fn is_random(model: &Model, name: &str) -> bool {
     let part = |p: &str| name.starts_with(p);
     let loaded = |p: &Projector| match p {
         Projector::Linear(l) => l.source.is_some(),
         Projector::Mlp(m) => m.source.is_some(),
     };
+    if is_adapter(name) {
+        return false;
+    }
     part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
         || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
         || part("projector.") && model.projector.as_ref().is_some_and(|p| !loaded(p))
 }
 
-/// Decodes pictures, at most [`DECODED`]; returns how many.
+/// Decodes pictures, at most [`DECODED`]; returns how many. Errors name the picture and the first sample that shows it.
 fn decode(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
-    let all: Vec<&ImageRef> = data.images().into_iter().collect();
+    let mut all: BTreeMap<&ImageRef, &str> = BTreeMap::new();
+    for item in &data.items {
+        item.images().iter().for_each(|i| _ = all.entry(i).or_insert(item.id()));
+    }
     let Some(images) = images else {
-        if let Some(first) = all.first() {
-            bail!("the model has no vision tower for {}", first.path.display(); "set model.vision, or leave the pictures out of the data")
+        if let Some((first, id)) = all.first_key_value() {
+            bail!("sample {id} shows {}, but the model has no vision tower", first.path.display();
+                "set model.vision, or leave the pictures out of the data")
         }
         return Ok(0);
     };
-    let some: Vec<&ImageRef> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).copied().collect();
-    let broken = some.par_iter().filter_map(|i| images.load(&i.path, i.resize, i.alpha).err()).collect();
-    together(broken)?;
+    let some: Vec<_> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).collect();
+    let load = |(i, id): &(&&ImageRef, &&str)| {
+        images.load(&i.path, i.resize, i.alpha).err().map(|e| e.context(format!("sample {id}")))
+    };
+    together(some.par_iter().filter_map(load).collect())?;
     Ok(some.len())
 }
 

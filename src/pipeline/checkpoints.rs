@@ -3,7 +3,7 @@
 use super::state::{State, assign};
 use crate::checkpoint::atomic;
 use crate::checkpoint::safetensors;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::params::Module;
 use crate::optim::AdamW;
 use candle_core::Tensor;
@@ -51,8 +51,10 @@ pub fn save(
 pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Result<Progress> {
     let none = Progress { steps: 0, loss: f64::NAN };
     let Some((steps, dir)) = newest(stage_dir)? else { return Ok(none) };
-    let read =
-        |file: &str| safetensors::load(&dir.join(file)).with_context(|| format!("the checkpoint {}", dir.display()));
+    let delete =
+        || format!("delete {}: the stage goes on from the checkpoint before it, or begins again", dir.display());
+    let damaged = |e: Error| e.context(format!("the checkpoint {}", dir.display())).hint(delete());
+    let read = |file: &str| safetensors::load(&dir.join(file)).map_err(damaged);
     let trained = read(TRAINED)?;
     let known = state.vlm.trainable();
     if let Some(name) =
@@ -65,7 +67,7 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Res
     assign(&mut state.vlm, &trained);
     let path = dir.join(TRAINED);
     let Some(loss) = safetensors::metadata(&path)?.get(LOSS).and_then(|l| l.parse().ok()) else {
-        crate::bail!("{} does not say its loss", path.display(); "delete {} to go on from the checkpoint before it", dir.display())
+        crate::bail!("{} does not say its loss", path.display(); "{}", delete())
     };
     Ok(Progress { steps, loss })
 }

@@ -1,6 +1,7 @@
 //! A run's held-out evaluations: their data, encoded and decoded once, and the tables of the figures so far.
 
-use crate::data::{Dataset, ImageProcessor, Pixels, TextEncoder, load_pixels};
+use crate::bail;
+use crate::data::{Dataset, ImageProcessor, Item, Pixels, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
 use crate::recipe::schema::{Eval, Metric, Recipe};
@@ -10,12 +11,18 @@ use crate::train::evaluate::{Evaluation, Figures, evaluate};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The samples of an evaluation, as its metric takes them.
+/// The samples of an evaluation, as its metric takes them. An error if the metric can tell nothing from them.
 pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
-    match eval.metric {
-        Metric::Preference => Dataset::preferences(&eval.data, encoder, recipe.model.template),
-        _ => Dataset::conversations(&eval.data, encoder, recipe.model.template),
+    if eval.metric == Metric::Preference {
+        return Dataset::preferences(&eval.data, encoder, recipe.model.template);
     }
+    let set = Dataset::conversations(&eval.data, encoder, recipe.model.template)?;
+    let absent = set.items.iter().flat_map(Item::samples).any(|s| !s.absent.is_empty());
+    if eval.metric == Metric::Hallucination && !absent {
+        bail!("no sample names anything `absent`, so the hallucination rate is 0 whatever the model answers";
+            "give the samples `absent`, a list of phrases that a truthful answer does not contain, or use another metric")
+    }
+    Ok(set)
 }
 
 /// Evaluations by name, ready to run.

@@ -113,6 +113,24 @@ pub fn prove_frozen(state: &mut State, before: &BTreeMap<String, String>) -> Res
     Ok(before.len())
 }
 
+/// The trained parameters must be numbers: what a broken update left is neither saved nor called done. The error names
+/// the tensors.
+pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
+    let mut broken = Vec::new();
+    for (name, t) in trained {
+        if !crate::optim::clip::sum_of_squares(t)?.is_finite() {
+            broken.push(name.as_str());
+        }
+    }
+    if broken.is_empty() {
+        return Ok(());
+    }
+    let more = if broken.len() > 8 { ", …" } else { "" };
+    let names = broken[..broken.len().min(8)].join(", ");
+    bail!("{} trained parameters are NaN or infinite after the update: {names}{more}", broken.len();
+        "lower the learning rate or lengthen the warm-up and run the command again with --allow-changes: it goes on from the last checkpoint")
+}
+
 /// SHA-256 of a tensor's elements.
 pub fn checksum(t: &Tensor) -> Result<String> {
     let bytes: Vec<u8> = match t.dtype() {

@@ -11,6 +11,7 @@ use crate::model::vlm::{Mode, Vlm};
 use crate::recipe::schema::{HandOver, Recipe};
 use crate::report::Reporter;
 use crate::train::collate::collate;
+use crate::train::step::finite_logps;
 use std::path::Path;
 
 /// Samples that the drift is measured on.
@@ -53,5 +54,7 @@ fn logps(vlm: &Vlm, items: &[Item], assembly: &Assembly) -> Result<Vec<f64>> {
     let pixels = load_pixels(items, assembly.images.as_ref())?;
     let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();
     let batch = collate(&samples, &pixels, vlm.language.dtype())?;
-    Ok(vlm.forward(&batch, Mode::default())?.0.logps)
+    let logps = vlm.forward(&batch, Mode::default())?.0.logps;
+    finite_logps(&logps, &samples)?;
+    Ok(logps)
 }

@@ -18,7 +18,7 @@ pub mod state;
 use crate::bail;
 use crate::data::synth;
 use crate::error::{Context, Result};
-use crate::recipe::schema::{HandOver, Recipe, SynthKind};
+use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
@@ -51,6 +51,7 @@ pub enum Outcome {
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
 pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
+    tell_type(recipe, reporter);
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe)?;
     let inputs = survey(recipe, &mut assembly)?;
@@ -141,6 +142,13 @@ fn chosen_stages<'a>(recipe: &'a Recipe, options: &Options) -> Result<Vec<&'a st
     }
     let all = recipe.stages.iter().map(String::as_str);
     Ok(all.filter(|s| options.stages.is_empty() || options.stages.iter().any(|o| o == s)).collect())
+}
+
+/// Says so where the recipe asks for a type that the CPU does not compute in.
+fn tell_type(recipe: &Recipe, reporter: &Reporter) {
+    if recipe.model.language.as_ref().is_some_and(|l| l.dtype != DType::F32) {
+        reporter.info("model.language.dtype = \"bf16\" is for GPUs: the CPU computes in f32");
+    }
 }
 
 /// Makes the built-in data that the recipe asks for, unless it is there.

@@ -14,10 +14,11 @@
 //! ```
 
 use crate::bail;
-use crate::checkpoint::atomic::{recover, write_bytes};
-use crate::error::{Context, Result};
+use crate::checkpoint::atomic::{recover, storage_error, write_bytes};
+use crate::error::{Context, Error, Result};
 use crate::recipe::schema::Recipe;
 use rayon::prelude::*;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -52,7 +53,11 @@ impl RunDir {
     /// Opens or makes the directory. It is an error if another process writes there, or if it holds checkpoints of
     /// another recipe or other inputs (unless `allow_changes`).
     pub fn open(root: &Path, recipe: &Recipe, inputs: &BTreeMap<String, String>, allow_changes: bool) -> Result<Self> {
-        fs::create_dir_all(root).with_context(|| format!("cannot make the run directory {}", root.display()))?;
+        fs::create_dir_all(root).map_err(|e| {
+            Error::new(format!("cannot make the run directory {}", root.display()))
+                .source(e)
+                .hint("set output_dir to a folder that this user can make or write to")
+        })?;
         let run = Self { root: root.to_path_buf(), _lock: Some(Arc::new(lock(root)?)) };
         recover(root)?;
         let (recipe_path, inputs_path) = (root.join("recipe.toml"), root.join("inputs.json"));
@@ -65,8 +70,8 @@ impl RunDir {
         } else if recipe_path.exists() && !allow_changes {
             let mut changed = changes(&flatten_toml(&fs::read_to_string(&recipe_path)?)?, &flatten_toml(&text)?);
             if inputs_path.exists() {
-                let old: BTreeMap<String, String> = serde_json::from_str(&fs::read_to_string(&inputs_path)?)
-                    .with_context(|| inputs_path.display().to_string())?;
+                let hint = || "pass --allow-changes to go on without knowing whether the inputs are the same".into();
+                let old: BTreeMap<String, String> = read_json(&inputs_path, hint)?;
                 changed.extend(changes(&old, inputs));
             }
             if !changed.is_empty() {
@@ -91,8 +96,7 @@ impl RunDir {
     pub fn recipe(&self) -> Result<Recipe> {
         let path = self.root.join("recipe.toml");
         toml::from_str(&fs::read_to_string(&path)?).map_err(|e| {
-            crate::error::Error::new(format!("{}: {e}", path.display()))
-                .hint("the file was edited by hand, or is of another version")
+            Error::new(format!("{}: {e}", path.display())).hint("the file was edited by hand, or is of another version")
         })
     }
 
@@ -113,7 +117,8 @@ impl RunDir {
         if !path.exists() {
             return Ok(None);
         }
-        Ok(Some(serde_json::from_str(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())?))
+        let hint = || format!("delete {}: the stage goes on from its last checkpoint", path.display());
+        read_json(&path, hint).map(Some)
     }
 
     /// All figures so far: stage → evaluation → figures.
@@ -122,7 +127,8 @@ impl RunDir {
         if !path.exists() {
             return Ok(BTreeMap::new());
         }
-        serde_json::from_str(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())
+        let hint = || format!("delete {}: it is begun again, without the figures of finished stages", path.display());
+        read_json(&path, hint)
     }
 
     /// Adds a stage's figures.
@@ -131,6 +137,12 @@ impl RunDir {
         all.insert(stage.to_string(), figures);
         write_bytes(&self.root.join("results.json"), serde_json::to_string_pretty(&all)?.as_bytes())
     }
+}
+
+/// Reads a file of ours; `hint` says what to do if it is damaged.
+fn read_json<T: DeserializeOwned>(path: &Path, hint: impl Fn() -> String) -> Result<T> {
+    let read = || -> Result<T> { Ok(serde_json::from_str(&fs::read_to_string(path)?)?) };
+    read().map_err(|e| e.context(format!("{} is damaged", path.display())).hint(hint()))
 }
 
 /// Does the directory hold a checkpoint or a finished stage?
@@ -155,7 +167,7 @@ fn remove(path: &Path) -> Result<()> {
 /// Keeps a second process from writing into the same run.
 fn lock(root: &Path) -> Result<fs::File> {
     let path = root.join(".lock");
-    let file = fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let file = fs::File::create(&path).map_err(|e| storage_error(&path, e))?;
     match file.try_lock() {
         Err(fs::TryLockError::WouldBlock) => {
             bail!("another process is training in {}", root.display(); "wait until it ends, or choose another output_dir")
@@ -210,8 +222,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 fn flatten_toml(text: &str) -> Result<BTreeMap<String, String>> {
-    let value: toml::Value =
-        toml::from_str(text).map_err(|e| crate::error::Error::new(format!("the run's recipe.toml: {e}")))?;
+    let value: toml::Value = toml::from_str(text).map_err(|e| Error::new(format!("the run's recipe.toml: {e}")))?;
     let mut out = BTreeMap::new();
     flatten(&value, String::new(), &mut out);
     // Where a run lies does not change what it computes.

@@ -95,10 +95,13 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
         return Ok(None);
     };
 
+    freeze::prove_finite(&state.vlm.trainable()).with_context(|| format!("{name}, after its last step"))?;
     let unchanged = freeze::prove_frozen(state, &frozen)?;
+    // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
+    let figures =
+        evals.run(&state.vlm, run.encoder, &stage.eval).with_context(|| format!("{name}, after its last step"))?;
     let last = dir.join("final");
     write_final(state, &last, &run.sides, run.images, run.encoder)?;
-    let figures = evals.run(&state.vlm, run.encoder, &stage.eval)?;
     run.dir.add_results(name, serde_json::to_value(&figures)?)?;
     let trained_sha256 = sha256_file(&last.join(TRAINED))?;
     let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
@@ -144,8 +147,7 @@ fn steps(
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
     let params = state.vlm.trainable();
-    let mut watch =
-        GradientWatch::new(params.keys().cloned(), first, if first == 0 { epoch.min(total) } else { epoch });
+    let mut watch = GradientWatch::new(params.keys().cloned(), first, epoch);
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
         Objective::Dpo(settings) => Task::Dpo { settings, reference },
@@ -175,6 +177,7 @@ fn steps(
         let due = every > 0 && if n < total { n % every == 0 } else { !stage.eval.is_empty() };
         let stop = run.signals.asked();
         if due || stop {
+            freeze::prove_finite(&params).with_context(at)?;
             metrics.sync()?;
             checkpoints::save(dir, Progress { steps: n, loss: done.loss }, &params, optimizer, stage.checkpoint.keep)?;
         }

@@ -5,7 +5,7 @@
 
 use super::collate::{collate, single, sum_by_owner};
 use super::generate::{Sampling, generate};
-use super::step::pair_logps;
+use super::step::{finite_logps, pair_logps};
 use crate::data::{IGNORE, Item, Pixels, Sample, TextEncoder};
 use crate::error::Result;
 use crate::model::vlm::{Batch, Mode, Vlm};
@@ -84,7 +84,7 @@ fn stand_in_pixels(pixels: &Pixels, how: Pictures) -> Pixels {
     all.iter().enumerate().map(|(i, (k, _))| ((*k).clone(), swap(i))).collect()
 }
 
-/// Calls `f` with each micro-batch's samples, its packed form, log-probabilities and most probable tokens.
+/// Calls `f` with each micro-batch's samples, its packed form, log-probabilities (all finite) and most probable tokens.
 fn each_batch(
     vlm: &Vlm,
     eval: &Evaluation,
@@ -95,6 +95,7 @@ fn each_batch(
         let samples: Vec<&Sample> = items.iter().map(single).collect::<Result<_>>()?;
         let batch = collate(&samples, pixels, vlm.language.dtype())?;
         let (lp, _) = vlm.forward(&batch, Mode::default())?;
+        finite_logps(&lp.logps, &samples)?;
         f(&samples, &batch, &lp.logps, &lp.argmax);
     }
     Ok(())

@@ -1,7 +1,8 @@
 //! One optimizer step: micro-batches forward and backward, coefficients from the objective, one update.
 //!
 //! The loss of a step is normalised over its whole global batch: SFT by the label tokens of all micro-batches, DPO by
-//! the pairs, so that the split into micro-batches changes nothing.
+//! the pairs, so that the split into micro-batches changes nothing but the dropout masks, which are drawn for each
+//! micro-batch.
 
 use super::collate::{collate, pair, single, sum_by_owner, targets_by_owner};
 use super::objective::{DpoMetrics, Pair, PairLoss, dpo, sft_coefficient};
@@ -139,14 +140,21 @@ pub fn pair_logps(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, adapters
     let samples = both_sides(items)?;
     let batch = collate(&samples, pixels, vlm.language.dtype())?;
     let (lp, _) = vlm.forward(&batch, Mode { adapters_off, ..Mode::default() })?;
+    finite_logps(&lp.logps, &samples)?;
     let sums = sum_by_owner(&batch, &lp.logps);
-    finite(sums.iter().sum(), &samples)?;
     Ok(items.iter().enumerate().map(|(k, (index, _))| (*index, (sums[k], sums[k + items.len()]))).collect())
 }
 
 fn ids(samples: &[&Sample]) -> String {
     let names: Vec<&str> = samples.iter().take(4).map(|s| s.id.as_str()).collect();
     format!("samples {}{}", names.join(", "), if samples.len() > 4 { ", …" } else { "" })
+}
+
+/// The log-probabilities of a pass without training must be numbers; the error names the samples.
+pub fn finite_logps(logps: &[f64], samples: &[&Sample]) -> Result<()> {
+    let Some(p) = logps.iter().find(|p| !p.is_finite()) else { return Ok(()) };
+    bail!("a label's log-probability is {p} among {}", ids(samples);
+        "the weights are damaged, or training broke them: lower the learning rate or lengthen the warm-up, delete the stage's folder in the run directory, and train it again")
 }
 
 /// The first micro-batch whose loss is not a number stops the run.

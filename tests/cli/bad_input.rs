@@ -17,7 +17,13 @@ fn refused(f: &Folder, sets: &[&str], parts: &[&str]) {
 #[test]
 fn keys_and_variables() {
     let f = Folder::with(THREE_STAGES);
-    refused(&f, &["stage.sft.learning_rate=1e-3"], &["stage.sft.learning_rate: unknown key"]);
+    refused(
+        &f,
+        &["stage.sft.learning_rate=1e-3"],
+        &["stage.sft.learning_rate: unknown key", "did you mean `lr`? known: "],
+    );
+    refused(&f, &["stage.sft.adapters[0].lora.alfa=1"], &["alfa: unknown key", "did you mean `alpha`?"]);
+    refused(&f, &["model.template=vicuna"], &["unknown value `vicuna`", "did you mean `vicuna_v1`?"]);
     refused(&f, &["stage.sft.epoch=1"], &["stage.sft.epoch: unknown key", "did you mean `epochs`?"]);
     refused(&f, &["stage.sft.adapters[0].lora.rnk=1"], &["stage.sft.adapters[0].lora.rnk", "did you mean `rank`?"]);
     refused(
@@ -26,6 +32,16 @@ fn keys_and_variables() {
         &["output_dir: the environment variable `NOT_SET` is not set", "export NOT_SET="],
     );
     f.fails(&["train", "nowhere.toml"], &["nowhere.toml: the recipe cannot be read"]);
+    for file in [".", "latin.toml"] {
+        fs::write(f.path("latin.toml"), b"# caf\xe9").unwrap();
+        let e = f.fails(&["train", file], &[": the recipe cannot be read", "give the path of a recipe"]);
+        assert!(!e.contains("extends"), "{e}");
+    }
+    f.write("taken", "");
+    f.fails(
+        &["train", "recipe.toml", "--set", "output_dir=taken/run"],
+        &["cannot make the run directory taken/run", "set output_dir"],
+    );
     f.fails(&["train", "recipe.toml", "--stages", "alin"], &["the recipe has no stage `alin`", "align, sft, dpo"]);
     f.fails(&["train", "recipe.toml", "--device", "cuda:0"], &["--device cuda:0", "--device cpu"]);
     assert!(!f.path("run").exists());
@@ -52,7 +68,7 @@ fn pictures() {
     let whole = fs::read(golden("images/exact1.png")).unwrap();
     fs::write(f.path("images/cut.png"), &whole[..whole.len() / 2]).unwrap();
     f.write("data.jsonl", &[record("a", "good.png"), record("b", "cut.png")].join("\n"));
-    f.fails(&["check", "recipe.toml", "--set", data], &["images/cut.png"]);
+    f.fails(&["check", "recipe.toml", "--set", data], &["sample b", "images/cut.png"]);
     f.fails(&["train", "recipe.toml", "--set", data], &["sample b", "images/cut.png"]);
     f.write("images/cut.png", "this is text");
     f.fails(&["train", "recipe.toml", "--set", data], &["sample b", "images/cut.png"]);
@@ -70,6 +86,37 @@ fn samples() {
     refused(&f, &["stage.align.data=[{path='none.json'}]"], &["none.json"]);
     let pairs = "stage.align.data=[{path='${GOLDEN}/data/dpo.jsonl',images='${GOLDEN}/images'}]";
     refused(&f, &[pairs], &["dpo.jsonl", "conversations"]);
+}
+
+#[test]
+fn a_hallucination_rate_of_nothing() {
+    let f = Folder::with(THREE_STAGES);
+    let none = ["eval.captions", "no sample names anything `absent`", "phrases"];
+    refused(&f, &["eval.captions.metric=hallucination"], &none);
+}
+
+#[test]
+fn files_of_a_model_or_a_run_that_are_damaged() {
+    let f = Folder::with(THREE_STAGES);
+    f.model("bad", |_| ());
+    f.write("bad/config.json", "{\"model_type\": \"llava\",");
+    refused(&f, &["model.source='bad'"], &["bad/config.json", "get it again"]);
+
+    f.train(&["--stages", "align"]);
+    let go_on = &["train", "recipe.toml", "--stages", "align"];
+    f.write("run/01-align/done.json", "{");
+    f.fails(go_on, &["run/01-align/done.json is damaged", "delete run/01-align/done.json"]);
+    fs::remove_file(f.path("run/01-align/done.json")).unwrap();
+    let newest = "run/01-align/checkpoints/step-00000010";
+    for file in ["trained.safetensors", "optimizer.safetensors"] {
+        let path = f.path(newest).join(file);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        f.fails(go_on, &[&format!("the checkpoint {newest}"), file, &format!("delete {newest}")]);
+        fs::write(&path, whole).unwrap();
+    }
+    fs::remove_dir_all(f.path(newest)).unwrap();
+    assert!(f.train(&["--stages", "align"]).stderr.contains("align: goes on after step 8 of 10"));
 }
 
 #[test]
@@ -140,6 +187,10 @@ fn a_parameter_without_gradient_for_an_epoch() {
         &["align, step 4", "got no gradient in a whole epoch", "projector.linear_1.weight"],
     );
     assert!(!e.contains("linear_2.bias"), "{e}");
+    // A stage that is shorter than an epoch has not shown every sample.
+    let short = ["model.source='dead'", "stage.align.batch.global=2", "defaults.max_steps=3", "output_dir=short"];
+    let short: Vec<&str> = short.into_iter().flat_map(|s| ["--set", s]).collect();
+    f.train(&[&["--stages", "align"], &short[..]].concat());
 }
 
 #[test]
@@ -154,6 +205,11 @@ fn a_loss_that_is_no_number() {
         &["align, step 1", "the loss is NaN in a micro-batch with samples plain-", "learning rate"],
     );
     assert!(e.contains("weights hold NaN"), "{e}");
+    let (data, images) = (golden("data/plain.json"), golden("images"));
+    let score = ["score", "--model", "nan", "--template", "plain", "--data", data.to_str().unwrap()];
+    let args = [&score[..], &["--images", images.to_str().unwrap(), "--out", "scores.jsonl"]].concat();
+    f.fails(&args, &["log-probability is NaN among samples plain-"]);
+    assert!(!f.path("scores.jsonl").exists());
     // It breaks later: what was saved before stays, and a lower rate goes on from there.
     f.train(&["--set", "stage.align.max_steps=6", "--stages", "align", "--set", "stage.align.lr=1e-30"]);
     fs::remove_file(f.path("run/01-align/done.json")).unwrap();
@@ -163,6 +219,30 @@ fn a_loss_that_is_no_number() {
     f.fails(&[&["train", "recipe.toml"], &wild[..], &lr].concat(), &["align, step ", "samples plain-"]);
     assert!(f.path("run/01-align/checkpoints/step-00000004").exists());
     assert!(f.train(&wild).stderr.contains("align: goes on after step 4 of 12"));
+}
+
+/// Nothing that looks finished is left of a stage whose last update breaks the model.
+#[test]
+fn a_model_that_breaks_in_the_last_step() {
+    let breaks = |lr: &str, sets: &[&str], parts: &[&str]| {
+        let f = Folder::with(THREE_STAGES);
+        let lr = format!("stage.align.lr={lr}");
+        let common =
+            ["stage.align.max_steps=1", &lr, "stage.align.max_grad_norm=0", "stage.align.lr_scheduler={constant={}}"];
+        let sets: Vec<&str> = common.iter().chain(sets).flat_map(|s| ["--set", s]).collect();
+        f.fails(&[&["train", "recipe.toml", "--stages", "align"], &sets[..]].concat(), parts);
+        for file in ["01-align/done.json", "01-align/final", "results.json"] {
+            assert!(!f.path("run").join(file).exists(), "{file}");
+        }
+        f
+    };
+    // Finite weights whose products are not.
+    breaks("1e19", &[], &["align, after its last step: eval.captions", "log-probability is ", "learning rate"]);
+    // Weights that are not.
+    let parts = ["trained parameters are NaN or infinite", "projector.linear_1.bias", "lower the learning rate"];
+    breaks("1e39", &["stage.align.eval=[]"], &[&["align, after its last step"], &parts[..]].concat());
+    let f = breaks("1e39", &[], &[&["align, step 1"], &parts[..]].concat());
+    assert!(!f.path("run/01-align/checkpoints").exists());
 }
 
 #[cfg(target_os = "linux")]

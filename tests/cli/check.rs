@@ -50,6 +50,48 @@ fn warns_of_what_is_rarely_meant() {
     assert!(!said.stderr.contains("stage.align: 4 new") && !said.stderr.contains("stage.dpo"), "{}", said.stderr);
 }
 
+/// New is what began with random values and no stage on the way has trained, wherever that stage stands.
+#[test]
+fn knows_what_is_new_in_a_later_stage() {
+    let stage = |name: &str, train: &str, lr: &str| {
+        let data = r#"[{ path = "${GOLDEN}/data/plain.json", images = "${GOLDEN}/images", template = "plain" }]"#;
+        format!("[stage.{name}]\ntrain = {train}\ndata = {data}\nlr = {lr}\n")
+    };
+    let tower = r#"["!vision.post_layernorm.*", "vision.*", "projector.*"]"#;
+    let f = Folder::with(&format!(
+        "stages = ['text', 'tower', 'again']\noutput_dir = 'run'\n\
+         [model]\nprojector = {{ mlp = {{}} }}\nlanguage = {{ source = '${{GOLDEN}}/language', dtype = 'bf16' }}\n\
+         [model.vision]\nselect_layer = -1\n[model.vision.init]\nhidden_size = 16\nintermediate_size = 32\n\
+         num_hidden_layers = 2\nnum_attention_heads = 2\nimage_size = 24\npatch_size = 12\n\
+         [defaults]\nbatch = {{ global = 2 }}\nmax_steps = 1\nlr_scheduler = {{ constant = {{}} }}\n{}{}{}",
+        stage("text", r#"["language.layers.*"]"#, "1e-5"),
+        stage("tower", tower, "1e-3"),
+        stage("again", tower, "1e-5"),
+    ));
+    let said = f.ok(["check", "recipe.toml"]);
+    let warnings: Vec<&str> = said.stderr.lines().filter(|l| l.starts_with("warning: ")).collect();
+    let new = "warning: stage.tower: 41 new tensors, e.g. projector.linear_1.bias, get no warm-up";
+    assert!(warnings.len() == 1 && warnings[0].starts_with(new), "{}", said.stderr);
+    // The type that the recipe names is not the one that is computed in: said once, by `train` too.
+    let train = f.train(&[]);
+    for stderr in [&said.stderr, &train.stderr] {
+        assert_eq!(stderr.matches("the CPU computes in f32").count(), 1, "{stderr}");
+    }
+}
+
+/// As `adfreeze check recipe.toml | head -n 0`: the reader goes away before a line is written.
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let f = Folder::with(THREE_STAGES);
+    let mut child = f.adfreeze(["check", "recipe.toml"]);
+    let mut child = child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let said = super::folder::said(child.wait_with_output().unwrap());
+    assert_eq!(said.code, Some(0), "{}", said.stderr);
+    assert!(said.stderr.contains("the recipe can run") && !said.stderr.contains("error"), "{}", said.stderr);
+}
+
 #[test]
 fn names_the_problems_of_all_stages_together() {
     let f = Folder::with(THREE_STAGES);
