@@ -187,8 +187,18 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
     checksums(&assembly.sources, &files, &pictures)
 }
 
-/// A finished run's model, for `generate` and `score`: the last finished stage, or the one named.
-pub fn open_run(root: &Path, stage: Option<&str>) -> Result<(Recipe, Assembly, State)> {
+/// A finished stage of a run, for `generate` and `score`.
+pub struct Opened {
+    pub recipe: Recipe,
+    /// The stage's name.
+    pub stage: String,
+    pub assembly: Assembly,
+    /// The model as the stage left it.
+    pub state: State,
+}
+
+/// Opens the last finished stage of a run, or the one named.
+pub fn open_run(root: &Path, stage: Option<&str>) -> Result<Opened> {
     let dir = RunDir::existing(root)?;
     let recipe = dir.recipe()?;
     let mut found = None;
@@ -202,5 +212,5 @@ pub fn open_run(root: &Path, stage: Option<&str>) -> Result<(Recipe, Assembly, S
     };
     let mut assembly = assemble(&recipe)?;
     let state = restore(&recipe, &dir, &mut assembly, &name)?;
-    Ok((recipe, assembly, state))
+    Ok(Opened { recipe, stage: name, assembly, state })
 }
