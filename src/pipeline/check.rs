@@ -32,7 +32,8 @@ pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Resul
     make_data(recipe, reporter)?;
     let assembly = assemble(recipe)?;
     write!(out, "{}", sources(&assembly).render())?;
-    let mut all = Check { recipe, assembly: &assembly, ends: BTreeMap::new(), warnings: Vec::new(), steps: 0 };
+    let warnings = assembly.warnings.clone();
+    let mut all = Check { recipe, assembly: &assembly, ends: BTreeMap::new(), warnings, steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
