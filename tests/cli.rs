@@ -9,4 +9,5 @@ mod cli {
     mod output;
     mod resume;
     mod signals;
+    mod sources;
 }

@@ -9,8 +9,50 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{Builder, TempPath};
 
-/// Writes a file through `fill`; the file appears at `path` when all of it is on the disk.
+/// Writes a file through `fill`; the file appears at `path` when all of it is on the disk. Of a symbolic link, the file that
+/// it points to is written. What is no file (a device, a pipe, `/dev/stdout`) is not replaced but written to as it is.
 pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    match place(path).map_err(|e| storage_error(path, e))? {
+        Place::File(file) => replace(&file, fill),
+        Place::Stream => {
+            let stream = File::options().append(true).open(path).map_err(|e| storage_error(path, e))?;
+            filled(path, stream, fill).map(drop)
+        }
+    }
+}
+
+/// Where the bytes for a path go.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// To a file of this path, there or not, which is no link.
+    File(PathBuf),
+    /// To what is there already and cannot be replaced.
+    Stream,
+}
+
+/// Follows links as far as they are names in a file system: those to open descriptors (`/dev/stdout`) are not.
+fn place(path: &Path) -> std::io::Result<Place> {
+    match fs::metadata(path) {
+        // A folder is left for the renaming to refuse.
+        Ok(m) if !m.is_file() && !m.is_dir() => return Ok(Place::Stream),
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut file = path.to_path_buf();
+    loop {
+        let dir = parent(&file);
+        if fs::canonicalize(dir).is_ok_and(|d| ["/proc", "/dev/fd"].iter().any(|open| d.starts_with(open))) {
+            return Ok(Place::Stream);
+        }
+        // The links have an end: `metadata` has walked them all.
+        match fs::read_link(&file) {
+            Ok(target) => file = dir.join(target),
+            Err(_) => return Ok(Place::File(file)),
+        }
+    }
+}
+
+fn replace(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let dir = parent(path);
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
@@ -19,6 +61,15 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Re
     ordinary_permissions(&mut builder, 0o666);
     let temp = builder.tempfile_in(dir).map_err(|e| storage_error(path, e))?;
     let (file, temp) = temp.into_parts();
+    let file = filled(path, file, fill)?;
+    file.sync_all().map_err(|e| storage_error(path, e))?;
+    drop(file);
+    persist(temp, path)?;
+    sync_dir(dir).map_err(|e| storage_error(path, e))
+}
+
+/// `file` with all that `fill` writes; `path` is for messages.
+fn filled(path: &Path, file: File, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<File> {
     // The disk may fill up at any byte; remember the reason, which `fill` may have wrapped in another error.
     let mut sink = Watched { inner: BufWriter::with_capacity(1 << 20, file), failed: None };
     let filled = fill(&mut sink).and_then(|()| Ok(sink.flush()?));
@@ -26,11 +77,7 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Re
         return Err(storage_error(path, reason));
     }
     filled.with_context(|| format!("cannot write {}", path.display()))?;
-    let file = sink.inner.into_inner().map_err(|e| storage_error(path, e.into_error()))?;
-    file.sync_all().map_err(|e| storage_error(path, e))?;
-    drop(file);
-    persist(temp, path)?;
-    sync_dir(dir).map_err(|e| storage_error(path, e))
+    sink.inner.into_inner().map_err(|e| storage_error(path, e.into_error()))
 }
 
 /// Writes bytes, as [`write()`].
@@ -255,6 +302,52 @@ mod tests {
         assert_eq!(recover(dir.path()).unwrap().len(), 4);
         assert_eq!(names(dir.path()), [".other.tmp", "gone", "kept"]);
         assert_eq!(names(&at("gone")), ["x"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_stays_and_its_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir(at("real")).unwrap();
+        std::os::unix::fs::symlink("real/b", at("a")).unwrap();
+        std::os::unix::fs::symlink("c", at("real/b")).unwrap();
+        // It is not there yet; then it is, and a failure keeps it.
+        for text in [b"one" as &[u8], b"two"] {
+            write_bytes(&at("a"), text).unwrap();
+            assert_eq!(fs::read(at("real/c")).unwrap(), text);
+            write(&at("a"), |_| bail!("stopped")).unwrap_err();
+            assert_eq!(fs::read(at("real/c")).unwrap(), text);
+        }
+        assert!(at("a").is_symlink() && at("real/b").is_symlink() && !at("real/c").is_symlink());
+        assert_eq!((names(dir.path()).len(), names(&at("real"))), (2, vec!["b".into(), "c".into()]));
+        std::os::unix::fs::symlink("circle", at("circle")).unwrap();
+        assert!(write_bytes(&at("circle"), b"").unwrap_err().report().contains("circle: "));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_pipe_and_a_device_are_written_to_and_stay() {
+        use std::os::unix::fs::FileTypeExt;
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::read(pipe).unwrap()
+        });
+        write_bytes(&pipe, b"through the pipe").unwrap();
+        assert_eq!(reader.join().unwrap(), b"through the pipe");
+        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+        let report = write_bytes(&link, b"x").unwrap_err().report();
+        assert!(report.contains("link: No space left on device"), "{report}");
+        assert!(link.is_symlink() && place(Path::new("/dev/full")).unwrap() == Place::Stream);
+        // A descriptor is no name, whatever it is open on.
+        assert_eq!(place(Path::new("/proc/self/fd/0")).unwrap(), Place::Stream);
+        assert_eq!(place(Path::new("/dev/stdout")).unwrap(), Place::Stream);
+        assert_eq!(names(dir.path()), ["link", "pipe"]);
     }
 
     #[cfg(target_os = "linux")]

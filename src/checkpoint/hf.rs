@@ -3,6 +3,7 @@
 
 use super::{atomic, safetensors};
 use crate::bail;
+use crate::data::ImageProcessor;
 use crate::error::{Context, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use crate::model::weights::names::{self, Family};
@@ -25,17 +26,16 @@ const TOKENIZER: [&str; 6] = [
 const PREPROCESSOR: &str = "preprocessor_config.json";
 const PROCESSOR: &str = "processor_config.json";
 
-/// Writes `dir` as a `CLIPVisionModel`. Of `tensors` (canonical names), those of the tower are written; the preprocessor is
-/// copied from the first of `files_from` that has one.
+/// Writes `dir` as a `CLIPVisionModel` with its preprocessor. Of `tensors` (canonical names), those of the tower are written.
 pub fn save_vision(
     dir: &Path,
     config: &VisionConfig,
+    images: &ImageProcessor,
     tensors: &BTreeMap<String, Tensor>,
-    files_from: &[&Path],
 ) -> Result<()> {
     let list = complete(Family::Clip, &shapes::vision(config), tensors)?;
     atomic::directory(dir, |dir| {
-        copy(dir, &[PREPROCESSOR], files_from)?;
+        write_json(&dir.join(PREPROCESSOR), &images.to_json())?;
         write_model(dir, config.to_json(), list)
     })
 }
@@ -55,11 +55,12 @@ pub fn save_language(
     })
 }
 
-/// Writes `dir` as a `LlavaForConditionalGeneration` with tokenizer and processor. `tensors` must be exactly its tensors:
-/// the projector needs two layers and no input norm.
+/// Writes `dir` as a `LlavaForConditionalGeneration` with tokenizer (copied as by [`save_language`]) and processor.
+/// `tensors` must be exactly its tensors: the projector needs two layers and no input norm.
 pub fn save_llava(
     dir: &Path,
     config: &LlavaConfig,
+    images: &ImageProcessor,
     image_token: &str,
     tensors: &BTreeMap<String, Tensor>,
     files_from: &[&Path],
@@ -73,7 +74,7 @@ pub fn save_llava(
     let list = complete(Family::Llava, &shapes, tensors)?;
     atomic::directory(dir, |dir| {
         copy(dir, &TOKENIZER, files_from)?;
-        copy(dir, &[PREPROCESSOR], files_from)?;
+        write_json(&dir.join(PREPROCESSOR), &images.to_json())?;
         write_json(&dir.join(PROCESSOR), &processor(config, image_token))?;
         write_model(dir, config.to_json(), list)
     })
@@ -190,10 +191,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let from = golden("model");
-        save_llava(&at("llava"), &config, "<image>", &tensors, &[&from]).unwrap();
+        let images = ImageProcessor::from_dir(&from).unwrap();
+        save_llava(&at("llava"), &config, &images, "<image>", &tensors, &[&from]).unwrap();
         let (again, weights) = Weights::llava(&at("llava")).unwrap();
         assert!(again == config && same(&tensors, &all(weights)));
-        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"] {
+        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
             assert_eq!(
                 std::fs::read(from.join(name)).unwrap(),
                 std::fs::read(at("llava").join(name)).unwrap(),
@@ -203,7 +205,10 @@ mod tests {
         let processor =
             |dir: &Path| -> Value { serde_json::from_slice(&std::fs::read(dir.join(PROCESSOR)).unwrap()).unwrap() };
         assert_eq!(processor(&from), processor(&at("llava")));
-        save_vision(&at("vision"), &config.vision, &tensors, &[&from]).unwrap();
+        save_vision(&at("vision"), &config.vision, &images, &tensors).unwrap();
+        for folder in ["llava", "vision"] {
+            assert_eq!(ImageProcessor::from_dir(&at(folder)).unwrap(), images);
+        }
         save_language(&at("language"), &config.text, &tensors, &[Path::new("nowhere"), &from]).unwrap();
         save_projector(&at("projector.safetensors"), &tensors).unwrap();
         let (vision, weights) = Weights::vision(&at("vision")).unwrap();
@@ -212,7 +217,7 @@ mod tests {
         parts.extend(all(weights));
         parts.extend(all(Weights::projector(&at("projector.safetensors")).unwrap()));
         assert!(vision == config.vision && language == config.text && same(&tensors, &parts));
-        assert!(at("language").join("tokenizer.json").exists() && at("vision").join(PREPROCESSOR).exists());
+        assert!(at("language").join("tokenizer.json").exists());
     }
 
     #[test]
@@ -222,7 +227,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("llava");
         let bias = tensors.remove("vision.post_layernorm.bias").unwrap();
-        let save = |tensors: &_| save_llava(&path, &config, "<image>", tensors, &[]).unwrap_err().report();
+        let save = |tensors: &_| {
+            let images = ImageProcessor::clip(config.vision.image_size);
+            save_llava(&path, &config, &images, "<image>", tensors, &[]).unwrap_err().report()
+        };
         assert!(save(&tensors).contains("tensor `vision.post_layernorm.bias` is missing"));
         tensors.insert("vision.post_layernorm.bias".into(), bias.reshape((1, 32)).unwrap());
         assert!(save(&tensors).contains("has the shape [1, 32], but [32] is expected"));

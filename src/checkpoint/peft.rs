@@ -11,7 +11,7 @@ use crate::model::weights::{Tensors, names};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What an adapter sits on; decides how PEFT names its modules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,15 @@ pub enum Base {
 /// The layers of one part of the model → the modules adapted in exactly these layers.
 type Groups<'a> = BTreeMap<(&'a str, BTreeSet<usize>), BTreeSet<&'a str>>;
 
+/// The file of a PEFT folder that holds the tensors.
+pub fn weight_file(dir: &Path) -> Result<PathBuf> {
+    let files = ["adapter_model.safetensors", "adapter_model.bin"].map(|name| dir.join(name));
+    let Some(file) = files.into_iter().find(|f| f.exists()) else {
+        bail!("{} has no adapter_model.safetensors", dir.display(); "a PEFT folder holds this file, or adapter_model.bin")
+    };
+    Ok(file)
+}
+
 impl LoraAdapter {
     /// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
     pub fn load(dir: &Path, name: &str) -> Result<Self> {
@@ -34,9 +43,7 @@ impl LoraAdapter {
         })?;
         let read = || Config::parse(&serde_json::from_str(&text)?);
         let config = read().with_context(|| path.display().to_string())?;
-        let file =
-            ["adapter_model.safetensors", "adapter_model.bin"].map(|n| dir.join(n)).into_iter().find(|p| p.exists());
-        let Some(file) = file else { bail!("{} has no adapter_model.safetensors", dir.display()) };
+        let file = weight_file(dir)?;
         let tensors = load_pairs(&Tensors::open_file(&file)?).with_context(|| file.display().to_string())?;
         let (mut alphas, mut adapter_tensors) = (BTreeMap::new(), BTreeMap::new());
         for (module, (peft_name, a, b)) in tensors {

@@ -4,7 +4,6 @@ use super::model;
 use crate::bail;
 use crate::data::{ImageRef, Item, Sample, load_pixels};
 use crate::error::Result;
-use crate::recipe::schema::{Alpha, Resize};
 use crate::train::collate::collate;
 use crate::train::generate::{Sampling, generate};
 use std::io::Write;
@@ -30,9 +29,8 @@ pub struct Args {
     seed: u64,
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
-    /// Pad pictures to a square first, as LLaVA-1.5 does.
-    #[arg(long)]
-    pad: bool,
+    #[command(flatten)]
+    pictures: model::Pictures,
     /// Where to compute: auto or cpu.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -49,8 +47,8 @@ pub fn run(args: &Args) -> Result<()> {
     let m = args.model.load()?;
     let encoder = &m.assembly.encoder;
     let ids = encoder.prompt(&args.prompt, args.image.len(), m.template)?;
-    let resize = if args.pad { Resize::Pad } else { Resize::Crop };
-    let images = args.image.iter().map(|p| ImageRef { path: p.clone(), resize, alpha: Alpha::Drop }).collect();
+    let (resize, alpha) = args.pictures.of(&m);
+    let images = args.image.iter().map(|p| ImageRef { path: p.clone(), resize, alpha }).collect();
     let labels = vec![crate::data::IGNORE; ids.len()];
     let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });
     let pixels = load_pixels([&item], m.assembly.images.as_ref())?;

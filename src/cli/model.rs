@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_llava, source};
 use crate::pipeline::assemble::{Assembly, assemble};
-use crate::pipeline::open_run;
-use crate::recipe::schema::{Recipe, Template};
+use crate::pipeline::{Opened, open_run};
+use crate::recipe::schema::{Alpha, Recipe, Resize, Template};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -38,34 +38,87 @@ enum TemplateArg {
     Chat,
 }
 
+/// How pictures are prepared, where the run's own way does not fit.
+#[derive(Debug, clap::Args)]
+pub struct Pictures {
+    /// How pictures become square: crop, or pad as LLaVA-1.5 does; default: as the first data entry of the run's stage, crop
+    /// for a model.
+    #[arg(long, value_enum)]
+    resize: Option<ResizeArg>,
+    /// The same as --resize pad.
+    #[arg(long, conflicts_with = "resize")]
+    pad: bool,
+    /// What becomes of transparency: drop, or white below it; default: as the first data entry of the run's stage, drop for
+    /// a model.
+    #[arg(long, value_enum)]
+    alpha: Option<AlphaArg>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum ResizeArg {
+    Crop,
+    Pad,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum AlphaArg {
+    Drop,
+    White,
+}
+
+impl Pictures {
+    /// What the arguments say, else what is usual for the model.
+    pub fn of(&self, model: &Loaded) -> (Resize, Alpha) {
+        let resize = match self.resize {
+            Some(ResizeArg::Crop) => Resize::Crop,
+            Some(ResizeArg::Pad) => Resize::Pad,
+            None if self.pad => Resize::Pad,
+            None => model.resize,
+        };
+        let alpha = match self.alpha {
+            Some(AlphaArg::Drop) => Alpha::Drop,
+            Some(AlphaArg::White) => Alpha::White,
+            None => model.alpha,
+        };
+        (resize, alpha)
+    }
+}
+
 /// Model, tokenizer, picture preparation, template.
 pub struct Loaded {
     pub vlm: Vlm,
     pub assembly: Assembly,
     pub template: Template,
+    /// As the first data entry of the run's stage.
+    pub resize: Resize,
+    pub alpha: Alpha,
 }
 
 impl Args {
     /// Loads what the arguments name.
     pub fn load(&self) -> Result<Loaded> {
-        let (assembly, vlm, template) = match (&self.run, &self.model) {
+        let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
-                let (recipe, assembly, state) = open_run(run, self.stage.as_deref())?;
-                (assembly, state.vlm, recipe.model.template)
+                let Opened { recipe, stage, assembly, state } = open_run(run, self.stage.as_deref())?;
+                let data = recipe.stage[&stage].data.first();
+                let (resize, alpha) = data.map(|d| (d.resize, d.alpha)).unwrap_or_default();
+                Loaded { vlm: state.vlm, assembly, template: recipe.model.template, resize, alpha }
             }
             (None, Some(model)) => {
                 let assembly = assemble(&bare(model, self.adapter.as_deref())?)?;
                 let vlm = assembly.vlm.clone();
-                (assembly, vlm, Template::default())
+                let (template, resize, alpha) = (Template::default(), Resize::default(), Alpha::default());
+                Loaded { vlm, assembly, template, resize, alpha }
             }
             (None, None) => bail!("neither --run nor --model is given"),
         };
-        let template = self.template.map_or(template, |t| match t {
-            TemplateArg::Plain => Template::Plain,
-            TemplateArg::VicunaV1 => Template::VicunaV1,
-            TemplateArg::Chat => Template::Chat,
-        });
-        Ok(Loaded { vlm, assembly, template })
+        loaded.template = match self.template {
+            Some(TemplateArg::Plain) => Template::Plain,
+            Some(TemplateArg::VicunaV1) => Template::VicunaV1,
+            Some(TemplateArg::Chat) => Template::Chat,
+            None => loaded.template,
+        };
+        Ok(loaded)
     }
 }
 

@@ -5,7 +5,7 @@ use crate::checkpoint::atomic;
 use crate::data::{Dataset, Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Mode;
-use crate::recipe::schema::{Data, Resize};
+use crate::recipe::schema::Data;
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::step::finite_logps;
@@ -27,9 +27,8 @@ pub struct Args {
     /// Samples a forward pass.
     #[arg(long, default_value_t = 8)]
     micro: usize,
-    /// Pad pictures to a square first, as LLaVA-1.5 does.
-    #[arg(long)]
-    pad: bool,
+    #[command(flatten)]
+    pictures: model::Pictures,
     /// Where to compute: auto or cpu.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -49,8 +48,8 @@ struct Line<'a> {
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     super::device::check(&args.device)?;
     let m = args.model.load()?;
-    let resize = if args.pad { Resize::Pad } else { Resize::Crop };
-    let data = Data { images: args.images.clone(), resize, ..Data::new(args.data.clone()) };
+    let (resize, alpha) = args.pictures.of(&m);
+    let data = Data { images: args.images.clone(), resize, alpha, ..Data::new(args.data.clone()) };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
     atomic::write(&args.out, |out| {
         for items in set.items.chunks(args.micro.max(1)) {

@@ -256,15 +256,47 @@ pub fn load_rgb(path: &Path, alpha: Alpha) -> Result<Rgb> {
 }
 
 /// Decodes the bytes of a PNG or JPEG file into 8-bit RGB, upright.
+///
+/// # Errors
+/// Corrupt or unsupported bytes, and a JPEG that ends before its end marker, as Pillow refuses it: the decoder would
+/// fill what is missing with gray.
 pub fn decode(bytes: &[u8], alpha: Alpha) -> Result<Rgb> {
     match image::guess_format(bytes) {
         Ok(ImageFormat::Png) => upright(PngDecoder::new(Cursor::new(bytes)).map_err(broken)?, bytes, alpha),
+        Ok(ImageFormat::Jpeg) if !jpeg_ends(bytes) => {
+            bail!("it is cut off: no end marker (EOI) follows its picture data";
+                "copy or download the file again, or take its samples out of the data")
+        }
         Ok(ImageFormat::Jpeg) => upright(JpegDecoder::new(Cursor::new(bytes)).map_err(broken)?, bytes, alpha),
         Ok(other) => {
             bail!("the format is {other:?}"; "convert it to PNG or JPEG")
         }
         Err(_) => bail!("neither PNG nor JPEG"; "convert it to PNG or JPEG, or replace it if it is damaged"),
     }
+}
+
+/// Whether a JPEG's end marker comes after its last scan; what follows the marker does not matter.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    const SOS: u8 = 0xda;
+    const EOI: u8 = 0xd9;
+    let (mut at, mut scanned) = (2, false);
+    // Markers are FF and a code; FF 00 is a byte of data, FF FF is filling, and data may stand between any two.
+    while let Some(found) = bytes.get(at..).and_then(|rest| rest.iter().position(|&b| b == 0xff)) {
+        at += found + 1;
+        match bytes.get(at) {
+            None => return false,
+            Some(&EOI) if scanned => return true,
+            Some(0xff) => {}
+            // These stand alone: data, TEM, restart markers, a start or an end without a picture.
+            Some(0x00 | 0x01 | 0xd0..=0xd9) => at += 1,
+            Some(&code) => {
+                let Some(&[high, low]) = bytes.get(at + 1..at + 3) else { return false };
+                scanned |= code == SOS;
+                at += 1 + usize::from(u16::from_be_bytes([high, low]));
+            }
+        }
+    }
+    false
 }
 
 fn broken(e: image::ImageError) -> Error {

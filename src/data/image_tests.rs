@@ -237,3 +237,28 @@ fn reads_every_kind_of_jpeg_nearly_as_pillow() {
         }
     }
 }
+
+/// Pillow refuses each of these too ("image file is truncated").
+#[test]
+fn a_jpeg_that_is_cut_off_anywhere_is_refused_and_one_with_more_behind_it_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let pictures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures");
+    let own = ["cmyk", "gray", "progressive", "rgb", "ycck"].map(|n| pictures.join(n).with_extension("jpg"));
+    let golden = ["exif6.jpg", "photo420.jpg"].map(|n| Path::new(GOLDEN).join("images").join(n));
+    for path in own.iter().chain(&golden) {
+        let whole = std::fs::read(path).unwrap();
+        let picture = decode(&whole, Alpha::Drop).unwrap();
+        // Whatever may follow: filling, a second picture (MPO), half a marker.
+        for more in [b"\0\0\0" as &[u8], b"\xff", &whole, &whole[..whole.len() / 2]] {
+            let longer = [&whole, more].concat();
+            assert!(decode(&longer, Alpha::Drop).unwrap().data == picture.data, "{}", path.display());
+        }
+        for length in 0..whole.len() {
+            assert!(decode(&whole[..length], Alpha::Drop).is_err(), "{}, {length} bytes", path.display());
+        }
+        let cut = dir.path().join("cut.jpg");
+        std::fs::write(&cut, &whole[..whole.len() - 1]).unwrap();
+        let e = load_rgb(&cut, Alpha::Drop).unwrap_err();
+        assert!(e.cause().contains("cut.jpg: it is cut off") && e.hint_text().unwrap().contains("again"), "{e}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use crate::adapters::lora::LoraAdapter;
 use crate::bail;
+use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
@@ -12,7 +13,7 @@ use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{Weights, source};
 use crate::ops::random::Key;
-use crate::recipe::schema::{self, MlpProjector, Recipe, SelectFeature};
+use crate::recipe::schema::{self, MlpProjector, Recipe};
 use candle_core::{DType, Device};
 use std::path::{Path, PathBuf};
 
@@ -25,21 +26,25 @@ pub struct Assembly {
     pub used: bool,
     pub encoder: TextEncoder,
     pub images: Option<ImageProcessor>,
-    /// Everything that was read: the model's files, for the checksums of the run.
+    /// Everything that was read: weights, configurations, tokenizer, adapter, for the checksums of the run.
     pub files: Vec<PathBuf>,
     /// `what → source[@revision]`, as resolved.
     pub sources: Vec<(String, String)>,
-    /// Folders whose side files (tokenizer, preprocessor) go with an export.
+    /// Folder or file of the tokenizer, whose files go with an export.
     pub tokenizer_dir: PathBuf,
-    pub vision_dir: Option<PathBuf>,
+    /// What was assumed for want of a file, for `check` to say.
+    pub warnings: Vec<String>,
 }
 
 const DTYPE: DType = DType::F32;
 
+/// Where a tower alone is read, counted as in HF's `hidden_states`, unless the recipe says otherwise: LLaVA's choice.
+const SELECT_LAYER: i64 = -2;
+
 /// Loads everything that `recipe.model` names. Fresh parts are keyed by the first stage's seed.
 pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
     let seed = recipe.stages.first().and_then(|s| recipe.stage.get(s)).map_or(42, |s| s.seed);
-    let mut parts = Parts { key: Key::new(seed, "init"), files: Vec::new(), sources: Vec::new() };
+    let mut parts = Parts { key: Key::new(seed, "init"), files: Vec::new(), sources: Vec::new(), warnings: Vec::new() };
     let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
@@ -50,11 +55,7 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
         (tower, projector) = (Some(v.tower.clone()), Some(p));
     }
     let encoder = parts.encoder(recipe, &language, tower.as_ref().map_or(0, Tower::tokens_per_image))?;
-    let images = match &vision {
-        None => None,
-        Some(Part { dir: Some(dir), tower }) => Some(processor(dir, &tower.config)?),
-        Some(Part { dir: None, tower }) => Some(ImageProcessor::clip(tower.config.image_size)),
-    };
+    let images = vision.as_ref().map(|v| parts.processor(v)).transpose()?;
     if let (Some(p), Some(t)) = (&images, &tower)
         && p.crop != t.config.image_size
     {
@@ -66,13 +67,13 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
     if let Some(adapter) = &recipe.model.adapter {
         let dir = source::resolve(adapter, source::ADAPTER)?.dir;
         parts.sources.push(("adapter".into(), adapter.clone()));
-        parts.files.push(dir.join("adapter_model.safetensors"));
+        parts.note(&dir, &["adapter_config.json"]);
+        parts.files.push(peft::weight_file(&dir)?);
         let loaded = LoraAdapter::load(&dir, START_ADAPTER)?;
         crate::adapters::lora::attach_loaded(&mut vlm, &loaded)?;
         start_adapter = Some(described(&loaded));
     }
-    let Parts { files, sources, .. } = parts;
-    let vision_dir = vision.and_then(|v| v.dir);
+    let Parts { files, sources, warnings, .. } = parts;
     Ok(Assembly {
         vlm,
         start_adapter,
@@ -82,7 +83,7 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
         files,
         sources,
         tokenizer_dir: language.tokenizer,
-        vision_dir,
+        warnings,
     })
 }
 
@@ -116,7 +117,18 @@ struct Parts {
     key: Key,
     files: Vec<PathBuf>,
     sources: Vec<(String, String)>,
+    warnings: Vec<String>,
 }
+
+/// What is read of a tokenizer's folder, or copied from it into an export, beside `tokenizer.json`.
+const BESIDE_TOKENIZER: [&str; 6] = [
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
 
 impl Parts {
     fn find(&mut self, what: &str, source: &str, files: &[&str]) -> Result<PathBuf> {
@@ -126,12 +138,18 @@ impl Parts {
         Ok(snapshot.dir)
     }
 
+    /// Notes files of a folder as read, those that are there.
+    fn note(&mut self, dir: &Path, names: &[&str]) {
+        self.files.extend(names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()));
+    }
+
     fn llava(&mut self, source: &str) -> Result<Whole> {
         let dir = self.find(
             "model.source",
             source,
             &[source::MODEL, source::OPTIONAL_TOKENIZER, source::IMAGE_PROCESSOR].concat(),
         )?;
+        self.note(&dir, &["config.json"]);
         let config = LlavaConfig::from_dir(&dir)?;
         Ok(Whole { dir, config })
     }
@@ -145,60 +163,70 @@ impl Parts {
     }
 
     fn vision(&mut self, recipe: &Recipe, whole: Option<&Whole>) -> Result<Option<Part>> {
-        let Some(v) = &recipe.model.vision else {
-            let Some(w) = whole else { return Ok(None) };
-            let (config, weights) = Weights::vision(&w.dir)?;
-            let tower =
-                self.load(weights, |src| Tower::new(config, w.config.select_layer, w.config.select_feature, src))?;
-            return Ok(Some(Part { tower, dir: Some(w.dir.clone()) }));
-        };
-        let (select, feature): (i64, SelectFeature) = (v.select_layer, v.select_feature);
-        match (&v.source, &v.init) {
-            (Some(source), None) => {
+        let v = recipe.model.vision.as_ref();
+        let (source, init) = v.map_or((None, None), |v| (v.source.as_ref(), v.init.as_ref()));
+        let (own_layer, own_feature) = v.map_or((None, None), |v| (v.select_layer, v.select_feature));
+        let (layer, feature) = (own_layer.unwrap_or(SELECT_LAYER), own_feature.unwrap_or_default());
+        match (source, init, whole) {
+            (Some(source), None, _) => {
                 let dir = self.find("model.vision", source, &[source::MODEL, source::IMAGE_PROCESSOR].concat())?;
+                self.note(&dir, &["config.json"]);
                 let (config, weights) = Weights::vision(&dir)?;
                 let tower =
-                    self.load(weights, |src| Tower::new(config, select, feature, src)).context("model.vision")?;
+                    self.load(weights, |src| Tower::new(config, layer, feature, src)).context("model.vision")?;
                 Ok(Some(Part { tower, dir: Some(dir) }))
             }
-            (None, Some(init)) => {
+            (None, Some(init), _) => {
                 let config = VisionConfig::from_init(init).context("model.vision.init")?;
-                let tower = Tower::new(config, select, feature, &mut Fresh { key: self.key, dtype: DTYPE })?;
+                let tower = Tower::new(config, layer, feature, &mut Fresh { key: self.key, dtype: DTYPE })?;
                 Ok(Some(Part { tower, dir: None }))
             }
+            (None, None, Some(w)) => {
+                let (layer, feature) =
+                    (own_layer.unwrap_or(w.config.select_layer), own_feature.unwrap_or(w.config.select_feature));
+                let (config, weights) = Weights::vision(&w.dir)?;
+                let tower =
+                    self.load(weights, |src| Tower::new(config, layer, feature, src)).context("model.vision")?;
+                Ok(Some(Part { tower, dir: Some(w.dir.clone()) }))
+            }
+            (None, None, None) if v.is_none() => Ok(None),
             _ => Err(either("model.vision")),
         }
     }
 
     fn language(&mut self, recipe: &Recipe, whole: Option<&Whole>) -> Result<LanguagePart> {
-        let Some(l) = &recipe.model.language else {
-            let Some(w) = whole else {
-                bail!("the recipe names no language model"; "set model.language.source, or model.source to a whole LLaVA folder")
-            };
-            let (config, weights) = Weights::language(&w.dir)?;
-            let model = self.load(weights, |src| Language::new(config, src))?;
-            return Ok(LanguagePart { model, tokenizer: w.dir.clone(), image_token: Some(w.config.image_token_index) });
-        };
-        let (model, dir) = match (&l.source, &l.init) {
-            (Some(source), None) => {
+        let l = recipe.model.language.as_ref();
+        let (source, init) = l.map_or((None, None), |l| (l.source.as_ref(), l.init.as_ref()));
+        let (model, dir, image_token) = match (source, init, whole) {
+            (Some(source), None, _) => {
                 let dir = self.find("model.language", source, &[source::MODEL, source::OPTIONAL_TOKENIZER].concat())?;
+                self.note(&dir, &["config.json"]);
                 let (config, weights) = Weights::language(&dir)?;
-                (self.load(weights, |src| Language::new(config, src)).context("model.language")?, Some(dir))
+                let model = self.load(weights, |src| Language::new(config, src)).context("model.language")?;
+                (model, Some(dir), None)
             }
-            (None, Some(init)) => {
+            (None, Some(init), _) => {
                 let config = LlamaConfig::from_init(init).context("model.language.init")?;
-                (Language::new(config, &mut Fresh { key: self.key, dtype: DTYPE })?, None)
+                (Language::new(config, &mut Fresh { key: self.key, dtype: DTYPE })?, None, None)
+            }
+            (None, None, Some(w)) => {
+                let (config, weights) = Weights::language(&w.dir)?;
+                let model = self.load(weights, |src| Language::new(config, src))?;
+                (model, Some(w.dir.clone()), Some(w.config.image_token_index))
+            }
+            (None, None, None) if l.is_none() => {
+                bail!("the recipe names no language model"; "set model.language.source, or model.source to a whole LLaVA folder")
             }
             _ => return Err(either("model.language")),
         };
-        let tokenizer = match (&l.tokenizer, dir) {
+        let tokenizer = match (l.and_then(|l| l.tokenizer.as_ref()), dir) {
             (Some(t), _) => self.find("model.language.tokenizer", t, source::TOKENIZER)?,
             (None, Some(dir)) => dir,
             (None, None) => {
                 bail!("model.language.init needs a tokenizer"; "set model.language.tokenizer to a folder with tokenizer.json")
             }
         };
-        Ok(LanguagePart { model, tokenizer, image_token: None })
+        Ok(LanguagePart { model, tokenizer, image_token })
     }
 
     fn projector(&mut self, recipe: &Recipe, whole: Option<&Whole>, d_in: usize, d_out: usize) -> Result<Projector> {
@@ -234,11 +262,13 @@ impl Parts {
 
     fn encoder(&mut self, recipe: &Recipe, language: &LanguagePart, tokens_per_image: usize) -> Result<TextEncoder> {
         let (m, c) = (&recipe.model, &language.model.config);
-        self.files.push(if language.tokenizer.is_dir() {
-            language.tokenizer.join("tokenizer.json")
+        let (dir, file) = if language.tokenizer.is_dir() {
+            (language.tokenizer.as_path(), language.tokenizer.join("tokenizer.json"))
         } else {
-            language.tokenizer.clone()
-        });
+            (language.tokenizer.parent().unwrap_or(Path::new("")), language.tokenizer.clone())
+        };
+        self.files.push(file);
+        self.note(dir, &BESIDE_TOKENIZER);
         let settings = TextSettings {
             image_token: m.image_token.clone(),
             image_token_id: language.image_token,
@@ -252,12 +282,22 @@ impl Parts {
         };
         TextEncoder::load(&language.tokenizer, settings).context("model.language")
     }
-}
 
-/// How the tower's folder says pictures are prepared; CLIP's way if it says nothing.
-fn processor(dir: &Path, config: &VisionConfig) -> Result<ImageProcessor> {
-    let says = ["preprocessor_config.json", "processor_config.json"].iter().any(|f| dir.join(f).exists());
-    if says { ImageProcessor::from_dir(dir) } else { Ok(ImageProcessor::clip(config.image_size)) }
+    /// How the tower's folder says pictures are prepared; CLIP's way if it says nothing, which is worth a warning.
+    fn processor(&mut self, vision: &Part) -> Result<ImageProcessor> {
+        let size = vision.tower.config.image_size;
+        let Some(dir) = &vision.dir else { return Ok(ImageProcessor::clip(size)) };
+        let files = ["preprocessor_config.json", "processor_config.json"].map(|name| dir.join(name));
+        if let Some(file) = files.into_iter().find(|f| f.is_file()) {
+            self.files.push(file);
+            return ImageProcessor::from_dir(dir);
+        }
+        self.warnings.push(format!(
+            "{} has neither preprocessor_config.json nor processor_config.json: pictures are prepared as CLIP's, at {size} px; if the tower was trained otherwise, copy the file from the repository that it comes from",
+            dir.display()
+        ));
+        Ok(ImageProcessor::clip(size))
+    }
 }
 
 fn either(key: &str) -> Error {

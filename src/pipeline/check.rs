@@ -34,7 +34,8 @@ pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Resul
     let assembly = assemble(recipe)?;
     write!(out, "{}", sources(&assembly).render())?;
     let (ends, random) = (BTreeMap::new(), BTreeMap::new());
-    let mut all = Check { recipe, assembly: &assembly, ends, random, warnings: Vec::new(), steps: 0 };
+    let warnings = assembly.warnings.clone();
+    let mut all = Check { recipe, assembly: &assembly, ends, random, warnings, steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;

@@ -1,8 +1,8 @@
 //! What a stage leaves behind: everything for adfreeze itself in one file, and the same in the formats of others.
 
-use super::stage::SideFiles;
 use super::state::{State, is_adapter};
 use crate::adapters::lora;
+use crate::bail;
 use crate::checkpoint::atomic;
 use crate::checkpoint::{hf, peft};
 use crate::data::{ImageProcessor, TextEncoder};
@@ -12,11 +12,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Writes `dir`: `trained.safetensors`; `projector.safetensors` if there is a projector; `adapters/NAME/` in PEFT's
-/// format; `vision/` and `language/` in HF's layout if their own weights have changed.
+/// format; `vision/` and `language/` in HF's layout if their own weights have changed, with what prepares their inputs: the
+/// pictures' preparation as it was used, the tokenizer's files from `tokenizer_dir`.
 pub fn write_final(
     state: &mut State,
     dir: &Path,
-    sides: &SideFiles,
+    tokenizer_dir: &Path,
     images: Option<&ImageProcessor>,
     encoder: &TextEncoder,
 ) -> Result<()> {
@@ -41,18 +42,13 @@ pub fn write_final(
         }
         let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));
         if let (true, Some(tower)) = (changed("vision."), &state.vlm.vision) {
-            let out = dir.join("vision");
-            let sources: Vec<&Path> = sides.vision.as_deref().into_iter().collect();
-            hf::save_vision(&out, &tower.config, &part("vision."), &sources)?;
-            if let (None, Some(images)) = (&sides.vision, images) {
-                let json = serde_json::to_string_pretty(&images.to_json())?;
-                atomic::write_bytes(&out.join("preprocessor_config.json"), json.as_bytes())?;
-            }
+            let Some(images) = images else { bail!("the vision tower has no picture preparation to be saved with it") };
+            hf::save_vision(&dir.join("vision"), &tower.config, images, &part("vision."))?;
         }
         if changed("language.") {
             let language = &state.vlm.language;
             let out = dir.join("language");
-            hf::save_language(&out, &language.config, &part("language."), &[&sides.tokenizer])?;
+            hf::save_language(&out, &language.config, &part("language."), &[tokenizer_dir])?;
             if encoder.image_token_added() {
                 atomic::write_bytes(&out.join("tokenizer.json"), encoder.tokenizer_json()?.as_bytes())?;
             }

@@ -24,7 +24,7 @@ use assemble::{Assembly, assemble};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
 use signals::Signals;
-use stage::{Run, SideFiles, check_reachable, dataset, optimizer, run_stage, step_counts};
+use stage::{Run, check_reachable, dataset, optimizer, run_stage, step_counts};
 use state::{State, hand_over, lineage, parent};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -75,7 +75,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
             dir: &dir,
             encoder: &assembly.encoder,
             images: assembly.images.as_ref(),
-            sides: SideFiles::of(&assembly),
+            tokenizer: &assembly.tokenizer_dir,
             reporter,
             signals: &options.signals,
         };
@@ -190,13 +190,28 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
         files.extend(stage.data.iter().map(|d| d.path.clone()));
         evals.extend(&stage.eval);
     }
-    files.extend(evals.iter().flat_map(|n| &recipe.eval[*n].data).map(|d| d.path.clone()));
+    for name in evals {
+        let eval = &recipe.eval[name];
+        let data = evaluation::dataset(recipe, eval, &assembly.encoder).with_context(|| format!("eval.{name}"))?;
+        pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+        files.extend(eval.data.iter().map(|d| d.path.clone()));
+    }
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
     checksums(&assembly.sources, &files, &pictures)
 }
 
-/// A finished run's model, for `generate` and `score`: the last finished stage, or the one named.
-pub fn open_run(root: &Path, stage: Option<&str>) -> Result<(Recipe, Assembly, State)> {
+/// A finished stage of a run, for `generate` and `score`.
+pub struct Opened {
+    pub recipe: Recipe,
+    /// The stage's name.
+    pub stage: String,
+    pub assembly: Assembly,
+    /// The model as the stage left it.
+    pub state: State,
+}
+
+/// Opens the last finished stage of a run, or the one named.
+pub fn open_run(root: &Path, stage: Option<&str>) -> Result<Opened> {
     let dir = RunDir::existing(root)?;
     let recipe = dir.recipe()?;
     let mut found = None;
@@ -210,5 +225,5 @@ pub fn open_run(root: &Path, stage: Option<&str>) -> Result<(Recipe, Assembly, S
     };
     let mut assembly = assemble(&recipe)?;
     let state = restore(&recipe, &dir, &mut assembly, &name)?;
-    Ok((recipe, assembly, state))
+    Ok(Opened { recipe, stage: name, assembly, state })
 }

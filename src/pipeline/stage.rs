@@ -1,6 +1,5 @@
 //! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
 
-use super::assemble::Assembly;
 use super::checkpoints::{self, Progress};
 use super::evaluation::Evaluations;
 use super::export::write_final;
@@ -22,7 +21,7 @@ use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics, peak_
 use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,23 +31,10 @@ pub struct Run<'a> {
     pub dir: &'a RunDir,
     pub encoder: &'a TextEncoder,
     pub images: Option<&'a ImageProcessor>,
-    pub sides: SideFiles,
+    /// Folder or file of the tokenizer, whose files go with an exported language model.
+    pub tokenizer: &'a Path,
     pub reporter: &'a Reporter,
     pub signals: &'a Signals,
-}
-
-/// Folders whose tokenizer and preprocessor files go with an exported backbone.
-#[derive(Debug, Clone)]
-pub struct SideFiles {
-    pub tokenizer: PathBuf,
-    pub vision: Option<PathBuf>,
-}
-
-impl SideFiles {
-    /// Of an assembled model.
-    pub fn of(a: &Assembly) -> Self {
-        Self { tokenizer: a.tokenizer_dir.clone(), vision: a.vision_dir.clone() }
-    }
 }
 
 /// The samples of a stage, as its objective takes them.
@@ -101,7 +87,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let figures =
         evals.run(&state.vlm, run.encoder, &stage.eval).with_context(|| format!("{name}, after its last step"))?;
     let last = dir.join("final");
-    write_final(state, &last, &run.sides, run.images, run.encoder)?;
+    write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
     run.dir.add_results(name, serde_json::to_value(&figures)?)?;
     let trained_sha256 = sha256_file(&last.join(TRAINED))?;
     let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };

@@ -30,7 +30,8 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// A whole LLaVA folder or repository to start from; then `vision`, `projector` and `language` may be left out.
+    /// A whole LLaVA folder or repository to start from; then `vision`, `projector` and `language` may be left out, and
+    /// `vision` and `language` without `source` and `init` say only what is different.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,11 +70,13 @@ pub struct Vision {
     /// Random initialisation instead of `source`: the keys of HF's `CLIPVisionConfig`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<serde_json::Value>,
-    /// Index into HF's `hidden_states`; −2 is the output of the last layer but one.
-    #[serde(default = "default_select_layer")]
-    pub select_layer: i64,
-    #[serde(default)]
-    pub select_feature: SelectFeature,
+    /// Index into HF's `hidden_states`; −2 is the output of the last layer but one. Default: that of `model.source` if the
+    /// tower comes from there, else −2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select_layer: Option<i64>,
+    /// Default: that of `model.source` if the tower comes from there, else the patches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select_feature: Option<SelectFeature>,
 }
 
 /// Which tokens of the tower go to the projector.
@@ -529,9 +532,6 @@ fn default_max_seq_len() -> usize {
 }
 fn default_image_token() -> String {
     "<image>".into()
-}
-fn default_select_layer() -> i64 {
-    -2
 }
 fn two() -> usize {
     2

@@ -66,6 +66,68 @@ fn scores_agree_with_the_reference() {
     }
 }
 
+/// Pictures whose preparation matters: one is not square, one has an alpha channel.
+#[test]
+fn a_run_is_asked_with_the_pictures_prepared_as_in_its_stage() {
+    let f = Folder::with(THREE_STAGES);
+    let one = |image: &str| {
+        let turns = r#"[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red circle."}]"#;
+        format!(r#"{{"id": "{image}", "image": "{image}", "conversations": {turns}}}"#)
+    };
+    f.write("data.jsonl", &[one("landscape.png"), one("rgba.png")].join("\n"));
+    let data = "stage.align.data=[{path='data.jsonl',images='${GOLDEN}/images',resize='pad',alpha='white'}]";
+    f.train(&["--stages", "align", "--set", data, "--set", "defaults.max_steps=1", "--set", "defaults.batch.global=2"]);
+    let images = golden("images").display().to_string();
+    let score = |more: &[&str]| {
+        let fixed = ["score", "--run", "run", "--data", "data.jsonl", "--images", &images, "--out", "out.jsonl"];
+        f.ok(fixed.iter().chain(more));
+        let text = fs::read_to_string(f.path("out.jsonl")).unwrap();
+        let loss = |l: &str| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap();
+        text.lines().map(loss).collect::<Vec<_>>()
+    };
+    let own = score(&[]);
+    for same in [&["--resize", "pad"][..], &["--pad"], &["--alpha", "white"], &["--pad", "--alpha", "white"]] {
+        assert_eq!(own, score(same), "{same:?}");
+    }
+    let (cropped, dropped) = (score(&["--resize", "crop"]), score(&["--alpha", "drop"]));
+    assert!(own[0] != cropped[0] && own[0] == dropped[0] && own[1] != dropped[1], "{own:?} {cropped:?} {dropped:?}");
+    let ask = |more: &[&str]| {
+        let image = golden("images/landscape.png").display().to_string();
+        let fixed = ["generate", "--run", "run", "--prompt", "What?", "--image", &image, "--max-new-tokens", "60"];
+        f.ok(fixed.iter().chain(&["--temperature", "2"]).chain(more)).stdout
+    };
+    assert!(
+        ask(&[]) == ask(&["--resize", "pad"]) && ask(&[]) == ask(&["--pad"]) && ask(&[]) != ask(&["--resize", "crop"])
+    );
+    let both = f.adfreeze(["generate", "--run", "run", "--prompt", "?", "--pad", "--resize", "crop"]).output().unwrap();
+    assert_eq!(both.status.code(), Some(2));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn scores_go_through_a_pipe_and_behind_what_a_log_holds() {
+    let f = Folder::new();
+    let (data, images) = (golden("data/plain.json"), golden("images"));
+    let m = model();
+    let args = |out: &str| {
+        let fixed = ["score", &m[0], &m[1], "--template", "plain", "--data", data.to_str().unwrap()];
+        let rest = ["--images", images.to_str().unwrap(), "--out", out];
+        fixed.iter().chain(&rest).map(|s| s.to_string()).collect::<Vec<_>>()
+    };
+    f.ok(args("out.jsonl"));
+    let lines = fs::read_to_string(f.path("out.jsonl")).unwrap();
+    // As /dev/stdout, in a folder where a mistake harms nothing.
+    std::os::unix::fs::symlink("/proc/self/fd/1", f.path("stdout")).unwrap();
+    assert_eq!(f.ok(args("stdout")).stdout, lines);
+    f.write("log", "begun\n");
+    let log = fs::File::options().append(true).open(f.path("log")).unwrap();
+    assert!(f.adfreeze(args("stdout")).stdout(log).status().unwrap().success());
+    assert_eq!(fs::read_to_string(f.path("log")).unwrap(), format!("begun\n{lines}"));
+    std::os::unix::fs::symlink("/dev/null", f.path("null")).unwrap();
+    f.ok(args("null"));
+    assert!(f.path("null").is_symlink() && f.path("stdout").is_symlink());
+}
+
 #[test]
 fn makes_the_built_in_data() {
     let f = Folder::new();

@@ -19,6 +19,8 @@ pub const WEIGHT_FILES: [&str; 4] =
 
 /// Tensors by the names their files give them.
 pub struct Tensors {
+    /// The index that named the files.
+    index: Option<PathBuf>,
     files: Vec<(PathBuf, Store)>,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
@@ -52,7 +54,11 @@ impl Tensors {
             bail!("no weights in {}", dir.display(); "expected one of {}", WEIGHT_FILES.join(", "));
         };
         let path = dir.join(name);
-        if name.ends_with(".index.json") { Self::open_files(&shards(&path)?) } else { Self::open_file(&path) }
+        if !name.ends_with(".index.json") {
+            return Self::open_file(&path);
+        }
+        let tensors = Self::open_files(&shards(&path)?)?;
+        Ok(Self { index: Some(path), ..tensors })
     }
 
     /// Opens one `.safetensors`, `.bin`, `.pt` or `.pth` file.
@@ -61,7 +67,7 @@ impl Tensors {
     }
 
     fn open_files(paths: &[PathBuf]) -> Result<Self> {
-        let mut tensors = Self { files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        let mut tensors = Self { index: None, files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
         for path in paths {
             match path.extension().and_then(|e| e.to_str()) {
                 Some("safetensors") => tensors.add_safetensors(path)?,
@@ -134,9 +140,9 @@ impl Tensors {
         self.entries.get(name).and_then(|e| self.files.get(e.file)).map(|(path, _)| path.as_path())
     }
 
-    /// All files, in the order in which they were opened.
+    /// All files, in the order in which they were opened, the index of sharded ones first.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|(path, _)| path.as_path())
+        self.index.iter().chain(self.files.iter().map(|(path, _)| path)).map(PathBuf::as_path)
     }
 
     /// The strings a safetensors file carries beside its tensors.
