@@ -102,3 +102,65 @@ __device__ __forceinline__ uint4 philox(uint2 key, uint4 c) {
     }
     return c;
 }
+
+// ---- hardware approximations, about 2 ulp; results below 2^-126 become 0
+
+#if defined(CUDA_ON_CPU)
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float rcp_fast(float x) { return 1.f / x; }
+#else
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rcp_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+constexpr float LOG2E = 1.44269504088896341f;
+
+// ---- streaming: this lane of `lanes` does every step of `V` elements that falls to it, `U` steps at a time: all are
+// read (`in(i)`) before the first is written (`out(i, held)`), to keep memory busy also where a buffer is updated in place
+
+template <int U, int V, class I, class In, class Out>
+__device__ __forceinline__ void sweep(I lane, I lanes, I n, In in, Out out) {
+    const I step = lanes * V;
+    I at = lane * V;
+    for (; at + (U - 1) * step < n; at += U * step) {
+        decltype(in(at)) held[U];
+#pragma unroll
+        for (int u = 0; u < U; u++) held[u] = in(at + u * step);
+#pragma unroll
+        for (int u = 0; u < U; u++) out(at + u * step, held[u]);
+    }
+    for (; at < n; at += step) out(at, in(at));
+}
+// Over n elements by the whole grid: blocks of any size, any number of them.
+template <int U, int V, class In, class Out> __device__ __forceinline__ void flat(size_t n, In in, Out out) {
+    sweep<U, V>(size_t(blockIdx.x) * blockDim.x + threadIdx.x, size_t(gridDim.x) * blockDim.x, n, in, out);
+}
+// Over the d columns of a row by the threads of one `threadIdx.y`.
+template <int U, int V, class In, class Out> __device__ __forceinline__ void across(int d, In in, Out out) {
+    sweep<U, V>(int(threadIdx.x), int(blockDim.x), d, in, out);
+}
+
+// `store` in one instruction for sure: where a loop is unrolled, nvcc 13.0 splits some stores of a Pack into elements.
+template <int N, class T> __device__ __forceinline__ void put(T* p, const Pack<T, N>& v) {
+#if !defined(CUDA_ON_CPU)
+    if constexpr (sizeof(v) == 16) {
+        unsigned w[4];
+        memcpy(w, &v, 16);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+        return;
+    } else if constexpr (sizeof(v) == 8) {
+        unsigned w[2];
+        memcpy(w, &v, 8);
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]) : "memory");
+        return;
+    }
+#endif
+    store(p, v);
+}

@@ -117,7 +117,7 @@ struct State {
     void* closure = nullptr;
     std::string error;
 };
-inline State& state() { static State s; return s; }
+inline State& state() { static thread_local State s; return s; }
 
 inline void fail(const std::string& what) {
     State& s = state();

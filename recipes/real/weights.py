@@ -89,7 +89,8 @@ def save_smollm2(gguf, out):
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     values = source.config.to_dict()
-    del values["_model_name_or_path"]  # the file's title, no path
+    for name in ("quantization_config", "_model_name_or_path"):  # about the GGUF file
+        values.pop(name, None)
     values["rms_norm_eps"] = 1e-5  # the GGUF file holds it rounded to f32
     config = LlamaConfig(**values)
     config.dtype = torch.bfloat16

@@ -2,8 +2,7 @@
 
 use super::params::{Grads, Module, Param};
 use crate::error::Result;
-use crate::ops::matmul::add_;
-use crate::ops::norm::{Kind, Stats, backward, forward, rebuild};
+use crate::ops::norm::{Kind, ScaleGrads, Stats, backward, backward_into, forward, forward_residual_, rebuild};
 use candle_core::Tensor;
 
 /// A norm over rows.
@@ -23,6 +22,11 @@ impl Norm {
         forward(self.kind, x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), self.eps)
     }
 
+    /// Adds `r` to `x` in place and norms the sum.
+    pub fn forward_residual_(&self, x: &Tensor, r: &Tensor) -> Result<(Tensor, Stats)> {
+        forward_residual_(self.kind, x, r, &self.weight.value, self.bias.as_ref().map(|b| &b.value), self.eps)
+    }
+
     /// The output once more, bit for bit.
     pub fn rebuild(&self, x: &Tensor, stats: &Stats) -> Result<Tensor> {
         rebuild(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), stats)
@@ -30,8 +34,16 @@ impl Norm {
 
     /// dX; gradients of scale and shift go to `grads` if they train.
     pub fn backward(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads) -> Result<Tensor> {
-        let trains = self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable);
-        let (dx, scale) = backward(self.kind, x, &self.weight.value, stats, dy, trains)?;
+        let (dx, scale) = backward(self.kind, x, &self.weight.value, stats, dy, self.scale_trains())?;
+        self.add_scale(scale, grads)?;
+        Ok(dx)
+    }
+
+    fn scale_trains(&self) -> bool {
+        self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable)
+    }
+
+    fn add_scale(&self, scale: Option<ScaleGrads>, grads: &mut Grads) -> Result<()> {
         if let Some(s) = scale {
             if self.weight.trainable {
                 grads.add(&self.weight.name, s.weight)?;
@@ -40,12 +52,13 @@ impl Norm {
                 grads.add(&b.name, s.bias)?;
             }
         }
-        Ok(dx)
+        Ok(())
     }
 
     /// dX added to the gradient that passes the norm by on the residual road.
     pub fn backward_into(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads, sum: &Tensor) -> Result<()> {
-        add_(sum, 1.0, &self.backward(x, stats, dy, grads)?)
+        let scale = backward_into(self.kind, x, &self.weight.value, stats, dy, self.scale_trains(), sum)?;
+        self.add_scale(scale, grads)
     }
 }
 

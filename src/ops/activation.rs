@@ -2,6 +2,7 @@
 //!
 //! gelu: x·Φ(x); gelu_tanh: Hendrycks & Gimpel's tanh form; quick_gelu: x·σ(1.702x); silu: x·σ(x).
 
+use super::launch::{Arg, Grid, Path, empty, launch, narrow, pack, path, wide, widen};
 use super::{Real, data, dispatch, rows_per_task, scratch, tensor};
 use crate::error::Result;
 use crate::recipe::schema::Activation;
@@ -10,21 +11,41 @@ use rayon::prelude::*;
 
 /// `act(x)`, any shape.
 pub fn forward(act: Activation, x: &Tensor) -> Result<Tensor> {
-    map2(x, x, move |x, _| value(act, x), move |x, _| value(act, x))
+    match path("activation", x)? {
+        Path::Kernel => kernel(act, x, None),
+        Path::Widened => narrow(&forward(act, &widen(x)?)?),
+        Path::Reference => map2(x, x, move |x, _| value(act, x), move |x, _| value(act, x)),
+    }
 }
 
 /// `dy · act′(x)`.
 pub fn backward(act: Activation, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    map2(x, dy, move |x, g| g * slope(act, x), move |x, g| g * slope(act, x))
+    match path("activation", x)? {
+        Path::Kernel => kernel(act, x, Some(dy)),
+        Path::Widened => narrow(&backward(act, &widen(x)?, &widen(dy)?)?),
+        Path::Reference => map2(x, dy, move |x, g| g * slope(act, x), move |x, g| g * slope(act, x)),
+    }
 }
 
 /// `silu(gate)·up`.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    map2(gate, up, |g, u| value(Activation::Silu, g) * u, |g, u| value(Activation::Silu, g) * u)
+    match path("swiglu", gate)? {
+        Path::Kernel => kernel_swiglu(gate, up),
+        Path::Widened => narrow(&swiglu(&widen(gate)?, &widen(up)?)?),
+        Path::Reference => map2(gate, up, |g, u| value(Activation::Silu, g) * u, |g, u| value(Activation::Silu, g) * u),
+    }
 }
 
 /// Gradients with respect to gate and up.
 pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    match path("swiglu", gate)? {
+        Path::Kernel => return kernel_swiglu_backward(gate, up, dy),
+        Path::Widened => {
+            let (dg, du) = swiglu_backward(&widen(gate)?, &widen(up)?, &widen(dy)?)?;
+            return Ok((narrow(&dg)?, narrow(&du)?));
+        }
+        Path::Reference => {}
+    }
     dispatch!(gate, "swiglu", T => {
         let (gs, us, ds) = (data::<T>(gate)?, data::<T>(up)?, data::<T>(dy)?);
         let (gs, us, ds): (&[T], &[T], &[T]) = (&gs, &us, &ds);
@@ -65,6 +86,50 @@ fn map2(
         candle_core::DType::F32 => run::<f32>(a, b, f32_fn),
         _ => run::<f64>(a, b, f64_fn),
     }
+}
+
+/// `activation_forward`, or `activation_backward` if there is a gradient.
+fn kernel(act: Activation, x: &Tensor, dy: Option<&Tensor>) -> Result<Tensor> {
+    let (n, y) = (x.elem_count(), empty(x, x.dtype(), x.shape())?);
+    let kind = Arg::I32(match act {
+        Activation::Gelu => 0,
+        Activation::GeluTanh => 1,
+        Activation::QuickGelu => 2,
+        Activation::Silu => 3,
+        Activation::Relu => 4,
+    });
+    let wide = wide(n, &[Some(x), dy]);
+    let each = pack(&[Some(x)]);
+    match dy {
+        None => {
+            let args = [Arg::In(x), Arg::Out(&y), Arg::size(n), kind, Arg::flag(wide)];
+            launch("activation", "activation_forward", x.dtype(), Grid::flat(n, 4 * each), &args)?;
+        }
+        Some(dy) => {
+            let args = [Arg::In(x), Arg::In(dy), Arg::Out(&y), Arg::size(n), kind, Arg::flag(wide)];
+            launch("activation", "activation_backward", x.dtype(), Grid::flat(n, 2 * each), &args)?;
+        }
+    }
+    Ok(y)
+}
+
+fn kernel_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let (n, y) = (gate.elem_count(), empty(gate, gate.dtype(), gate.shape())?);
+    let wide = wide(n, &[Some(gate), Some(up)]);
+    let args = [Arg::In(gate), Arg::In(up), Arg::Out(&y), Arg::size(n), Arg::flag(wide)];
+    launch("activation", "swiglu_forward", gate.dtype(), Grid::flat(n, 2 * pack(&[Some(gate)])), &args)?;
+    Ok(y)
+}
+
+fn kernel_swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    let n = gate.elem_count();
+    let (dgate, dup) = (empty(gate, gate.dtype(), gate.shape())?, empty(gate, gate.dtype(), gate.shape())?);
+    let wide = wide(n, &[Some(gate), Some(up), Some(dy)]);
+    let inputs = [Arg::In(gate), Arg::In(up), Arg::In(dy)];
+    let outputs = [Arg::Out(&dgate), Arg::Out(&dup), Arg::Null, Arg::size(n), Arg::flag(wide)];
+    let grid = Grid::flat(n, 2 * pack(&[Some(gate)]));
+    launch("activation", "swiglu_backward", gate.dtype(), grid, &[inputs.as_slice(), &outputs].concat())?;
+    Ok((dgate, dup))
 }
 
 fn sigmoid<T: Real>(x: T) -> T {

@@ -5,11 +5,14 @@
 //! Backward: P = exp(S − L), D = rowsum(dO∘O), dV = PᵀdO, dS = P∘(dO·Vᵀ − D)·scale, dQ = dS·K, dK = dSᵀQ.
 //! Grouped queries: query head h reads key head h / (heads / kv_heads).
 
+mod flash;
+
+use super::launch::{Path, narrow, path, widen};
 use super::matmul::gemm_raw;
 use super::{Real, Shared, data, dims2, dispatch, tensor};
 use crate::bail;
-use crate::error::Result;
-use candle_core::Tensor;
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -46,9 +49,19 @@ impl Config {
 /// Query rows of one block.
 const BLOCK: usize = 64;
 
-/// `q` `[N, heads·hd]`, `k`, `v` `[M, kv_heads·hd]` → o `[N, heads·hd]` and log-sum-exp `[N, heads]`.
+/// `q` `[N, heads·hd]`, `k`, `v` `[M, kv_heads·hd]` → o `[N, heads·hd]` and log-sum-exp `[N, heads]`, which is f32 where
+/// the rest is bf16.
 pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
     let n = check(cfg, segments, q, k, v)?;
+    match path("attention", q)? {
+        Path::Kernel if flash::fits(cfg, &[q, k, v]) => return flash::forward(cfg, segments, q, k, v),
+        Path::Kernel if !q.device().is_cpu() => return Err(no_kernel(cfg, q)),
+        _ if q.dtype() == DType::BF16 => {
+            let (o, lse) = forward(cfg, segments, &widen(q)?, &widen(k)?, &widen(v)?)?;
+            return Ok((narrow(&o)?, lse));
+        }
+        _ => {}
+    }
     dispatch!(q, "attention", T => {
         let (qs, ks, vs) = (data::<T>(q)?, data::<T>(k)?, data::<T>(v)?);
         let (qs, ks, vs): (&[T], &[T], &[T]) = (&qs, &ks, &vs);
@@ -102,6 +115,17 @@ pub struct Saved<'a> {
 pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
     let n = check(cfg, segments, s.q, s.k, s.v)?;
     let m = s.k.dim(0)?;
+    match path("attention backward", s.q)? {
+        Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => return flash::backward(cfg, segments, s, d_o),
+        Path::Kernel if !s.q.device().is_cpu() => return Err(no_kernel(cfg, s.q)),
+        _ if s.q.dtype() == DType::BF16 => {
+            let [q, k, v, o] = [widen(s.q)?, widen(s.k)?, widen(s.v)?, widen(s.o)?];
+            let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: s.lse };
+            let (dq, dk, dv) = backward(cfg, segments, saved, &widen(d_o)?)?;
+            return Ok((narrow(&dq)?, narrow(&dk)?, narrow(&dv)?));
+        }
+        _ => {}
+    }
     dispatch!(s.q, "attention backward", T => {
         let (q, k, v) = (data::<T>(s.q)?, data::<T>(s.k)?, data::<T>(s.v)?);
         let (o, lse, g) = (data::<T>(s.o)?, data::<T>(s.lse)?, data::<T>(d_o)?);
@@ -197,6 +221,11 @@ fn softmax<T: Real>(row: &mut [T], seen: usize) -> T {
         *v *= inv;
     }
     max + num_traits::Float::ln(total)
+}
+
+fn no_kernel(cfg: Config, q: &Tensor) -> Error {
+    Error::new(format!("attention: no kernel for heads of {} in {:?}", cfg.head_dim, q.dtype()))
+        .hint("there are kernels for heads of 32, 64, 80, 96 and 128 in bf16")
 }
 
 fn kv_head(cfg: Config, h: usize) -> usize {

@@ -3,11 +3,12 @@
 //!
 //! For row x with target t: z = W·x, log p = z_t − logsumexp(z), d log p / dx = Wᵀ·(e_t − softmax(z)).
 
-use super::matmul::{Mat, matmul, matmul_add};
-use super::{Real, data, dims2, dispatch, update};
+use super::launch::{Arg, Grid, Path, download, empty, launch, path, upload, wide};
+use super::matmul::{Mat, matmul, matmul_add, matmul_wide, scale_rows};
+use super::{Real, dims2, dispatch, update};
 use crate::bail;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 /// Rows of one chunk.
@@ -27,19 +28,23 @@ pub struct LogProbs {
 pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result<LogProbs> {
     let (m, d) = dims2(x, "cross-entropy")?;
     check(m, w, targets)?;
-    let (mut logps, mut argmax) = (Vec::with_capacity(m), Vec::with_capacity(m));
-    let dx = if need_dx { Some(Tensor::zeros((m, d), x.dtype(), x.device())?) } else { None };
+    let (mut logps, mut argmax, mut dx) = (Vec::with_capacity(m), Vec::with_capacity(m), Vec::new());
     for start in (0..m).step_by(CHUNK) {
         let rows = CHUNK.min(m - start);
-        let logits = matmul(Mat::N(&x.narrow(0, start, rows)?), Mat::T(w))?;
+        let logits = matmul_wide(Mat::N(&x.narrow(0, start, rows)?), Mat::T(w))?;
         let t = &targets[start..start + rows];
         let (lp, am) = softmax_minus(&logits, t, need_dx)?;
         logps.extend(lp);
         argmax.extend(am);
-        if let Some(dx) = &dx {
-            write_rows(dx, start, &matmul(Mat::N(&logits), Mat::N(w))?)?;
+        if need_dx {
+            dx.push(matmul(Mat::N(&logits.to_dtype(x.dtype())?), Mat::N(w))?);
         }
     }
+    let dx = match dx.as_slice() {
+        _ if !need_dx => None,
+        [] => Some(Tensor::zeros((m, d), x.dtype(), x.device())?),
+        chunks => Some(Tensor::cat(chunks, 0)?),
+    };
     Ok(LogProbs { logps, argmax, dx })
 }
 
@@ -50,9 +55,9 @@ pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coe
     for start in (0..m).step_by(CHUNK) {
         let rows = CHUNK.min(m - start);
         let xs = x.narrow(0, start, rows)?;
-        let logits = matmul(Mat::N(&xs), Mat::T(w))?;
+        let logits = matmul_wide(Mat::N(&xs), Mat::T(w))?;
         softmax_minus(&logits, &targets[start..start + rows], true)?;
-        let dz = super::matmul::scale_rows(&logits, &coefs[start..start + rows])?;
+        let dz = scale_rows(&logits, &coefs[start..start + rows])?.to_dtype(x.dtype())?;
         matmul_add(dw, 1.0, Mat::T(&dz), Mat::N(&xs))?;
     }
     Ok(())
@@ -61,6 +66,9 @@ pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coe
 /// Log-probabilities and arg-max of rows of logits; overwrites them with e_t − softmax if `overwrite`.
 fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>, Vec<u32>)> {
     let (_, v) = dims2(logits, "cross-entropy")?;
+    if path("cross-entropy", logits)? == Path::Kernel {
+        return kernel(logits, targets, overwrite);
+    }
     dispatch!(logits, "cross-entropy", T => {
         let mut out = vec![(0f64, 0u32); targets.len()];
         update::<T>(logits, |z| {
@@ -94,13 +102,16 @@ fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(V
     })
 }
 
-/// Copies `rows` into `x` from row `start` on, in place.
-fn write_rows(x: &Tensor, start: usize, rows: &Tensor) -> Result<()> {
-    let (_, d) = dims2(x, "rows")?;
-    dispatch!(x, "rows", T => {
-        let src = data::<T>(rows)?;
-        update::<T>(x, |x| x[start * d..start * d + src.len()].copy_from_slice(&src))
-    })
+fn kernel(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>, Vec<u32>)> {
+    let (n, v) = dims2(logits, "cross-entropy")?;
+    let targets = upload(logits, targets, n)?;
+    let (logps, argmax) = (empty(logits, DType::F32, n)?, empty(logits, DType::U32, n)?);
+    let inputs = [if overwrite { Arg::Out(logits) } else { Arg::In(logits) }, Arg::In(&targets), Arg::Null];
+    let outputs = [Arg::Out(&logps), Arg::Out(&argmax), Arg::Null, Arg::len(v)?, Arg::size(v)];
+    let flags = [Arg::flag(overwrite), Arg::flag(wide(v, &[Some(logits)]))];
+    let args = [inputs.as_slice(), &outputs, &flags].concat();
+    launch("cross_entropy", "cross_entropy", logits.dtype(), Grid::line(n, 512), &args)?;
+    Ok((download(&logps)?, argmax.to_vec1()?))
 }
 
 fn check(m: usize, w: &Tensor, targets: &[u32]) -> Result<()> {

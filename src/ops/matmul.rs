@@ -1,9 +1,12 @@
 //! Matrix products with transposes and in-place accumulation (BLAS `gemm`: C = α·A·B + C), on the `gemm` crate.
 
-use super::{Real, data, dims2, dispatch, scratch, tensor, update};
+use super::launch::{
+    Arg, Grid, Path, empty, launch, launch_mixed, launch_plain, narrow, pack, path, upload, wide, widen,
+};
+use super::{Real, data, dims2, dispatch, on_wide, scratch, tensor, update};
 use crate::bail;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 
 /// A matrix operand, as it stands or transposed.
@@ -32,10 +35,13 @@ impl Mat<'_> {
     }
 }
 
-/// `A·B`, `[m, k] × [k, n] → [m, n]`.
+/// `A·B`, `[m, k] × [k, n] → [m, n]`, in the operands' type; bf16 is accumulated in f32.
 pub fn matmul(a: Mat, b: Mat) -> Result<Tensor> {
     let ((m, k), (k2, n)) = (a.dims("matmul")?, b.dims("matmul")?);
     check_inner(k, k2, (m, n))?;
+    if let Some((a, b)) = widened(a, b)? {
+        return narrow(&matmul(a.mat(), b.mat())?);
+    }
     dispatch!(a.tensor(), "matmul", T => {
         let mut out = scratch::<T>(m * n);
         product::<T>(&mut out, T::default(), a, b, T::of(1.0))?;
@@ -43,12 +49,23 @@ pub fn matmul(a: Mat, b: Mat) -> Result<Tensor> {
     })
 }
 
-/// `C += α·A·B` in place; every clone of `c` sees it.
+/// [`matmul`] whose result is f32 where the operands are bf16: the sum as it was accumulated.
+pub fn matmul_wide(a: Mat, b: Mat) -> Result<Tensor> {
+    match widened(a, b)? {
+        Some((a, b)) => matmul(a.mat(), b.mat()),
+        None => matmul(a, b),
+    }
+}
+
+/// `C += α·A·B` in place; every clone of `c` sees it. C may be f32 where A and B are bf16.
 pub fn matmul_add(c: &Tensor, alpha: f64, a: Mat, b: Mat) -> Result<()> {
     let ((m, k), (k2, n)) = (a.dims("matmul_add")?, b.dims("matmul_add")?);
     check_inner(k, k2, (m, n))?;
     if dims2(c, "matmul_add")? != (m, n) {
         bail!("matmul_add: the sum has shape {:?}, the product [{m}, {n}]", c.dims())
+    }
+    if let Some((a, b)) = widened(a, b)? {
+        return on_wide(c, |c| matmul_add(c, alpha, a.mat(), b.mat()));
     }
     dispatch!(c, "matmul_add", T => {
         let mut result = Ok(());
@@ -57,11 +74,36 @@ pub fn matmul_add(c: &Tensor, alpha: f64, a: Mat, b: Mat) -> Result<()> {
     })
 }
 
+/// An operand of its own.
+struct Owned(Tensor, bool);
+
+impl Owned {
+    fn mat(&self) -> Mat<'_> {
+        if self.1 { Mat::T(&self.0) } else { Mat::N(&self.0) }
+    }
+}
+
+/// Both operands in f32, if they are bf16 on the CPU (whose products are not among our kernels).
+fn widened(a: Mat, b: Mat) -> Result<Option<(Owned, Owned)>> {
+    let own = |m: Mat| Ok::<_, crate::error::Error>(Owned(widen(m.tensor())?, matches!(m, Mat::T(_))));
+    let half = a.tensor().dtype() == DType::BF16 && a.tensor().device().is_cpu();
+    half.then(|| Ok((own(a)?, own(b)?))).transpose()
+}
+
 /// `x·Wᵀ + b`: `x` `[N, in]`, `w` `[out, in]`, `b` `[out]` → `[N, out]`.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let Some(b) = b else { return matmul(Mat::N(x), Mat::T(w)) };
     let ((m, k), (n, k2)) = (dims2(x, "linear")?, dims2(w, "linear")?);
     check_inner(k, k2, (m, n))?;
+    match path("linear", x)? {
+        Path::Kernel => {
+            let y = kernel_fill_rows(b, m)?;
+            matmul_add(&y, 1.0, Mat::N(x), Mat::T(w))?;
+            return Ok(y);
+        }
+        Path::Widened => return narrow(&linear(&widen(x)?, &widen(w)?, Some(&widen(b)?))?),
+        Path::Reference => {}
+    }
     dispatch!(x, "linear", T => {
         let bias = data::<T>(b)?;
         let mut out = Vec::with_capacity(m * n);
@@ -73,9 +115,14 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     })
 }
 
-/// Sum of the rows, `[N, D] → [D]`: the gradient of a bias.
+/// Sum of the rows, `[N, D] → [D]`: the gradient of a bias; f32 where x is bf16.
 pub fn sum_rows(x: &Tensor) -> Result<Tensor> {
     let (_, d) = dims2(x, "sum_rows")?;
+    match path("sum_rows", x)? {
+        Path::Kernel => return kernel_sum_rows(x),
+        Path::Widened => return sum_rows(&widen(x)?),
+        Path::Reference => {}
+    }
     dispatch!(x, "sum_rows", T => {
         let x = data::<T>(x)?;
         let mut out = vec![T::default(); d];
@@ -88,10 +135,15 @@ pub fn sum_rows(x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `C += α·x`, elementwise, in place.
+/// `C += α·x`, elementwise, in place. C may be f32 where x is bf16.
 pub fn add_(c: &Tensor, alpha: f64, x: &Tensor) -> Result<()> {
     if c.dims() != x.dims() {
         bail!("add: shapes {:?} and {:?}", c.dims(), x.dims())
+    }
+    match path("add", x)? {
+        Path::Kernel => return kernel_add(c, alpha, x),
+        Path::Widened => return on_wide(c, |c| add_(c, alpha, &widen(x)?)),
+        Path::Reference => {}
     }
     dispatch!(c, "add", T => {
         let x = data::<T>(x)?;
@@ -106,6 +158,11 @@ pub fn scale_rows(x: &Tensor, s: &[f64]) -> Result<Tensor> {
     if s.len() != n {
         bail!("scale_rows: {n} rows, {} factors", s.len())
     }
+    match path("scale_rows", x)? {
+        Path::Kernel => return kernel_scale_rows(x, s),
+        Path::Widened => return narrow(&scale_rows(&widen(x)?, s)?),
+        Path::Reference => {}
+    }
     dispatch!(x, "scale_rows", T => {
         let x = data::<T>(x)?;
         let mut out = Vec::with_capacity(n * d);
@@ -115,6 +172,53 @@ pub fn scale_rows(x: &Tensor, s: &[f64]) -> Result<Tensor> {
         }
         tensor(out, (n, d))
     })
+}
+
+/// `[m, D]`, every row `b`.
+fn kernel_fill_rows(b: &Tensor, m: usize) -> Result<Tensor> {
+    let d = b.elem_count();
+    let out = empty(b, b.dtype(), (m, d))?;
+    let args = [Arg::Out(&out), Arg::In(b), Arg::len(m)?, Arg::len(d)?, Arg::flag(wide(d, &[Some(b)]))];
+    launch("elementwise", "fill_rows", b.dtype(), Grid::rows(m, d, pack(&[Some(b)])), &args)?;
+    Ok(out)
+}
+
+/// Sums of stretches of rows, which are then added in order: no atomics, always the same sum.
+fn kernel_sum_rows(x: &Tensor) -> Result<Tensor> {
+    const STRETCH: usize = 128;
+    let (n, d) = dims2(x, "sum_rows")?;
+    let stretches = n.div_ceil(STRETCH).max(1);
+    let (part, wide) = (empty(x, DType::F32, (stretches, d))?, wide(d, &[Some(x)]));
+    let columns = 32 * if wide { pack(&[Some(x)]) } else { 1 };
+    let grid = Grid { grid: [d.div_ceil(columns) as u32, stretches as u32, 1], block: [256, 1, 1], shared: 0 };
+    let args = [Arg::In(x), Arg::Out(&part), Arg::len(n)?, Arg::len(d)?, Arg::len(STRETCH)?, Arg::flag(wide)];
+    launch("elementwise", "sum_rows", x.dtype(), grid, &args)?;
+    Ok(reduce_rows(&part, 1)?.squeeze(0)?)
+}
+
+/// `part` `[k·P, D]` → `[k, D]`: every P rows added in order.
+pub(super) fn reduce_rows(part: &Tensor, k: usize) -> Result<Tensor> {
+    let (n, d) = dims2(part, "reduce_rows")?;
+    let out = empty(part, DType::F32, (k, d))?;
+    let grid = Grid { grid: [d.div_ceil(256) as u32, k as u32, 1], block: [256, 1, 1], shared: 0 };
+    let args = [Arg::In(part), Arg::Out(&out), Arg::len(n / k)?, Arg::len(d)?, Arg::flag(false)];
+    launch_plain("elementwise", "reduce_rows", grid, &args)?;
+    Ok(out)
+}
+
+fn kernel_add(c: &Tensor, alpha: f64, x: &Tensor) -> Result<()> {
+    let (n, both) = (c.elem_count(), [Some(c), Some(x)]);
+    let args = [Arg::Out(c), Arg::In(x), Arg::size(n), Arg::F32(alpha as f32), Arg::flag(wide(n, &both))];
+    launch_mixed("elementwise", "add", [c.dtype(), x.dtype()], Grid::flat(n, 2 * pack(&both)), &args)
+}
+
+fn kernel_scale_rows(x: &Tensor, s: &[f64]) -> Result<Tensor> {
+    let ((n, d), y) = (dims2(x, "scale_rows")?, empty(x, x.dtype(), x.shape())?);
+    let s: Vec<f32> = s.iter().map(|s| *s as f32).collect();
+    let s = upload(x, &s, n)?;
+    let args = [Arg::In(x), Arg::In(&s), Arg::Out(&y), Arg::len(n)?, Arg::len(d)?, Arg::flag(wide(d, &[Some(x)]))];
+    launch("elementwise", "scale_rows", x.dtype(), Grid::rows(n, d, pack(&[Some(x)])), &args)?;
+    Ok(y)
 }
 
 /// Applies `f` to pairs of elements, on all threads.

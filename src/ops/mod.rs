@@ -1,4 +1,5 @@
-//! Differentiable operations: each file holds a forward and its own backward over candle tensors.
+//! Differentiable operations: each file holds a forward and its own backward over candle tensors, as a CPU reference and
+//! as launches of our kernels ([`launch`]).
 //!
 //! candle's graph would keep every activation, compute gradients of frozen weights and offers no in-place sums;
 //! so the trunk of a model calls these pairs explicitly (see `model::segment`). Every op is generic over f32 and f64,
@@ -10,6 +11,7 @@ pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod launch;
 pub mod matmul;
 pub mod norm;
 pub mod patches;
@@ -20,7 +22,8 @@ pub mod rope;
 
 use crate::bail;
 use crate::error::Result;
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Shape, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor, WithDType};
+use half::bf16;
 use std::ops::Deref;
 use std::sync::Mutex;
 
@@ -153,6 +156,17 @@ pub(crate) fn update<T: WithDType>(t: &Tensor, f: impl FnOnce(&mut [T])) -> Resu
     }
     t.inplace_op1(&Typed(Op(Mutex::new(Some(f))), std::marker::PhantomData::<T>))?;
     Ok(())
+}
+
+/// Runs an in-place op on `t`, on a widened copy of it if it is bf16, which is then rounded back into `t`.
+pub(crate) fn on_wide(t: &Tensor, f: impl FnOnce(&Tensor) -> Result<()>) -> Result<()> {
+    if t.dtype() != DType::BF16 {
+        return f(t);
+    }
+    let copy = launch::widen(t)?;
+    f(&copy)?;
+    let rounded = data::<f32>(&copy)?;
+    update::<bf16>(t, |t| t.iter_mut().zip(rounded.iter()).for_each(|(t, x)| *t = bf16::from_f32(*x)))
 }
 
 /// A vector of `n` elements that the caller overwrites entirely.

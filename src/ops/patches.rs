@@ -1,5 +1,6 @@
 //! Pictures to patches: the im2col of a convolution whose stride equals its kernel, and back.
 
+use super::launch::{Arg, Grid, Path, empty, launch, narrow, path, widen};
 use super::{data, dispatch, tensor};
 use crate::bail;
 use crate::error::Result;
@@ -12,6 +13,11 @@ pub fn unfold(pixels: &Tensor, patch: usize) -> Result<Tensor> {
         bail!("patches: {h}×{w} pixels are no multiple of the patch size {patch}")
     }
     let (gh, gw) = (h / patch, w / patch);
+    match path("patches", pixels)? {
+        Path::Kernel => return kernel(pixels, patch, (b * gh * gw, c * patch * patch)),
+        Path::Widened => return narrow(&unfold(&widen(pixels)?, patch)?),
+        Path::Reference => {}
+    }
     dispatch!(pixels, "patches", T => {
         let px = data::<T>(pixels)?;
         let mut out = Vec::with_capacity(px.len());
@@ -27,4 +33,14 @@ pub fn unfold(pixels: &Tensor, patch: usize) -> Result<Tensor> {
         }
         tensor(out, (b * gh * gw, c * patch * patch))
     })
+}
+
+fn kernel(pixels: &Tensor, p: usize, shape: (usize, usize)) -> Result<Tensor> {
+    let (out, (n, d)) = (empty(pixels, pixels.dtype(), shape)?, shape);
+    let mut args = vec![Arg::In(pixels), Arg::Out(&out), Arg::len(n)?];
+    for size in pixels.dims().iter().skip(1).chain([&p]) {
+        args.push(Arg::len(*size)?);
+    }
+    launch("elementwise", "unfold", pixels.dtype(), Grid::rows(n, d, 1), &args)?;
+    Ok(out)
 }

@@ -1,6 +1,7 @@
 //! Random tensors and masks from a counter (Philox 4×32-10): the same key gives the same numbers whatever ran before,
 //! on any number of threads, and after a resume.
 
+use super::launch::{Arg, Grid, Path, empty, launch, narrow, pack, path, wide, widen};
 use super::philox::philox4x32;
 use super::{data, dispatch, rows_per_task, scratch, tensor};
 use crate::error::Result;
@@ -84,6 +85,11 @@ pub fn normal(key: Key, shape: &[usize], std: f64, dtype: DType) -> Result<Tenso
 /// to a gradient is the backward pass.
 pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
     let limit = (p * 2f64.powi(32)).min(f64::from(u32::MAX)) as u32;
+    match path("dropout", x)? {
+        Path::Kernel => return kernel_dropout(key, x, limit, p),
+        Path::Widened => return narrow(&dropout(key, &widen(x)?, p)?),
+        Path::Reference => {}
+    }
     dispatch!(x, "dropout", T => {
         let xs = data::<T>(x)?;
         let xs: &[T] = &xs;
@@ -101,4 +107,14 @@ pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
         });
         tensor(out, x.dims())
     })
+}
+
+fn kernel_dropout(key: Key, x: &Tensor, limit: u32, p: f64) -> Result<Tensor> {
+    let (n, y) = (x.elem_count(), empty(x, x.dtype(), x.shape())?);
+    let [k, h] = [key.key, key.high];
+    let mut args = vec![Arg::In(x), Arg::Out(&y), Arg::size(n)];
+    args.extend([k[0], k[1], h[0], h[1], limit].map(Arg::U32));
+    args.extend([Arg::F32((1.0 / (1.0 - p)) as f32), Arg::flag(wide(n, &[Some(x)]))]);
+    launch("elementwise", "dropout", x.dtype(), Grid::flat(n, 2 * pack(&[Some(x)])), &args)?;
+    Ok(y)
 }

@@ -2,10 +2,11 @@
 //! of candle's own ops as an oracle. Tests and benches walk this one list.
 
 use super::attention::{Config, Saved, Segment};
-use super::matmul::{Mat, linear, matmul, sum_rows};
+use super::matmul::{Mat, add_, linear, matmul, scale_rows, sum_rows};
 use super::norm::Kind;
+use super::random::{Key, dropout};
 use super::{activation, attention, cross_entropy, embedding, norm, patches, rope, tensor};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::recipe::schema::Activation;
 use candle_core::{D, DType, Tensor};
 
@@ -38,11 +39,16 @@ pub fn all() -> Vec<Case> {
     for (n, d) in [(1, 1), (3, 5), (17, 33), (8, 96)] {
         out.push(norm_case(Kind::Rms, n, d));
         out.push(norm_case(Kind::Layer, n, d));
+        out.push(residual_norm_case(Kind::Rms, n, d));
+        out.push(residual_norm_case(Kind::Layer, n, d));
+        out.push(add_case(n, d));
+        out.push(scale_rows_case(n, d));
+        out.push(dropout_case(n, d));
         use Activation::{Gelu, GeluTanh, QuickGelu, Relu, Silu};
         out.extend([Gelu, GeluTanh, QuickGelu, Silu, Relu].map(|a| activation_case(a, n, d)));
         out.push(swiglu_case(n, d));
     }
-    out.extend([(1, 1, 2), (7, 3, 6), (19, 2, 64)].map(|(n, h, hd)| rope_case(n, h, hd)));
+    out.extend([(1, 1, 1, 2), (7, 3, 1, 6), (19, 4, 2, 64)].map(|(n, h, kv, hd)| rope_case(n, h, kv, hd)));
     let spans: [&[(usize, usize)]; 4] =
         [&[(1, 1)], &[(5, 5), (1, 1), (9, 9)], &[(70, 70), (130, 130)], &[(3, 11), (1, 6)]];
     for (heads, kv_heads, head_dim) in [(1, 1, 4), (4, 2, 8), (6, 2, 5)] {
@@ -52,10 +58,26 @@ pub fn all() -> Vec<Case> {
             }
         }
     }
-    out.push(gather_case(7, 5, &[3, 3, 0, 6]));
+    for (head_dim, s) in
+        [(32, spans[1]), (64, spans[2]), (64, spans[3]), (80, spans[1]), (96, spans[3]), (128, spans[1])]
+    {
+        for (heads, kv_heads, causal) in [(2, 1, true), (3, 3, false)] {
+            out.push(attention_case(Config { heads, kv_heads, head_dim, causal }, s));
+        }
+    }
+    for d in [5, 64] {
+        out.push(gather_case(7, d, &[3, 3, 0, 6]));
+        out.push(scatter_case(7, d, &[3, 0, 6]));
+        out.push(scatter_add_case(7, d, &[3, 3, 0, 6]));
+    }
     out.extend([(1, 1, 4, 2), (2, 3, 6, 3)].map(|(b, c, s, p)| patches_case(b, c, s, p)));
     out.extend([(1, 3, 2), (9, 5, 31), (300, 4, 17)].map(|(m, d, v)| cross_entropy_case(m, d, v)));
     out
+}
+
+/// The type of sums and gradients beside values of `t`'s type.
+fn sum_type(t: &Tensor) -> DType {
+    if t.dtype() == DType::BF16 { DType::F32 } else { t.dtype() }
 }
 
 fn linear_case(m: usize, k: usize, n: usize, bias: bool) -> Case {
@@ -114,6 +136,122 @@ fn norm_case(kind: Kind, n: usize, d: usize) -> Case {
     }
 }
 
+/// s = x + r and norm(s), side by side; backward with the gradient of s already there.
+fn residual_norm_case(kind: Kind, n: usize, d: usize) -> Case {
+    const EPS: f64 = 1e-3;
+    let bias = kind == Kind::Layer;
+    let mut inputs = vec![vec![n, d], vec![n, d], vec![d]];
+    if bias {
+        inputs.push(vec![d]);
+    }
+    let plain = norm_case(kind, n, d);
+    Case {
+        op: if bias { "layer_norm of a sum" } else { "rms_norm of a sum" },
+        label: format!("[{n}, {d}]"),
+        inputs,
+        forward: Box::new(move |t| {
+            let s = t[0].copy()?;
+            let (y, _) = norm::forward_residual_(kind, &s, &t[1], &t[2], t.get(3), EPS)?;
+            Ok(Tensor::cat(&[s, y], 1)?)
+        }),
+        backward: Box::new(move |t, dy| {
+            let s = t[0].copy()?;
+            let (_, stats) = norm::forward_residual_(kind, &s, &t[1], &t[2], t.get(3), EPS)?;
+            let (ds, dy) = (dy.narrow(1, 0, d)?.contiguous()?.copy()?, dy.narrow(1, d, d)?.contiguous()?);
+            let scale = norm::backward_into(kind, &s, &t[2], &stats, &dy, true, &ds)?;
+            let (dw, db) = scale.map_or((None, None), |s| (Some(s.weight), Some(s.bias)));
+            let both = [Some(ds.clone()), Some(ds), dw];
+            Ok(if bias { [both.as_slice(), &[db]].concat() } else { both.to_vec() })
+        }),
+        oracle: Box::new(move |t| {
+            let s = (&t[0] + &t[1])?;
+            let y = (plain.oracle)(&[std::slice::from_ref(&s), &t[2..]].concat())?;
+            Ok(Tensor::cat(&[s, y], 1)?)
+        }),
+    }
+}
+
+fn add_case(n: usize, d: usize) -> Case {
+    Case {
+        op: "add",
+        label: format!("[{n}, {d}]"),
+        inputs: vec![vec![n, d], vec![n, d]],
+        forward: Box::new(|t| {
+            let c = t[0].to_dtype(sum_type(&t[0]))?.copy()?;
+            add_(&c, 0.5, &t[1])?;
+            let c = c.to_dtype(t[0].dtype())?.copy()?;
+            add_(&c, -2.0, &t[1])?;
+            Ok(c)
+        }),
+        backward: Box::new(|_, dy| Ok(vec![Some(dy.clone()), Some((dy * -1.5)?)])),
+        oracle: Box::new(|t| Ok((&t[0] + (&t[1] * -1.5)?)?)),
+    }
+}
+
+fn scale_rows_case(n: usize, d: usize) -> Case {
+    let factors: Vec<f64> = (0..n).map(|i| 0.25 + i as f64).collect();
+    let (f1, f2) = (factors.clone(), factors.clone());
+    Case {
+        op: "scale_rows",
+        label: format!("[{n}, {d}]"),
+        inputs: vec![vec![n, d]],
+        forward: Box::new(move |t| scale_rows(&t[0], &f1)),
+        backward: Box::new(move |_, dy| Ok(vec![Some(scale_rows(dy, &f2)?)])),
+        oracle: Box::new(move |t| Ok(t[0].broadcast_mul(&tensor(factors.clone(), (n, 1))?.to_dtype(t[0].dtype())?)?)),
+    }
+}
+
+fn dropout_case(n: usize, d: usize) -> Case {
+    let key = Key::new(5, "registry");
+    Case {
+        op: "dropout",
+        label: format!("[{n}, {d}]"),
+        inputs: vec![vec![n, d]],
+        forward: Box::new(move |t| dropout(key, &t[0], 0.3)),
+        backward: Box::new(move |_, dy| Ok(vec![Some(dropout(key, dy, 0.3)?)])),
+        oracle: Box::new(move |t| Ok((&t[0] * dropout(key, &t[0].ones_like()?.detach(), 0.3)?)?)),
+    }
+}
+
+/// Into a table of the rows' own type.
+fn scatter_add_case(v: usize, d: usize, ids: &'static [u32]) -> Case {
+    Case {
+        op: "scatter_add",
+        label: format!("[{v}, {d}] at {ids:?}"),
+        inputs: vec![vec![v, d], vec![ids.len(), d]],
+        forward: Box::new(move |t| {
+            let table = t[0].copy()?;
+            embedding::scatter_add_(&table, ids, &t[1])?;
+            Ok(table)
+        }),
+        backward: Box::new(move |_, dy| Ok(vec![Some(dy.clone()), Some(embedding::gather(dy, ids)?)])),
+        oracle: Box::new(move |t| Ok(t[0].index_add(&Tensor::new(ids, t[0].device())?, &t[1], 0)?)),
+    }
+}
+
+fn scatter_case(v: usize, d: usize, ids: &'static [u32]) -> Case {
+    Case {
+        op: "scatter",
+        label: format!("[{v}, {d}] at {ids:?}"),
+        inputs: vec![vec![v, d], vec![ids.len(), d]],
+        forward: Box::new(move |t| {
+            let table = t[0].copy()?;
+            embedding::scatter_(&table, ids, &t[1])?;
+            Ok(table)
+        }),
+        backward: Box::new(move |t, dy| {
+            let dt = dy.copy()?;
+            embedding::scatter_(&dt, ids, &t[1].zeros_like()?)?;
+            Ok(vec![Some(dt), Some(embedding::gather(dy, ids)?)])
+        }),
+        oracle: Box::new(move |t| {
+            let index = Tensor::new(ids, t[0].device())?;
+            let kept = t[0].index_add(&index, &t[0].index_select(&index, 0)?.neg()?, 0)?;
+            Ok(kept.index_add(&index, &t[1], 0)?)
+        }),
+    }
+}
+
 fn activation_case(act: Activation, n: usize, d: usize) -> Case {
     Case {
         op: "activation",
@@ -152,34 +290,41 @@ fn swiglu_case(n: usize, d: usize) -> Case {
     }
 }
 
-fn rope_case(n: usize, heads: usize, head_dim: usize) -> Case {
+fn rope_case(n: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
     let angles = move |dtype: DType| -> Result<(Tensor, Tensor)> {
         let half = head_dim / 2;
         let a: Vec<f64> = (0..n * half).map(|i| (i / half) as f64 / 10f64.powi((i % half) as i32 % 5)).collect();
         let a = tensor(a, (n, half))?;
         Ok((a.cos()?.to_dtype(dtype)?, a.sin()?.to_dtype(dtype)?))
     };
+    let widths = [heads * head_dim, kv_heads * head_dim];
+    let turned = move |t: &[Tensor], back: bool| -> Result<[Tensor; 2]> {
+        let (cos, sin) = angles(sum_type(&t[0]))?;
+        let (q, k) = (t[0].copy()?, t[1].copy()?);
+        if back {
+            rope::rotate_back_(&q, &k, &cos, &sin)?
+        } else {
+            rope::rotate_(&q, &k, &cos, &sin)?
+        }
+        Ok([q, k])
+    };
     Case {
         op: "rope",
-        label: format!("[{n}, {heads}·{head_dim}]"),
-        inputs: vec![vec![n, heads * head_dim]],
-        forward: Box::new(move |t| {
-            let (cos, sin) = angles(t[0].dtype())?;
-            let x = t[0].copy()?;
-            rope::rotate_(&x, &cos, &sin)?;
-            Ok(x)
-        }),
+        label: format!("[{n}, ({heads} + {kv_heads})·{head_dim}]"),
+        inputs: widths.map(|w| vec![n, w]).to_vec(),
+        forward: Box::new(move |t| Ok(Tensor::cat(&turned(t, false)?, 1)?)),
         backward: Box::new(move |_, dy| {
-            let (cos, sin) = angles(dy.dtype())?;
-            let dx = dy.copy()?;
-            rope::rotate_back_(&dx, &cos, &sin)?;
-            Ok(vec![Some(dx)])
+            let part = |at: usize, w: usize| Ok::<_, Error>(dy.narrow(1, at, w)?.contiguous()?);
+            Ok(turned(&[part(0, widths[0])?, part(widths[0], widths[1])?], true)?.map(Some).to_vec())
         }),
         oracle: Box::new(move |t| {
             let (cos, sin) = angles(t[0].dtype())?;
-            let x = t[0].reshape((n, heads, head_dim))?.transpose(0, 1)?.contiguous()?.unsqueeze(0)?;
-            let y = candle_nn::rotary_emb::rope_slow(&x, &cos, &sin)?;
-            Ok(y.squeeze(0)?.transpose(0, 1)?.reshape((n, heads * head_dim))?)
+            let turn = |x: &Tensor, h: usize| -> Result<Tensor> {
+                let x = x.reshape((n, h, head_dim))?.transpose(0, 1)?.contiguous()?.unsqueeze(0)?;
+                let y = candle_nn::rotary_emb::rope_slow(&x, &cos, &sin)?;
+                Ok(y.squeeze(0)?.transpose(0, 1)?.reshape((n, h * head_dim))?)
+            };
+            Ok(Tensor::cat(&[turn(&t[0], heads)?, turn(&t[1], kv_heads)?], 1)?)
         }),
     }
 }
@@ -246,7 +391,7 @@ fn gather_case(v: usize, d: usize, ids: &'static [u32]) -> Case {
         inputs: vec![vec![v, d]],
         forward: Box::new(move |t| embedding::gather(&t[0], ids)),
         backward: Box::new(move |t, dy| {
-            let dt = t[0].zeros_like()?;
+            let dt = t[0].zeros_like()?.to_dtype(sum_type(&t[0]))?;
             embedding::scatter_add_(&dt, ids, dy)?;
             Ok(vec![Some(dt)])
         }),
@@ -277,13 +422,13 @@ fn cross_entropy_case(m: usize, d: usize, v: usize) -> Case {
         inputs: vec![vec![m, d], vec![v, d]],
         forward: Box::new(move |t| {
             let out = cross_entropy::forward(&t[0], &t[1], &targets(), false)?;
-            Ok(tensor(out.logps, m)?.to_dtype(t[0].dtype())?)
+            Ok(tensor(out.logps, m)?.to_dtype(sum_type(&t[0]))?)
         }),
         backward: Box::new(move |t, dy| {
             let coefs: Vec<f64> = dy.to_dtype(DType::F64)?.to_vec1()?;
             let out = cross_entropy::forward(&t[0], &t[1], &targets(), true)?;
             let dx = out.dx.map(|dx| super::matmul::scale_rows(&dx, &coefs)).transpose()?;
-            let dw = t[1].zeros_like()?;
+            let dw = t[1].zeros_like()?.to_dtype(sum_type(&t[1]))?;
             cross_entropy::add_weight_grad(&dw, &t[0], &t[1], &targets(), &coefs)?;
             Ok(vec![dx, Some(dw)])
         }),

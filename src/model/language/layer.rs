@@ -71,16 +71,14 @@ impl Layer {
         let (mut k, sk) = self.k_proj.forward(&h, side)?;
         let (mut v, sv) = self.v_proj.forward(&h, side)?;
         if let Some((cos, sin)) = &side.rope {
-            rope::rotate_(&q, cos, sin)?;
-            rope::rotate_(&k, cos, sin)?;
+            rope::rotate_(&q, &k, cos, sin)?;
         }
         if let Some(cache) = cache {
             (k, v) = cache.extend(k, v)?;
         }
         let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
         let (mid, so) = self.o_proj.forward(&o, side)?;
-        add_(&mid, 1.0, x)?;
-        let (h, stats2) = self.post_attention_layernorm.forward(&mid)?;
+        let (h, stats2) = self.post_attention_layernorm.forward_residual_(&mid, x)?;
         let (gate, sg) = self.gate_proj.forward(&h, side)?;
         let (up, su) = self.up_proj.forward(&h, side)?;
         let (y, sd) = self.down_proj.forward(&swiglu(&gate, &up)?, side)?;
@@ -134,8 +132,7 @@ impl Segment for Layer {
         let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
         if let Some((cos, sin)) = &side.rope {
-            rope::rotate_back_(&dq, cos, sin)?;
-            rope::rotate_back_(&dk, cos, sin)?;
+            rope::rotate_back_(&dq, &dk, cos, sin)?;
         }
         let trained = [&self.q_proj, &self.k_proj, &self.v_proj].iter().any(|l| l.needs_input());
         let h = trained.then(|| self.input_layernorm.rebuild(x, &s.stats[0])).transpose()?;

@@ -60,8 +60,7 @@ impl Segment for Layer {
         let (v, sv) = self.v_proj.forward(&h, side)?;
         let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
         let (mid, so) = self.out_proj.forward(&o, side)?;
-        add_(&mid, 1.0, x)?;
-        let (h, stats2) = self.layer_norm2.forward(&mid)?;
+        let (h, stats2) = self.layer_norm2.forward_residual_(&mid, x)?;
         let (inner, s1) = self.fc1.forward(&h, side)?;
         let (y, s2) = self.fc2.forward(&activation::forward(self.act, &inner)?, side)?;
         add_(&y, 1.0, &mid)?;

@@ -1,0 +1,125 @@
+//! Launches of the attention kernels (`kernels/attention_forward.cu`, `kernels/attention_backward.cu`): bf16, on tensor
+//! cores, without a matrix of scores.
+
+use super::super::launch::{Arg, Grid, empty, launch, upload};
+use super::{Config, Saved, Segment};
+use crate::error::Result;
+use candle_core::{DType, Tensor};
+use std::ops::Range;
+
+/// Widths of a head that there are kernels for.
+const WIDTHS: [usize; 5] = [32, 64, 80, 96, 128];
+/// Queries of a block of the forward kernel, rows of a block of the backward ones.
+const FORWARD: usize = 128;
+const BACKWARD: usize = 64;
+
+/// Can the kernels compute this attention? Their rows begin at multiples of 16 bytes.
+pub(super) fn fits(cfg: Config, tensors: &[&Tensor]) -> bool {
+    let aligned = |t: &&Tensor| t.dtype() == DType::BF16 && t.layout().start_offset().is_multiple_of(8);
+    WIDTHS.contains(&cfg.head_dim) && tensors.iter().all(aligned)
+}
+
+/// (o, lse) of [`super::forward`].
+pub(super) fn forward(
+    cfg: Config,
+    segments: &[Segment],
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let n = q.dim(0)?;
+    let o = output(q, DType::BF16, (n, cfg.heads * cfg.head_dim), segments, |s| &s.q)?;
+    let lse = output(q, DType::F32, (n, cfg.heads), segments, |s| &s.q)?;
+    let table = segment_table(q, segments)?;
+    let (tiles, count) = tile_table(q, segments, |s| &s.q, FORWARD)?;
+    let tensors = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::Out(&o), Arg::Out(&lse), Arg::In(&table), Arg::In(&tiles)];
+    let strides = [Arg::len(group(cfg))?, stride(q)?, stride(k)?, stride(v)?, stride(&o)?];
+    let args = [tensors.as_slice(), &strides, &scalars(cfg)].concat();
+    let grid = grid(count, cfg.heads, 640 * cfg.head_dim);
+    launch("attention_forward", &format!("attention_forward_d{}", cfg.head_dim), q.dtype(), grid, &args)?;
+    Ok((o, lse))
+}
+
+/// (dq, dk, dv) of [`super::backward`].
+pub(super) fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    let (n, m, hd) = (s.q.dim(0)?, s.k.dim(0)?, cfg.head_dim);
+    let run = |kernel: &str, grid, args: &[Arg]| {
+        launch("attention_backward", &format!("attention_{kernel}_d{hd}"), s.q.dtype(), grid, args)
+    };
+    // Σ dO∘O of each row and head beside its log-sum-exp.
+    let stats = empty(s.q, DType::F32, (n, cfg.heads * 2))?;
+    let across = 1 << (hd / 8).trailing_zeros();
+    let sizes = [Arg::len(n)?, Arg::len(cfg.heads)?, stride(s.o)?, stride(d_o)?];
+    let args = [[Arg::In(s.o), Arg::In(d_o), Arg::In(s.lse), Arg::Out(&stats)], sizes].concat();
+    run("rows", Grid::line((n * cfg.heads * across).div_ceil(256), 256), &args)?;
+
+    let dq = output(s.q, DType::BF16, s.q.dims2()?, segments, |s| &s.q)?;
+    let dk = output(s.k, DType::BF16, (m, cfg.kv_heads * hd), segments, |s| &s.k)?;
+    let dv = output(s.v, DType::BF16, (m, cfg.kv_heads * hd), segments, |s| &s.k)?;
+    let table = segment_table(s.q, segments)?;
+    let inputs = [Arg::In(s.q), Arg::In(s.k), Arg::In(s.v), Arg::In(d_o), Arg::In(&stats)];
+    let strides = [stride(s.q)?, stride(s.k)?, stride(s.v)?, stride(d_o)?];
+
+    let (tiles, count) = tile_table(s.q, segments, |s| &s.k, BACKWARD)?;
+    let outputs = [Arg::Out(&dk), Arg::Out(&dv), Arg::In(&table), Arg::In(&tiles), Arg::len(cfg.heads)?];
+    let args = [inputs.as_slice(), &outputs, &strides, &[stride(&dk)?, stride(&dv)?], &scalars(cfg)].concat();
+    run("keys", grid(count, cfg.kv_heads, 768 * hd + 1024), &args)?;
+
+    let (tiles, count) = tile_table(s.q, segments, |s| &s.q, BACKWARD)?;
+    let outputs = [Arg::Out(&dq), Arg::In(&table), Arg::In(&tiles), Arg::len(group(cfg))?];
+    let args = [inputs.as_slice(), &outputs, &strides, &[stride(&dq)?], &scalars(cfg)].concat();
+    run("queries", grid(count, cfg.heads, 512 * hd), &args)?;
+    Ok((dq, dk, dv))
+}
+
+fn group(cfg: Config) -> usize {
+    cfg.heads / cfg.kv_heads
+}
+
+fn grid(tiles: usize, heads: usize, shared: usize) -> Grid {
+    Grid { grid: [tiles as u32, heads as u32, 1], block: [128, 1, 1], shared: shared as u32 }
+}
+
+fn stride(t: &Tensor) -> Result<Arg<'static>> {
+    Arg::len(t.dim(1)?)
+}
+
+fn scalars(cfg: Config) -> [Arg<'static>; 2] {
+    [Arg::F32(cfg.scale() as f32), Arg::flag(cfg.causal)]
+}
+
+/// An output whose rows outside every segment are zero: the kernels do not write them.
+fn output(
+    like: &Tensor,
+    dtype: DType,
+    shape: (usize, usize),
+    segments: &[Segment],
+    rows: impl Fn(&Segment) -> &Range<usize>,
+) -> Result<Tensor> {
+    // A segment without keys gives its queries nothing.
+    let covered: usize = segments.iter().filter(|s| !s.k.is_empty()).map(|s| rows(s).len()).sum();
+    if covered == shape.0 { empty(like, dtype, shape) } else { Ok(Tensor::zeros(shape, dtype, like.device())?) }
+}
+
+/// `[S, 8]`: rows of queries and of keys (begin, length), and a range of keys that some queries skip (none here).
+fn segment_table(like: &Tensor, segments: &[Segment]) -> Result<Tensor> {
+    let row = |s: &Segment| [s.q.start, s.q.len(), s.k.start, s.k.len(), 0, 0, 0, 0].map(|x| x as u32);
+    upload(like, &segments.iter().flat_map(row).collect::<Vec<_>>(), (segments.len(), 8))
+}
+
+/// `[W, 2]` and W: every block of `size` rows of every segment, those of a segment that see most keys first.
+fn tile_table(
+    like: &Tensor,
+    segments: &[Segment],
+    rows: impl Fn(&Segment) -> &Range<usize>,
+    size: usize,
+) -> Result<(Tensor, usize)> {
+    let mut tiles: Vec<u32> = Vec::new();
+    for (i, s) in segments.iter().enumerate().filter(|(_, s)| !s.k.is_empty()) {
+        for block in (0..rows(s).len().div_ceil(size)).rev() {
+            tiles.extend([i as u32, block as u32]);
+        }
+    }
+    let count = tiles.len() / 2;
+    Ok((upload(like, &tiles, (count, 2))?, count))
+}
