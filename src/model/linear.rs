@@ -5,8 +5,8 @@ use super::params::{Grads, Module, Param};
 use super::segment::Side;
 use crate::bail;
 use crate::error::Result;
-use crate::ops::matmul::{Mat, add_, linear, matmul, matmul_add, sum_rows};
-use crate::ops::random::{Key, dropout};
+use crate::ops::lora;
+use crate::ops::matmul::{Mat, linear, matmul, matmul_add, sum_rows};
 use candle_core::Tensor;
 
 /// `y = x·Wᵀ + b + Σ s·(drop(x)·Aᵀ)·Bᵀ`.
@@ -39,16 +39,10 @@ impl LowRank {
         self.a.trainable || self.b.trainable
     }
 
-    /// The input of A: x, or x with dropout (the same mask in forward and backward).
-    fn input(&self, x: &Tensor, side: &Side) -> Result<Tensor> {
-        match self.mask(side) {
-            Some(key) => dropout(key, x, self.dropout),
-            None => Ok(x.clone()),
-        }
-    }
-
-    fn mask(&self, side: &Side) -> Option<Key> {
-        side.dropout.filter(|_| self.dropout > 0.0 && self.trains()).map(|key| key.child(&self.a.name))
+    /// What zeroes inputs of A in this pass, the same in forward and backward.
+    fn mask(&self, side: &Side) -> lora::Mask {
+        let key = side.dropout.filter(|_| self.dropout > 0.0 && self.trains());
+        key.map(|key| (key.child(&self.a.name), self.dropout))
     }
 }
 
@@ -111,8 +105,8 @@ impl Linear {
                 saved.push(None);
                 continue;
             }
-            let h = matmul(Mat::N(&d.input(x, side)?), Mat::T(&d.a.value))?;
-            matmul_add(&y, d.scale, Mat::N(&h), Mat::T(&d.b.value))?;
+            let h = lora::down(x, &d.a.value, d.mask(side))?;
+            lora::up_(&y, &h, &d.b.value, d.scale)?;
             saved.push(Some(h));
         }
         Ok((y, Saved(saved)))
@@ -142,19 +136,14 @@ impl Linear {
             if !d.trains() && matches!(dx, InputGrad::Unwanted) {
                 continue;
             }
-            if d.b.trainable {
-                grads.add_product(&d.b, d.scale, Mat::T(dy), Mat::N(h))?;
-            }
-            // u = s·dY·B, [N, rank]: all that A and x see of dY.
-            let u = (matmul(Mat::N(dy), Mat::N(&d.b.value))? * d.scale)?;
+            let db = if d.b.trainable { Some(grads.slot(&d.b)?) } else { None };
+            // u [N, rank] is all that A and x see of dY.
+            let u = lora::back(dy, h, &d.b.value, d.scale, db)?;
             if let (true, Some(x)) = (d.a.trainable, x) {
-                grads.add_product(&d.a, 1.0, Mat::T(&u), Mat::N(&d.input(x, side)?))?;
+                lora::add_da(grads.slot(&d.a)?, &u, x, d.mask(side))?;
             }
-            match (&mut *dx, d.mask(side)) {
-                (InputGrad::Sum(dx), Some(key)) => {
-                    add_(dx, 1.0, &dropout(key, &matmul(Mat::N(&u), Mat::N(&d.a.value))?, d.dropout)?)?;
-                }
-                (dx, _) => dx.add_product(Mat::N(&u), Mat::N(&d.a.value))?,
+            if let InputGrad::Sum(dx) = dx {
+                lora::add_dx_(dx, &u, &d.a.value, d.mask(side))?;
             }
         }
         Ok(())

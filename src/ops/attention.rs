@@ -11,7 +11,7 @@ use super::launch::{Path, narrow, path, widen};
 use super::matmul::gemm_raw;
 use super::{Real, Shared, data, dims2, dispatch, tensor};
 use crate::bail;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -55,7 +55,6 @@ pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Te
     let n = check(cfg, segments, q, k, v)?;
     match path("attention", q)? {
         Path::Kernel if flash::fits(cfg, &[q, k, v]) => return flash::forward(cfg, segments, q, k, v),
-        Path::Kernel if !q.device().is_cpu() => return Err(no_kernel(cfg, q)),
         _ if q.dtype() == DType::BF16 => {
             let (o, lse) = forward(cfg, segments, &widen(q)?, &widen(k)?, &widen(v)?)?;
             return Ok((narrow(&o)?, lse));
@@ -117,7 +116,6 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
     let m = s.k.dim(0)?;
     match path("attention backward", s.q)? {
         Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => return flash::backward(cfg, segments, s, d_o),
-        Path::Kernel if !s.q.device().is_cpu() => return Err(no_kernel(cfg, s.q)),
         _ if s.q.dtype() == DType::BF16 => {
             let [q, k, v, o] = [widen(s.q)?, widen(s.k)?, widen(s.v)?, widen(s.o)?];
             let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: s.lse };
@@ -221,11 +219,6 @@ fn softmax<T: Real>(row: &mut [T], seen: usize) -> T {
         *v *= inv;
     }
     max + num_traits::Float::ln(total)
-}
-
-fn no_kernel(cfg: Config, q: &Tensor) -> Error {
-    Error::new(format!("attention: no kernel for heads of {} in {:?}", cfg.head_dim, q.dtype()))
-        .hint("there are kernels for heads of 32, 64, 80, 96 and 128 in bf16")
 }
 
 fn kv_head(cfg: Config, h: usize) -> usize {

@@ -1,5 +1,5 @@
-//! Runs the kernels of `kernels/` on what can run them: a GPU, or an [`Emulator`] (the tests compile the same text
-//! for the CPU). An op asks [`path`] how it is to run, and describes its kernel's launch once for both.
+//! Runs the kernels of `kernels/` on what can run them: so far an [`Emulator`] (the tests compile them for the CPU). An op
+//! asks [`path`] how it is to run, and describes its kernel's launch for whatever runs it.
 
 use super::Real;
 use crate::bail;
@@ -27,10 +27,9 @@ pub(crate) fn path(op: &str, x: &Tensor) -> Result<Path> {
         (Device::Cpu, DType::F32 | DType::BF16) if emulating() => Path::Kernel,
         (Device::Cpu, DType::F32 | DType::F64) => Path::Reference,
         (Device::Cpu, DType::BF16) => Path::Widened,
-        (Device::Cuda(_), DType::F32 | DType::BF16) => Path::Kernel,
         (device, dtype) => {
             bail!("{op}: {dtype:?} on {:?} is not supported", device.location();
-                "f32 and bf16 run on a GPU; f32, bf16 and f64 on the CPU")
+                "f32, bf16 and f64 run on the CPU")
         }
     })
 }
@@ -188,15 +187,6 @@ pub(crate) fn launch_plain(module: &str, kernel: &str, grid: Grid, args: &[Arg])
     if grid.grid.contains(&0) {
         return Ok(());
     }
-    let tensor = args.iter().find_map(|a| if let Arg::In(t) | Arg::Out(t) = a { Some(*t) } else { None });
-    match tensor.map(Tensor::device) {
-        #[cfg(feature = "cuda")]
-        Some(Device::Cuda(device)) => super::cuda::launch(device, module, kernel, grid, args),
-        _ => emulate(module, kernel, grid, args),
-    }
-}
-
-fn emulate(module: &str, kernel: &str, grid: Grid, args: &[Arg]) -> Result<()> {
     let Some(emulator) = EMULATOR.with_borrow(Clone::clone) else { bail!("{kernel}: nothing here runs kernels") };
     let host: Vec<HostArg> = args.iter().map(host_arg).collect::<Result<_>>()?;
     emulator.launch(module, kernel, grid, &host)
@@ -250,22 +240,16 @@ fn memory(t: &Tensor, written: bool) -> Result<HostArg> {
     Ok(HostArg::Memory { at, bytes, offset, written })
 }
 
-/// A tensor beside `like` that a kernel overwrites entirely. On the CPU it starts as NaN, so that a gap shows.
+/// A tensor beside `like` that a kernel overwrites entirely. It starts as NaN, so that a gap shows.
 pub(crate) fn empty(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
-    match like.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => super::cuda::empty(device, dtype, shape),
-        device => {
-            let n = shape.elem_count();
-            Ok(match dtype {
-                DType::F32 => Tensor::from_vec(vec![f32::NAN; n], shape, device)?,
-                DType::BF16 => Tensor::from_vec(vec![bf16::NAN; n], shape, device)?,
-                DType::U32 => Tensor::from_vec(vec![u32::MAX; n], shape, device)?,
-                other => bail!("kernels write f32, bf16 and u32, not {other:?}"),
-            })
-        }
-    }
+    let (n, device) = (shape.elem_count(), like.device());
+    Ok(match dtype {
+        DType::F32 => Tensor::from_vec(vec![f32::NAN; n], shape, device)?,
+        DType::BF16 => Tensor::from_vec(vec![bf16::NAN; n], shape, device)?,
+        DType::U32 => Tensor::from_vec(vec![u32::MAX; n], shape, device)?,
+        other => bail!("kernels write f32, bf16 and u32, not {other:?}"),
+    })
 }
 
 /// Numbers of the host, beside `like`.

@@ -12,6 +12,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod launch;
+pub mod lora;
 pub mod matmul;
 pub mod norm;
 pub mod patches;

@@ -46,6 +46,19 @@ impl Key {
     }
 }
 
+impl Key {
+    /// Key, counter's high half and the words below which dropout zeroes, for a kernel that draws the mask itself.
+    pub(super) fn stream(self, p: f64) -> (u64, u64, u32) {
+        let pair = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;
+        (pair(self.key), pair(self.high), limit(p))
+    }
+}
+
+/// Random words below this zero an element with probability `p`.
+fn limit(p: f64) -> u32 {
+    (p * 2f64.powi(32)).min(f64::from(u32::MAX)) as u32
+}
+
 /// FNV-1a: names to counters.
 fn fnv(s: &str) -> u64 {
     s.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
@@ -84,7 +97,7 @@ pub fn normal(key: Key, shape: &[usize], std: f64, dtype: DType) -> Result<Tenso
 /// Inverted dropout: each element is zeroed with probability `p`, the rest scaled by 1/(1 − p). Applying the same key
 /// to a gradient is the backward pass.
 pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
-    let limit = (p * 2f64.powi(32)).min(f64::from(u32::MAX)) as u32;
+    let limit = limit(p);
     match path("dropout", x)? {
         Path::Kernel => return kernel_dropout(key, x, limit, p),
         Path::Widened => return narrow(&dropout(key, &widen(x)?, p)?),

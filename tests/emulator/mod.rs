@@ -47,11 +47,12 @@ pub fn launched() -> BTreeSet<String> {
     LAUNCHED.lock().unwrap().clone()
 }
 
-/// Every kernel of the `.cu` files in a folder, read off the compiled libraries.
-pub fn kernels_of(folder: &Path) -> BTreeSet<String> {
+/// Every kernel of the `.cu` files in a folder but those of `others`, read off the compiled libraries.
+pub fn kernels_of(folder: &Path, others: &[&str]) -> BTreeSet<String> {
     let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
     let mut all = BTreeSet::new();
-    for source in files.filter(|p| p.extension().is_some_and(|e| e == "cu")) {
+    let other = |p: &Path| others.iter().any(|o| p.file_stem().is_some_and(|s| s == *o));
+    for source in files.filter(|p| p.extension().is_some_and(|e| e == "cu") && !other(p)) {
         library(&source).unwrap();
         let symbols = Command::new("nm").args(["-D", "--defined-only"]).arg(built(&source)).output().unwrap();
         assert!(symbols.status.success(), "nm (binutils) is needed");
