@@ -1,5 +1,5 @@
 //! Runs the kernels of `kernels/` on what can run them: so far an [`Emulator`] (the tests compile them for the CPU). An op
-//! asks [`path`] how it is to run, and describes its kernel's launch for whatever runs it.
+//! asks `path` how it is to run, and describes its kernel's launch for whatever runs it.
 
 use super::Real;
 use crate::bail;

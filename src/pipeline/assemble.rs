@@ -65,8 +65,7 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
     let mut start_adapter = None;
     if let Some(adapter) = &recipe.model.adapter {
-        let dir = source::resolve(adapter, source::ADAPTER)?.dir;
-        parts.sources.push(("adapter".into(), adapter.clone()));
+        let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;
         parts.note(&dir, &["adapter_config.json"]);
         parts.files.push(peft::weight_file(&dir)?);
         let loaded = LoraAdapter::load(&dir, START_ADAPTER)?;

@@ -49,7 +49,8 @@ pub fn write_final(
             let language = &state.vlm.language;
             let out = dir.join("language");
             hf::save_language(&out, &language.config, &part("language."), &[tokenizer_dir])?;
-            if encoder.image_token_added() {
+            // A tokenizer that is a file alone has no folder to be copied from.
+            if encoder.image_token_added() || tokenizer_dir.is_file() {
                 atomic::write_bytes(&out.join("tokenizer.json"), encoder.tokenizer_json()?.as_bytes())?;
             }
         }
