@@ -9,11 +9,11 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{Builder, TempPath};
 
-/// Writes a file through `fill`; the file appears at `path` when all of it is on the disk. Of a symbolic link, the file that
-/// it points to is written. What is no file (a device, a pipe, `/dev/stdout`) is not replaced but written to as it is.
-pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+/// Writes where a user has said, by [`write`] to a file. Of a symbolic link, the file that it points to is written. What
+/// is no file (a device, a pipe, `/dev/stdout`) is not replaced but written to as it is.
+pub fn write_out(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     match place(path).map_err(|e| storage_error(path, e))? {
-        Place::File(file) => replace(&file, fill),
+        Place::File(file) => write(&file, fill),
         Place::Stream => {
             let stream = File::options().append(true).open(path).map_err(|e| storage_error(path, e))?;
             filled(path, stream, fill).map(drop)
@@ -52,7 +52,8 @@ fn place(path: &Path) -> std::io::Result<Place> {
     }
 }
 
-fn replace(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+/// Writes a file through `fill`; it appears at `path`, in the place of what was there, when all of it is on the disk.
+pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let dir = parent(path);
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
@@ -304,6 +305,10 @@ mod tests {
         assert_eq!(names(&at("gone")), ["x"]);
     }
 
+    fn out(path: &Path, bytes: &[u8]) -> Result<()> {
+        write_out(path, |w| Ok(w.write_all(bytes)?))
+    }
+
     #[cfg(unix)]
     #[test]
     fn a_link_stays_and_its_file_is_replaced() {
@@ -314,15 +319,15 @@ mod tests {
         std::os::unix::fs::symlink("c", at("real/b")).unwrap();
         // It is not there yet; then it is, and a failure keeps it.
         for text in [b"one" as &[u8], b"two"] {
-            write_bytes(&at("a"), text).unwrap();
+            out(&at("a"), text).unwrap();
             assert_eq!(fs::read(at("real/c")).unwrap(), text);
-            write(&at("a"), |_| bail!("stopped")).unwrap_err();
+            write_out(&at("a"), |_| bail!("stopped")).unwrap_err();
             assert_eq!(fs::read(at("real/c")).unwrap(), text);
         }
         assert!(at("a").is_symlink() && at("real/b").is_symlink() && !at("real/c").is_symlink());
         assert_eq!((names(dir.path()).len(), names(&at("real"))), (2, vec!["b".into(), "c".into()]));
         std::os::unix::fs::symlink("circle", at("circle")).unwrap();
-        assert!(write_bytes(&at("circle"), b"").unwrap_err().report().contains("circle: "));
+        assert!(out(&at("circle"), b"").unwrap_err().report().contains("circle: "));
     }
 
     #[cfg(target_os = "linux")]
@@ -336,12 +341,12 @@ mod tests {
             let pipe = pipe.clone();
             move || fs::read(pipe).unwrap()
         });
-        write_bytes(&pipe, b"through the pipe").unwrap();
+        out(&pipe, b"through the pipe").unwrap();
         assert_eq!(reader.join().unwrap(), b"through the pipe");
         assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("/dev/full", &link).unwrap();
-        let report = write_bytes(&link, b"x").unwrap_err().report();
+        let report = out(&link, b"x").unwrap_err().report();
         assert!(report.contains("link: No space left on device"), "{report}");
         assert!(link.is_symlink() && place(Path::new("/dev/full")).unwrap() == Place::Stream);
         // A descriptor is no name, whatever it is open on.

@@ -51,7 +51,7 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let (resize, alpha) = args.pictures.of(&m);
     let data = Data { images: args.images.clone(), resize, alpha, ..Data::new(args.data.clone()) };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
-    atomic::write(&args.out, |out| {
+    atomic::write_out(&args.out, |out| {
         for items in set.items.chunks(args.micro.max(1)) {
             let pixels = load_pixels(items, m.assembly.images.as_ref())?;
             let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();

@@ -28,7 +28,8 @@ pub struct LogProbs {
 pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result<LogProbs> {
     let (m, d) = dims2(x, "cross-entropy")?;
     check(m, w, targets)?;
-    let (mut logps, mut argmax, mut dx) = (Vec::with_capacity(m), Vec::with_capacity(m), Vec::new());
+    let (mut logps, mut argmax) = (Vec::with_capacity(m), Vec::with_capacity(m));
+    let dx = if need_dx { Some(Tensor::zeros((m, d), x.dtype(), x.device())?) } else { None };
     for start in (0..m).step_by(CHUNK) {
         let rows = CHUNK.min(m - start);
         let logits = matmul_wide(Mat::N(&x.narrow(0, start, rows)?), Mat::T(w))?;
@@ -36,15 +37,11 @@ pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result
         let (lp, am) = softmax_minus(&logits, t, need_dx)?;
         logps.extend(lp);
         argmax.extend(am);
-        if need_dx {
-            dx.push(matmul(Mat::N(&logits.to_dtype(x.dtype())?), Mat::N(w))?);
+        if let Some(dx) = &dx {
+            #[allow(clippy::disallowed_methods, reason = "backward is written out here, not left to a graph")]
+            dx.slice_set(&matmul(Mat::N(&logits.to_dtype(x.dtype())?), Mat::N(w))?, 0, start)?;
         }
     }
-    let dx = match dx.as_slice() {
-        _ if !need_dx => None,
-        [] => Some(Tensor::zeros((m, d), x.dtype(), x.device())?),
-        chunks => Some(Tensor::cat(chunks, 0)?),
-    };
     Ok(LogProbs { logps, argmax, dx })
 }
 

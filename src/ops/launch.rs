@@ -268,7 +268,7 @@ pub(crate) fn pack(tensors: &[Option<&Tensor>]) -> usize {
     16 / tensors.iter().flatten().map(|t| t.dtype().size_in_bytes()).max().unwrap_or(4)
 }
 
-/// f32 host numbers of a tensor on any device.
+/// A tensor's numbers on the host.
 pub(crate) fn download<T: Real>(t: &Tensor) -> Result<Vec<T>> {
     Ok(t.to_dtype(T::DTYPE)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?)
 }

@@ -54,7 +54,12 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Res
     let delete =
         || format!("delete {}: the stage goes on from the checkpoint before it, or begins again", dir.display());
     let damaged = |e: Error| e.context(format!("the checkpoint {}", dir.display())).hint(delete());
-    let read = |file: &str| safetensors::load(&dir.join(file)).map_err(damaged);
+    let read = |file: &str| {
+        let path = dir.join(file);
+        // What cannot be opened is not damaged.
+        fs::File::open(&path).with_context(|| path.display().to_string())?;
+        safetensors::load(&path).map_err(damaged)
+    };
     let trained = read(TRAINED)?;
     let known = state.vlm.trainable();
     if let Some(name) =

@@ -141,8 +141,9 @@ impl RunDir {
 
 /// Reads a file of ours; `hint` says what to do if it is damaged.
 fn read_json<T: DeserializeOwned>(path: &Path, hint: impl Fn() -> String) -> Result<T> {
-    let read = || -> Result<T> { Ok(serde_json::from_str(&fs::read_to_string(path)?)?) };
-    read().map_err(|e| e.context(format!("{} is damaged", path.display())).hint(hint()))
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::from(e).context(format!("{} is damaged", path.display())).hint(hint()))
 }
 
 /// Does the directory hold a checkpoint or a finished stage?
