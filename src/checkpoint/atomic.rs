@@ -9,7 +9,7 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{Builder, TempPath};
 
-/// Writes where a user has said, by [`write`] to a file. Of a symbolic link, the file that it points to is written. What
+/// Writes where a user has said, by [`write()`] to a file. Of a symbolic link, the file that it points to is written. What
 /// is no file (a device, a pipe, `/dev/stdout`) is not replaced but written to as it is.
 pub fn write_out(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     match place(path).map_err(|e| storage_error(path, e))? {
