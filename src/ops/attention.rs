@@ -7,13 +7,13 @@
 
 mod flash;
 
+use super::gemm;
 use super::launch::{Path, narrow, path, widen};
-use super::matmul::gemm_raw;
 use super::{Real, Shared, data, dims2, dispatch, tensor};
 use crate::bail;
 use crate::error::Result;
+use ::gemm::Parallelism;
 use candle_core::{DType, Tensor};
-use gemm::Parallelism;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -85,7 +85,7 @@ pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Te
                     }
                     let (os, kvs) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
                     let vh = vs.as_ptr().add(seg.k.start * kvs + kv_head(cfg, h) * cfg.head_dim);
-                    gemm_raw(
+                    gemm::raw(
                         (r, cfg.head_dim, w), op.at(rows.start * os + h * cfg.head_dim), os as isize, T::default(),
                         (scores.as_ptr(), w as isize, 1), (vh, kvs as isize, 1), T::of(1.0), Parallelism::None,
                     );
@@ -146,7 +146,7 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
                     // SAFETY: one task a (segment, key head) writes that head's columns of dk, dv and its queries' of dq.
                     unsafe {
                         score(cfg, q, k, h, &rows, seg.k.start, w, &mut p);
-                        gemm_raw((r, w, hd), ds.as_mut_ptr(), w as isize, T::default(), (g.as_ptr().add(qo), qw as isize, 1), (v.as_ptr().add(ko), 1, kw as isize), one, Parallelism::None);
+                        gemm::raw((r, w, hd), ds.as_mut_ptr(), w as isize, T::default(), (g.as_ptr().add(qo), qw as isize, 1), (v.as_ptr().add(ko), 1, kw as isize), one, Parallelism::None);
                         for i in 0..r {
                             let row = rows.start + i;
                             let seen = visible(cfg, seg, &(row..row + 1)).end - seg.k.start;
@@ -159,9 +159,9 @@ pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Re
                                 p[x] = pij;
                             }
                         }
-                        gemm_raw((r, hd, w), dqp.at(qo), qw as isize, T::default(), (ds.as_ptr(), w as isize, 1), (k.as_ptr().add(ko), kw as isize, 1), one, Parallelism::None);
-                        gemm_raw((w, hd, r), dkp.at(ko), kw as isize, one, (ds.as_ptr(), 1, w as isize), (q.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
-                        gemm_raw((w, hd, r), dvp.at(ko), kw as isize, one, (p.as_ptr(), 1, w as isize), (g.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
+                        gemm::raw((r, hd, w), dqp.at(qo), qw as isize, T::default(), (ds.as_ptr(), w as isize, 1), (k.as_ptr().add(ko), kw as isize, 1), one, Parallelism::None);
+                        gemm::raw((w, hd, r), dkp.at(ko), kw as isize, one, (ds.as_ptr(), 1, w as isize), (q.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
+                        gemm::raw((w, hd, r), dvp.at(ko), kw as isize, one, (p.as_ptr(), 1, w as isize), (g.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
                     }
                 }
             }
@@ -191,7 +191,7 @@ unsafe fn score<T: Real>(
         let a = q.as_ptr().add(rows.start * qw + h * hd);
         let b = k.as_ptr().add(k0 * kw + kv_head(cfg, h) * hd);
         let scale = T::of(cfg.scale());
-        gemm_raw(
+        gemm::raw(
             (rows.len(), w, hd),
             out.as_mut_ptr(),
             w as isize,

@@ -1,13 +1,14 @@
 //! Matrix products with transposes and in-place accumulation (BLAS `gemm`: C = α·A·B + C), on the `gemm` crate.
 
+use super::gemm;
 use super::launch::{
     Arg, Grid, Path, empty, launch, launch_mixed, launch_plain, narrow, pack, path, upload, wide, widen,
 };
 use super::{Real, data, dims2, dispatch, on_wide, scratch, tensor, update};
 use crate::bail;
 use crate::error::Result;
+use ::gemm::Parallelism;
 use candle_core::{DType, Tensor};
-use gemm::Parallelism;
 
 /// A matrix operand, as it stands or transposed.
 #[derive(Clone, Copy)]
@@ -246,7 +247,7 @@ fn product<T: Real>(out: &mut [T], keep: T, a: Mat, b: Mat, alpha: T) -> Result<
     let (a, b) = (data::<T>(a.tensor())?, data::<T>(b.tensor())?);
     // SAFETY: out has m·n elements, a m·k and b k·n, each reached through the strides of its own layout.
     unsafe {
-        gemm_raw(
+        gemm::raw(
             (m, n, k),
             out.as_mut_ptr(),
             n as isize,
@@ -258,26 +259,4 @@ fn product<T: Real>(out: &mut [T], keep: T, a: Mat, b: Mat, alpha: T) -> Result<
         );
     }
     Ok(())
-}
-
-/// `C = keep·C + alpha·A·B` on raw strided matrices; C is row-major with row stride `crs`, A and B are (pointer, row stride, column stride).
-///
-/// # Safety
-/// All elements reached through (m, n, k) and the strides must lie in live buffers, C's in no other task's hands.
-#[allow(clippy::too_many_arguments, reason = "the operands of one matrix product")]
-pub(super) unsafe fn gemm_raw<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    c: *mut T,
-    crs: isize,
-    keep: T,
-    (a, ars, acs): (*const T, isize, isize),
-    (b, brs, bcs): (*const T, isize, isize),
-    alpha: T,
-    parallelism: Parallelism,
-) {
-    let read = keep != T::default();
-    // SAFETY: the caller's promise.
-    unsafe {
-        gemm::gemm(m, n, k, c, 1, crs, read, a, acs, ars, b, bcs, brs, keep, alpha, false, false, false, parallelism)
-    }
 }

@@ -11,6 +11,7 @@ pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
+pub(crate) mod gemm;
 pub mod launch;
 pub mod lora;
 pub mod matmul;
