@@ -22,10 +22,10 @@ impl Vars {
     /// The tensor to compute with.
     pub fn get(&mut self, p: &Param) -> Result<Tensor> {
         if !(self.record && p.trainable) {
-            return Ok(p.value.clone());
+            return Ok(p.compute().clone());
         }
         if !self.vars.contains_key(&p.name) {
-            self.vars.insert(p.name.clone(), Var::from_tensor(&p.value)?);
+            self.vars.insert(p.name.clone(), Var::from_tensor(p.compute())?);
         }
         Ok(self.vars[&p.name].as_tensor().clone())
     }

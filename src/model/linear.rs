@@ -98,15 +98,15 @@ impl Linear {
 
     /// `x` `[N, in]` → `[N, out]`.
     pub fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
-        let y = linear(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value))?;
+        let y = linear(x, self.weight.compute(), self.bias.as_ref().map(Param::compute))?;
         let mut saved = Vec::with_capacity(self.deltas.len());
         for d in &self.deltas {
             if side.skips(d) {
                 saved.push(None);
                 continue;
             }
-            let h = lora::down(x, &d.a.value, d.mask(side))?;
-            lora::up_(&y, &h, &d.b.value, d.scale)?;
+            let h = lora::down(x, d.a.compute(), d.mask(side))?;
+            lora::up_(&y, &h, d.b.compute(), d.scale)?;
             saved.push(Some(h));
         }
         Ok((y, Saved(saved)))
@@ -130,7 +130,7 @@ impl Linear {
         if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
             grads.add(&b.name, sum_rows(dy)?)?;
         }
-        dx.add_product(Mat::N(dy), Mat::N(&self.weight.value))?;
+        dx.add_product(Mat::N(dy), Mat::N(self.weight.compute()))?;
         for (d, h) in self.deltas.iter().zip(&saved.0) {
             let Some(h) = h else { continue };
             if !d.trains() && matches!(dx, InputGrad::Unwanted) {
@@ -138,12 +138,12 @@ impl Linear {
             }
             let db = if d.b.trainable { Some(grads.slot(&d.b)?) } else { None };
             // u [N, rank] is all that A and x see of dY.
-            let u = lora::back(dy, h, &d.b.value, d.scale, db)?;
+            let u = lora::back(dy, h, d.b.compute(), d.scale, db)?;
             if let (true, Some(x)) = (d.a.trainable, x) {
                 lora::add_da(grads.slot(&d.a)?, &u, x, d.mask(side))?;
             }
             if let InputGrad::Sum(dx) = dx {
-                lora::add_dx_(dx, &u, &d.a.value, d.mask(side))?;
+                lora::add_dx_(dx, &u, d.a.compute(), d.mask(side))?;
             }
         }
         Ok(())

@@ -19,22 +19,22 @@ pub struct Norm {
 impl Norm {
     /// `x` `[N, D]` → `[N, D]` and the rows' statistics.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Stats)> {
-        forward(self.kind, x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), self.eps)
+        forward(self.kind, x, self.weight.compute(), self.bias.as_ref().map(Param::compute), self.eps)
     }
 
     /// Adds `r` to `x` in place and norms the sum.
     pub fn forward_residual_(&self, x: &Tensor, r: &Tensor) -> Result<(Tensor, Stats)> {
-        forward_residual_(self.kind, x, r, &self.weight.value, self.bias.as_ref().map(|b| &b.value), self.eps)
+        forward_residual_(self.kind, x, r, self.weight.compute(), self.bias.as_ref().map(Param::compute), self.eps)
     }
 
     /// The output once more, bit for bit.
     pub fn rebuild(&self, x: &Tensor, stats: &Stats) -> Result<Tensor> {
-        rebuild(x, &self.weight.value, self.bias.as_ref().map(|b| &b.value), stats)
+        rebuild(x, self.weight.compute(), self.bias.as_ref().map(Param::compute), stats)
     }
 
     /// dX; gradients of scale and shift go to `grads` if they train.
     pub fn backward(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads) -> Result<Tensor> {
-        let (dx, scale) = backward(self.kind, x, &self.weight.value, stats, dy, self.scale_trains())?;
+        let (dx, scale) = backward(self.kind, x, self.weight.compute(), stats, dy, self.scale_trains())?;
         self.add_scale(scale, grads)?;
         Ok(dx)
     }
@@ -57,7 +57,7 @@ impl Norm {
 
     /// dX added to the gradient that passes the norm by on the residual road.
     pub fn backward_into(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads, sum: &Tensor) -> Result<()> {
-        let scale = backward_into(self.kind, x, &self.weight.value, stats, dy, self.scale_trains(), sum)?;
+        let scale = backward_into(self.kind, x, self.weight.compute(), stats, dy, self.scale_trains(), sum)?;
         self.add_scale(scale, grads)
     }
 }

@@ -1,23 +1,50 @@
 //! Named parameters, whether they train, and the one road that their gradients take.
 
 use crate::error::Result;
+use crate::ops::Weight;
+use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, add_, matmul_add};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A parameter under its canonical dotted name. Clones of the tensor share storage: an in-place step is seen by all.
+/// A parameter under its canonical dotted name. Clones of its tensors share storage: an in-place step is seen by all.
 #[derive(Debug, Clone)]
 pub struct Param {
     pub name: String,
+    /// What is trained and saved: f32 where a model that computes in bf16 trains it (the master), else the type of
+    /// computation.
     pub value: Tensor,
+    /// The value rounded to the type of computation, if that is another one.
+    rounded: Option<Tensor>,
     pub trainable: bool,
 }
 
 impl Param {
-    /// A frozen parameter.
+    /// A frozen parameter that is computed with as it stands.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
-        Self { name: name.into(), value, trainable: false }
+        Self { name: name.into(), value, rounded: None, trainable: false }
     }
+
+    /// A frozen parameter that is computed with in `dtype`.
+    pub fn computed_in(name: impl Into<String>, value: Tensor, dtype: DType) -> Result<Self> {
+        let rounded = rounded(&value, dtype)?;
+        Ok(Self { name: name.into(), value, rounded, trainable: false })
+    }
+
+    /// What layers compute with.
+    pub fn compute(&self) -> &Tensor {
+        self.rounded.as_ref().unwrap_or(&self.value)
+    }
+
+    /// The optimizer's view: the value, and the copy that an update has to keep up with it.
+    pub fn weight(&self) -> Weight {
+        Weight { value: self.value.clone(), rounded: self.rounded.clone() }
+    }
+}
+
+/// `value` in `dtype`, if it has another type.
+fn rounded(value: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    Ok(if value.dtype() == dtype { None } else { Some(value.to_dtype(dtype)?) })
 }
 
 /// Something that owns parameters.
@@ -43,13 +70,43 @@ pub trait Module {
 
     /// The parameters that train, by name.
     fn trainable(&mut self) -> BTreeMap<String, Tensor> {
+        self.weights().into_iter().map(|(name, w)| (name, w.value)).collect()
+    }
+
+    /// The parameters that train, as the optimizer sees them, by name.
+    fn weights(&mut self) -> BTreeMap<String, Weight> {
         let mut all = BTreeMap::new();
         self.visit(&mut |p| {
             if p.trainable {
-                all.insert(p.name.clone(), p.value.clone());
+                all.insert(p.name.clone(), p.weight());
             }
         });
         all
+    }
+
+    /// Sets parameters by name; they are computed with in the same type and on the same device as before. What is tied
+    /// stays tied.
+    fn assign(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut set: BTreeMap<String, Weight> = BTreeMap::new();
+        let mut result = Ok(());
+        self.visit(&mut |p| {
+            if let (Ok(()), Some(v)) = (&result, values.get(&p.name)) {
+                result = replace(p, &mut set, || Ok(v.to_device(p.value.device())?));
+            }
+        });
+        result
+    }
+
+    /// Gives every parameter that trains an f32 value beside the bf16 copy that it is computed with.
+    fn make_masters(&mut self) -> Result<()> {
+        let mut set: BTreeMap<String, Weight> = BTreeMap::new();
+        let mut result = Ok(());
+        self.visit(&mut |p| {
+            if result.is_ok() && p.trainable && p.value.dtype() == DType::BF16 {
+                result = replace(p, &mut set, || widen(&p.value));
+            }
+        });
+        result
     }
 
     /// Trains exactly the named parameters.
@@ -58,7 +115,19 @@ pub trait Module {
     }
 }
 
-/// Gradients of the trained parameters by name, summed over the micro-batches of a step.
+/// Gives `p` a new value, and the tensors of `set` if its name has come before.
+fn replace(p: &mut Param, set: &mut BTreeMap<String, Weight>, value: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+    if !set.contains_key(&p.name) {
+        let value = value()?;
+        let rounded = rounded(&value, p.compute().dtype())?;
+        set.insert(p.name.clone(), Weight { value, rounded });
+    }
+    let w = &set[&p.name];
+    (p.value, p.rounded) = (w.value.clone(), w.rounded.clone());
+    Ok(())
+}
+
+/// Gradients of the trained parameters by name, summed over the micro-batches of a step; f32 where the model computes in bf16.
 #[derive(Debug, Default)]
 pub struct Grads(BTreeMap<String, Tensor>);
 
@@ -73,7 +142,7 @@ impl Grads {
         match self.0.get(name) {
             Some(sum) => add_(sum, 1.0, &grad),
             None => {
-                self.0.insert(name.to_string(), grad.detach());
+                self.0.insert(name.to_string(), widen(&grad.detach())?);
                 Ok(())
             }
         }
@@ -87,7 +156,8 @@ impl Grads {
     /// The sum for a parameter, zero at first.
     pub fn slot(&mut self, p: &Param) -> Result<&Tensor> {
         if !self.0.contains_key(&p.name) {
-            self.0.insert(p.name.clone(), p.value.zeros_like()?);
+            let dtype = if p.value.dtype() == DType::BF16 { DType::F32 } else { p.value.dtype() };
+            self.0.insert(p.name.clone(), Tensor::zeros(p.value.dims(), dtype, p.value.device())?);
         }
         Ok(&self.0[&p.name])
     }

@@ -182,6 +182,15 @@ pub(crate) fn scratch<T: Real>(n: usize) -> Vec<T> {
     v
 }
 
+/// A trained parameter as an optimizer sees it.
+#[derive(Debug, Clone)]
+pub struct Weight {
+    /// What is updated.
+    pub value: Tensor,
+    /// The value rounded to the type that layers compute in, if that is another one; it follows every update.
+    pub rounded: Option<Tensor>,
+}
+
 /// Rows and columns of a matrix.
 pub(crate) fn dims2(t: &Tensor, what: &str) -> Result<(usize, usize)> {
     match t.dims() {

@@ -121,7 +121,7 @@ impl Language {
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         let v = self.config.vocab_size as u32;
         let safe: Vec<u32> = ids.iter().map(|i| if *i < v { *i } else { 0 }).collect();
-        gather(&self.embed_tokens.value, &safe)
+        gather(self.embed_tokens.compute(), &safe)
     }
 
     /// Side of packed sequences: positions count from 0 in each.
@@ -149,7 +149,7 @@ impl Language {
         let x = gather(&y, &rows)?;
         drop(y);
         let (h, stats) = self.norm.forward(&x)?;
-        let mut out = cross_entropy::forward(&h, &self.lm_head.value, &ids, record)?;
+        let mut out = cross_entropy::forward(&h, self.lm_head.compute(), &ids, record)?;
         let head = out.dx.take().map(|dx| Head { rows, x, stats, dx, targets: ids, total_rows });
         Ok((out, record.then_some(Saved { tape, head })))
     }
@@ -168,7 +168,7 @@ impl Language {
         let Some(head) = head else { bail!("backward without a recorded forward pass") };
         if self.lm_head.trainable {
             let h = self.norm.rebuild(&head.x, &head.stats)?;
-            add_weight_grad(grads.slot(&self.lm_head)?, &h, &self.lm_head.value, &head.targets, coefs)?;
+            add_weight_grad(grads.slot(&self.lm_head)?, &h, self.lm_head.compute(), &head.targets, coefs)?;
         }
         if !self.enters_layers() && !self.norm.weight.trainable {
             return Ok(None);
@@ -205,7 +205,7 @@ impl Language {
         }
         cache.seen += n;
         let (h, _) = self.norm.forward(&x.narrow(0, n - 1, 1)?)?;
-        Ok(cross_entropy::logits(&h, &self.lm_head.value)?.squeeze(0)?)
+        Ok(cross_entropy::logits(&h, self.lm_head.compute())?.squeeze(0)?)
     }
 
     /// An empty cache.
@@ -217,12 +217,12 @@ impl Language {
     pub fn logits(&self, x: Tensor, side: &Side, rows: &[u32]) -> Result<Tensor> {
         let (y, _) = segment::forward(&self.layers, x, side, self.layers.len(), Activations::Keep)?;
         let (h, _) = self.norm.forward(&gather(&y, rows)?)?;
-        cross_entropy::logits(&h, &self.lm_head.value)
+        cross_entropy::logits(&h, self.lm_head.compute())
     }
 
     /// The type of computation.
     pub fn dtype(&self) -> DType {
-        self.embed_tokens.value.dtype()
+        self.embed_tokens.compute().dtype()
     }
 
     /// Every linear layer, in order.

@@ -12,8 +12,8 @@ use super::params::{Grads, Module, Param};
 use super::segment::{self, Side, Tape};
 use crate::bail;
 use crate::error::Result;
-use crate::ops::embedding::{gather, scatter_};
-use crate::ops::matmul::{Mat, matmul, sum_rows};
+use crate::ops::embedding::{gather, scatter_, scatter_add_};
+use crate::ops::matmul::{Mat, matmul, matmul_wide, sum_rows};
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, patches};
 use crate::recipe::schema::{Activations, SelectFeature};
@@ -153,7 +153,7 @@ impl Tower {
         out
     }
 
-    /// `pixels` `[B, C, S, S]` → features `[B·tokens_per_image, D]`; keeps what backward needs if the tower is reached.
+    /// `pixels` `[B, C, S, S]` of any type on any device → features `[B·tokens_per_image, D]`; keeps what backward needs if the tower is reached.
     pub fn forward(
         &self,
         pixels: &Tensor,
@@ -195,8 +195,8 @@ impl Tower {
         let dx = self.pre_layrnorm.backward(&embedded, &stats, &dx, grads)?;
         let t = self.config.num_patches() + 1;
         if self.position_embedding.trainable {
-            let sum = dx.reshape((b, t, ()))?.sum(0)?;
-            grads.add(&self.position_embedding.name, sum)?;
+            let rows: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
+            scatter_add_(grads.slot(&self.position_embedding)?, &rows, &dx)?;
         }
         if self.class_embedding.trainable {
             let rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
@@ -204,7 +204,7 @@ impl Tower {
         }
         if self.patch_embedding.trainable {
             let d = gather(&dx, &self.patch_rows(b))?;
-            let dw = matmul(Mat::T(&d), Mat::N(&patches))?;
+            let dw = matmul_wide(Mat::T(&d), Mat::N(&patches))?;
             grads.add(&self.patch_embedding.name, dw.reshape(self.patch_embedding.value.shape())?)?;
         }
         Ok(())
@@ -217,19 +217,16 @@ impl Tower {
             bail!("the tower takes pictures of [{c}, {size}, {size}], found {:?}", &pixels.dims()[1..])
         }
         let (b, d, t) = (pixels.dim(0)?, self.config.hidden_size, self.config.num_patches() + 1);
-        let patches = patches::unfold(pixels, self.config.patch_size)?;
-        let kernel = self.patch_embedding.value.reshape((d, ()))?;
+        let kernel = self.patch_embedding.compute().reshape((d, ()))?;
+        let pixels = pixels.to_device(kernel.device())?.to_dtype(kernel.dtype())?;
+        let patches = patches::unfold(&pixels, self.config.patch_size)?;
         // A copy in any case: `repeat` of a single picture would hand out the parameter itself.
         let positions: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
-        let x = gather(&self.position_embedding.value, &positions)?;
+        let x = gather(self.position_embedding.compute(), &positions)?;
         let words = matmul(Mat::N(&patches), Mat::T(&kernel))?;
-        crate::ops::embedding::scatter_add_(&x, &self.patch_rows(b), &words)?;
+        scatter_add_(&x, &self.patch_rows(b), &words)?;
         let class_rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
-        crate::ops::embedding::scatter_add_(
-            &x,
-            &class_rows,
-            &self.class_embedding.value.reshape((1, d))?.repeat((b, 1))?,
-        )?;
+        scatter_add_(&x, &class_rows, &self.class_embedding.compute().reshape((1, d))?.repeat((b, 1))?)?;
         Ok((patches, x))
     }
 
