@@ -14,12 +14,13 @@ mod stock;
 
 use adfreeze::adapters::lora;
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
-use adfreeze::model::init::Fresh;
+use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
+use adfreeze::ops::Weight;
 use adfreeze::ops::random::{Key, normal};
 use adfreeze::optim::{AdamW, Groups, Schedule};
 use adfreeze::recipe::schema::{self, Activation, Activations, MlpProjector, Scheduler, SelectFeature, Warmup};
@@ -89,7 +90,7 @@ fn model(task: &str) -> Vlm {
         eos_token_ids: vec![1],
         pad_token_id: None,
     };
-    let mut src = Fresh { key: Key::new(1, "bench"), dtype: DType::F32 };
+    let mut src = Fresh { key: Key::new(1, "bench"), place: Place::cpu() };
     let projector = schema::Projector::Mlp(MlpProjector {
         source: None,
         depth: 2,
@@ -157,8 +158,8 @@ fn child(engine: &str, task: &str) {
                 let (lp, saved) = vlm.forward(&batch, Mode { record: true, activations, ..Mode::default() }).unwrap();
                 let mut grads = Grads::new();
                 vlm.backward(&batch, saved.unwrap(), &coefs, &mut grads).unwrap();
-                optimizer.step(&params, grads.by_name()).unwrap();
-                lp.logps.iter().zip(&coefs).map(|(p, c)| p * c).sum()
+                optimizer.step(&Weight::plain(&params), grads.by_name()).unwrap();
+                lp.logps().unwrap().iter().zip(&coefs).map(|(p, c)| p * c).sum()
             })
         }
     };

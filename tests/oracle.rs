@@ -6,7 +6,7 @@ mod tiny;
 
 use adfreeze::adapters::lora;
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
-use adfreeze::model::init::Fresh;
+use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::vision::Tower;
@@ -34,7 +34,7 @@ fn off(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 fn source32() -> Fresh {
-    Fresh { dtype: DType::F32, ..source() }
+    Fresh { place: Place::cpu(), ..source() }
 }
 
 /// Perturbs in f64, so that the noise has one type.

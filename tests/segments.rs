@@ -405,7 +405,8 @@ fn adapters_switched_off_leave_the_base_model() {
     let cfg = schema::Lora { name: None, rank: 2, alpha: 3.0, dropout: 0.0, target, rslora: false, freeze: false };
     lora::attach(&mut adapted, &cfg, "sft", key("lora")).unwrap();
     let batch = pack(&base, &sequences().iter().collect::<Vec<_>>());
-    let logps = |v: &Vlm, adapters_off| v.forward(&batch, Mode { adapters_off, ..Mode::default() }).unwrap().0.logps;
+    let logps =
+        |v: &Vlm, adapters_off| v.forward(&batch, Mode { adapters_off, ..Mode::default() }).unwrap().0.logps().unwrap();
     let want = logps(&base, false);
     assert_eq!(logps(&adapted, false), want, "B = 0");
     adapted.visit(&mut |p| {

@@ -2,10 +2,11 @@
 
 use crate::bail;
 use crate::error::Result;
-use crate::model::init::fresh;
+use crate::model::init::{Fresh, Source};
 use crate::model::linear::{Linear, LowRank};
 use crate::model::params::Param;
 use crate::model::vlm::Vlm;
+use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, matmul_add};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
@@ -69,12 +70,9 @@ pub fn attach(vlm: &mut Vlm, cfg: &schema::Lora, adapter: &str, key: Key) -> Res
     }
     let names = targets(vlm, cfg)?;
     graft(vlm, &names, adapter, |l| {
-        let ((d_out, d_in), dtype) = (l.dims()?, l.weight.value.dtype());
-        let matrix = |m: &str, shape: &[usize]| -> Result<Param> {
-            let name = part(l.name(), m, adapter);
-            let value = fresh(key, &name, shape, dtype)?;
-            Ok(Param::new(name, value))
-        };
+        let ((d_out, d_in), place) = (l.dims()?, l.place());
+        let mut source = Fresh { key, place };
+        let mut matrix = |m: &str, shape: &[usize]| source.master(part(l.name(), m, adapter), shape);
         Ok(LowRank {
             adapter: adapter.to_string(),
             a: matrix("A", &[cfg.rank, d_in])?,
@@ -106,9 +104,10 @@ pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
                 b.dims()
             )
         }
-        let dtype = l.weight.value.dtype();
+        let place = l.place();
         let matrix = |m: &str, t: &Tensor| -> Result<Param> {
-            Ok(Param::new(part(l.name(), m, &loaded.name), t.to_dtype(dtype)?.copy()?))
+            let value = t.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
+            Param::computed_in(part(l.name(), m, &loaded.name), value, place.dtype)
         };
         Ok(LowRank {
             adapter: loaded.name.clone(),
@@ -146,10 +145,17 @@ pub fn merge(vlm: &mut Vlm, adapter: &str) -> Result<()> {
         let Some(i) = l.deltas.iter().position(|d| d.adapter == adapter) else { return };
         let d = l.deltas.remove(i);
         if result.is_ok() {
-            result = matmul_add(&l.weight.value, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value));
+            result = add_product(&mut l.weight, &d);
         }
     });
     result
+}
+
+/// W += s·B·A, the product in f32 (or the weight's own type).
+fn add_product(w: &mut Param, d: &LowRank) -> Result<()> {
+    let sum = widen(&w.value)?.copy()?;
+    matmul_add(&sum, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value))?;
+    w.set(&sum)
 }
 
 /// Names of all adapters on the model, sorted.

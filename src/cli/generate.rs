@@ -1,6 +1,6 @@
 //! `adfreeze generate`: the answer goes to stdout as it comes.
 
-use super::model;
+use super::{device, model};
 use crate::bail;
 use crate::data::{ImageRef, Item, Sample, load_pixels};
 use crate::error::Result;
@@ -31,20 +31,18 @@ pub struct Args {
     max_new_tokens: usize,
     #[command(flatten)]
     pictures: model::Pictures,
-    /// Where to compute: auto or cpu.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    compute: device::Args,
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    super::device::check(&args.device)?;
     if !(0.0..=1.0).contains(&args.top_p)
         || args.top_p == 0.0
         || !(args.temperature >= 0.0 && args.temperature.is_finite())
     {
         bail!("--temperature {} --top-p {}", args.temperature, args.top_p; "a temperature of 0 or more, and 0 < top-p ≤ 1")
     }
-    let m = args.model.load()?;
+    let m = args.model.load(&args.compute)?;
     let encoder = &m.assembly.encoder;
     let ids = encoder.prompt(&args.prompt, args.image.len(), m.template)?;
     let (resize, alpha) = args.pictures.of(&m);
@@ -53,7 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
     let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });
     let pixels = load_pixels([&item], m.assembly.images.as_ref())?;
     let samples: Vec<&Sample> = item.samples().collect();
-    let batch = collate(&samples, &pixels, m.vlm.language.dtype())?;
+    let batch = collate(&samples, &pixels)?;
     let how = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,

@@ -1,7 +1,9 @@
 //! A trained model to ask or score with: a run directory, or a folder in Hugging Face layout.
 
+use super::device;
 use crate::bail;
 use crate::error::Result;
+use crate::model::init::Place;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_llava, source};
 use crate::pipeline::assemble::{Assembly, assemble};
@@ -96,16 +98,19 @@ pub struct Loaded {
 
 impl Args {
     /// Loads what the arguments name.
-    pub fn load(&self) -> Result<Loaded> {
+    pub fn load(&self, compute: &device::Args) -> Result<Loaded> {
+        let device = compute.open()?;
+        let place = |recipe| Place::new(device, compute.dtype().unwrap_or(recipe));
         let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
-                let Opened { recipe, stage, assembly, state } = open_run(run, self.stage.as_deref())?;
+                let Opened { recipe, stage, assembly, state } = open_run(run, self.stage.as_deref(), place)?;
                 let data = recipe.stage[&stage].data.first();
                 let (resize, alpha) = data.map(|d| (d.resize, d.alpha)).unwrap_or_default();
                 Loaded { vlm: state.vlm, assembly, template: recipe.model.template, resize, alpha }
             }
             (None, Some(model)) => {
-                let assembly = assemble(&bare(model, self.adapter.as_deref())?)?;
+                let recipe = bare(model, self.adapter.as_deref())?;
+                let assembly = assemble(&recipe, &place(recipe.model.dtype))?;
                 let vlm = assembly.vlm.clone();
                 let (template, resize, alpha) = (Template::default(), Resize::default(), Alpha::default());
                 Loaded { vlm, assembly, template, resize, alpha }

@@ -1,6 +1,6 @@
 //! `adfreeze score`: one JSON line a sample, in the order of the file.
 
-use super::model;
+use super::{device, model};
 use crate::checkpoint::atomic;
 use crate::data::{Dataset, Item, load_pixels};
 use crate::error::{Context, Result};
@@ -29,9 +29,8 @@ pub struct Args {
     micro: usize,
     #[command(flatten)]
     pictures: model::Pictures,
-    /// Where to compute: auto or cpu.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    compute: device::Args,
 }
 
 /// One line of the result.
@@ -46,8 +45,7 @@ struct Line<'a> {
 }
 
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
-    super::device::check(&args.device)?;
-    let m = args.model.load()?;
+    let m = args.model.load(&args.compute)?;
     let (resize, alpha) = args.pictures.of(&m);
     let data = Data { images: args.images.clone(), resize, alpha, ..Data::new(args.data.clone()) };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
@@ -55,12 +53,13 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
         for items in set.items.chunks(args.micro.max(1)) {
             let pixels = load_pixels(items, m.assembly.images.as_ref())?;
             let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();
-            let batch = collate(&samples, &pixels, m.vlm.language.dtype())?;
+            let batch = collate(&samples, &pixels)?;
             let (lp, _) = m.vlm.forward(&batch, Mode::default())?;
-            finite_logps(&lp.logps, &samples)?;
+            let all = lp.logps()?;
+            finite_logps(&all, &samples)?;
             let mut at = 0;
             for s in samples {
-                let logps = &lp.logps[at..at + s.targets()];
+                let logps = &all[at..at + s.targets()];
                 at += logps.len();
                 let loss = -logps.iter().sum::<f64>() / logps.len() as f64;
                 let line = Line { id: &s.id, loss, label_tokens: logps.len(), logps };

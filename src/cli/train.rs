@@ -1,6 +1,8 @@
 //! `adfreeze train`.
 
+use super::device;
 use crate::error::Result;
+use crate::model::init::Place;
 use crate::pipeline::signals::{STOPPED, Signals};
 use crate::pipeline::{self, Options, Outcome};
 use crate::recipe;
@@ -18,19 +20,24 @@ pub struct Args {
     /// Run only these stages, separated by commas.
     #[arg(long, value_delimiter = ',')]
     stages: Vec<String>,
-    /// Where to compute: auto or cpu.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    compute: device::Args,
     /// Go on although the recipe or its inputs have changed since the run began.
     #[arg(long)]
     allow_changes: bool,
 }
 
 pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
-    super::device::check(&args.device)?;
-    let recipe = recipe::load(&args.recipe, &args.sets)?;
-    let options =
-        Options { stages: args.stages.clone(), allow_changes: args.allow_changes, signals: Signals::listen()? };
+    let device = args.compute.open()?;
+    let mut recipe = recipe::load(&args.recipe, &args.sets)?;
+    // Part of the run: the same command resumes it.
+    recipe.model.dtype = args.compute.dtype().unwrap_or(recipe.model.dtype);
+    let options = Options {
+        place: Place::new(device, recipe.model.dtype),
+        stages: args.stages.clone(),
+        allow_changes: args.allow_changes,
+        signals: Signals::listen()?,
+    };
     Ok(match pipeline::train(&recipe, &options, reporter)? {
         Outcome::Finished => ExitCode::SUCCESS,
         Outcome::Stopped => ExitCode::from(STOPPED),

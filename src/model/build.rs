@@ -23,6 +23,5 @@ pub fn norm(src: &mut dyn Source, kind: Kind, name: &str, d: usize, eps: f64) ->
 
 /// One frozen parameter.
 pub fn param(src: &mut dyn Source, name: String, shape: &[usize]) -> Result<Param> {
-    let value = src.get(&name, shape)?;
-    Ok(Param::new(name, value))
+    src.param(name, shape)
 }

@@ -1,44 +1,95 @@
 //! Where a module's parameters come from: files, or fresh random values keyed by (seed, name).
 
+use super::params::Param;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::random::{Key, normal, uniform};
+use crate::recipe::schema;
 use candle_core::{DType, Device, Tensor};
+
+/// Where a model computes, and in which type: f32 or bf16 (f64 in tests).
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub device: Device,
+    pub dtype: DType,
+}
+
+impl Place {
+    /// What the recipe's `model.dtype` means on a device.
+    pub fn new(device: Device, dtype: schema::DType) -> Self {
+        let dtype = match dtype {
+            schema::DType::Auto if device.is_cpu() => DType::F32,
+            schema::DType::F32 => DType::F32,
+            schema::DType::Auto | schema::DType::Bf16 => DType::BF16,
+        };
+        Self { device, dtype }
+    }
+
+    /// f32 on the CPU.
+    pub fn cpu() -> Self {
+        Self::new(Device::Cpu, schema::DType::F32)
+    }
+
+    /// The type of values that are trained beside it: f32 with bf16.
+    pub fn master(&self) -> DType {
+        if self.dtype == DType::BF16 { DType::F32 } else { self.dtype }
+    }
+}
 
 /// Hands out parameters by canonical name and shape.
 pub trait Source {
-    /// The tensor `name`, checked to have `shape`.
-    fn get(&mut self, name: &str, shape: &[usize]) -> Result<Tensor>;
+    /// Where the model will compute.
+    fn place(&self) -> &Place;
+
+    /// The tensor `name` in `dtype`, checked to have `shape`, on the place's device.
+    fn get(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor>;
+
+    /// A parameter of a backbone: frozen unless a stage trains it.
+    fn param(&mut self, name: String, shape: &[usize]) -> Result<Param> {
+        let value = self.get(&name, shape, self.place().dtype)?;
+        Ok(Param::new(name, value))
+    }
+
+    /// A parameter that exists to be trained.
+    fn master(&mut self, name: String, shape: &[usize]) -> Result<Param> {
+        let value = self.get(&name, shape, self.place().master())?;
+        Param::computed_in(name, value, self.place().dtype)
+    }
 }
 
 /// Parameters from weight files.
 pub struct FromWeights<'a> {
     pub weights: &'a mut Weights,
-    pub dtype: DType,
-    pub device: &'a Device,
+    pub place: &'a Place,
 }
 
 impl Source for FromWeights<'_> {
-    fn get(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.take(name, shape, self.dtype, self.device)
+    fn place(&self) -> &Place {
+        self.place
+    }
+    fn get(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.weights.take(name, shape, dtype, &self.place.device)
     }
 }
 
 /// Fresh parameters.
 pub struct Fresh {
     pub key: Key,
-    pub dtype: DType,
+    pub place: Place,
 }
 
 impl Source for Fresh {
-    fn get(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        fresh(self.key, name, shape, self.dtype)
+    fn place(&self) -> &Place {
+        &self.place
+    }
+    fn get(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Ok(fresh(self.key, name, shape, dtype)?.to_device(&self.place.device)?)
     }
 }
 
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
-/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B zero.
+/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B zero. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);

@@ -50,7 +50,7 @@ pub fn forward<M: Island>(module: &M, trains: bool, x: &Tensor, need_dx: bool) -
 
 /// Takes the graph's gradients at `dy`: parameters' into `grads`, the input's is returned if it was asked for.
 pub fn backward(tape: Tape, dy: &Tensor, grads: &mut Grads) -> Result<Option<Tensor>> {
-    // Σ y·dy has the gradient dy at y.
+    // Σ y·dy has the gradient dy at y; its own value is of no interest.
     let mut store = (&tape.y * dy.detach())?.sum_all()?.backward()?;
     for (name, var) in &tape.vars {
         let g = store

@@ -1,6 +1,7 @@
 //! A linear layer with any number of low-rank updates on top: one type for frozen, LoRA (Hu et al. 2021), stacked
 //! adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else.
 
+use super::init::Place;
 use super::params::{Grads, Module, Param};
 use super::segment::Side;
 use crate::bail;
@@ -147,6 +148,12 @@ impl Linear {
             }
         }
         Ok(())
+    }
+
+    /// Where and in which type it computes.
+    pub fn place(&self) -> Place {
+        let w = self.weight.compute();
+        Place { device: w.device().clone(), dtype: w.dtype() }
     }
 
     /// `(out, in)`.

@@ -36,6 +36,14 @@ impl Param {
         self.rounded.as_ref().unwrap_or(&self.value)
     }
 
+    /// Replaces the value, in the type that it has.
+    pub fn set(&mut self, value: &Tensor) -> Result<()> {
+        let dtype = self.compute().dtype();
+        self.value = value.to_dtype(self.value.dtype())?;
+        self.rounded = rounded(&self.value, dtype)?;
+        Ok(())
+    }
+
     /// The optimizer's view: the value, and the copy that an update has to keep up with it.
     pub fn weight(&self) -> Weight {
         Weight { value: self.value.clone(), rounded: self.rounded.clone() }
@@ -91,7 +99,8 @@ pub trait Module {
         let mut result = Ok(());
         self.visit(&mut |p| {
             if let (Ok(()), Some(v)) = (&result, values.get(&p.name)) {
-                result = replace(p, &mut set, || Ok(v.to_device(p.value.device())?));
+                let device = p.value.device().clone();
+                result = replace(p, &mut set, || Ok(v.to_device(&device)?));
             }
         });
         result
@@ -103,7 +112,8 @@ pub trait Module {
         let mut result = Ok(());
         self.visit(&mut |p| {
             if result.is_ok() && p.trainable && p.value.dtype() == DType::BF16 {
-                result = replace(p, &mut set, || widen(&p.value));
+                let value = p.value.clone();
+                result = replace(p, &mut set, || widen(&value));
             }
         });
         result

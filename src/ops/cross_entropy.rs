@@ -5,7 +5,7 @@
 
 use super::launch::{Arg, Grid, Path, download, empty, launch, path, upload, wide};
 use super::matmul::{Mat, matmul, matmul_add, matmul_wide, scale_rows};
-use super::{Real, dims2, dispatch, update};
+use super::{Real, dims2, dispatch, tensor, update};
 use crate::bail;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
@@ -14,35 +14,57 @@ use rayon::prelude::*;
 /// Rows of one chunk.
 const CHUNK: usize = 256;
 
-/// What the head says about its rows.
+/// What the head says about its M rows. It stays on the device until somebody asks.
 pub struct LogProbs {
-    /// Log-probability of each row's target.
-    pub logps: Vec<f64>,
-    /// Most probable token of each row.
-    pub argmax: Vec<u32>,
+    rows: usize,
+    /// Log-probabilities and most probable tokens of a chunk of rows each.
+    chunks: Vec<(Tensor, Tensor)>,
     /// d log p / dx, `[M, D]`, if asked for.
     pub dx: Option<Tensor>,
+}
+
+impl LogProbs {
+    /// Rows, one a target.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Log-probability of each row's target. On a GPU this waits for everything before it.
+    pub fn logps(&self) -> Result<Vec<f64>> {
+        let mut out = Vec::with_capacity(self.rows);
+        for (logps, _) in &self.chunks {
+            out.extend(download::<f64>(logps)?);
+        }
+        Ok(out)
+    }
+
+    /// Most probable token of each row.
+    pub fn argmax(&self) -> Result<Vec<u32>> {
+        let mut out = Vec::with_capacity(self.rows);
+        for (_, argmax) in &self.chunks {
+            out.extend(argmax.to_vec1::<u32>()?);
+        }
+        Ok(out)
+    }
 }
 
 /// `x` `[M, D]`, `w` `[V, D]`, one target a row.
 pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result<LogProbs> {
     let (m, d) = dims2(x, "cross-entropy")?;
     check(m, w, targets)?;
-    let (mut logps, mut argmax) = (Vec::with_capacity(m), Vec::with_capacity(m));
+    let mut chunks = Vec::with_capacity(m.div_ceil(CHUNK));
     let dx = if need_dx { Some(Tensor::zeros((m, d), x.dtype(), x.device())?) } else { None };
     for start in (0..m).step_by(CHUNK) {
         let rows = CHUNK.min(m - start);
         let logits = matmul_wide(Mat::N(&x.narrow(0, start, rows)?), Mat::T(w))?;
         let t = &targets[start..start + rows];
-        let (lp, am) = softmax_minus(&logits, t, need_dx)?;
-        logps.extend(lp);
-        argmax.extend(am);
+        chunks.push(softmax_minus(&logits, t, need_dx)?);
         if let Some(dx) = &dx {
             #[allow(clippy::disallowed_methods, reason = "backward is written out here, not left to a graph")]
             dx.slice_set(&matmul(Mat::N(&logits.to_dtype(x.dtype())?), Mat::N(w))?, 0, start)?;
         }
     }
-    Ok(LogProbs { logps, argmax, dx })
+    Ok(LogProbs { rows: m, chunks, dx })
 }
 
 /// `dw += Σ coefᵢ · (e_tᵢ − softmax(W·xᵢ))·xᵢᵀ`: the gradient of Σ coefᵢ·log pᵢ for a trained head.
@@ -61,7 +83,7 @@ pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coe
 }
 
 /// Log-probabilities and arg-max of rows of logits; overwrites them with e_t − softmax if `overwrite`.
-fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>, Vec<u32>)> {
+fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Tensor, Tensor)> {
     let (_, v) = dims2(logits, "cross-entropy")?;
     if path("cross-entropy", logits)? == Path::Kernel {
         return kernel(logits, targets, overwrite);
@@ -95,11 +117,13 @@ fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(V
                 }
             });
         })?;
-        Ok(out.into_iter().unzip())
+        let (logps, argmax): (Vec<f64>, Vec<u32>) = out.into_iter().unzip();
+        let n = targets.len();
+        Ok((tensor(logps, n)?, tensor(argmax, n)?))
     })
 }
 
-fn kernel(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>, Vec<u32>)> {
+fn kernel(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Tensor, Tensor)> {
     let (n, v) = dims2(logits, "cross-entropy")?;
     let targets = upload(logits, targets, n)?;
     let (logps, argmax) = (empty(logits, DType::F32, n)?, empty(logits, DType::U32, n)?);
@@ -108,7 +132,7 @@ fn kernel(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Vec<f64>
     let flags = [Arg::flag(overwrite), Arg::flag(wide(v, &[Some(logits)]))];
     let args = [inputs.as_slice(), &outputs, &flags].concat();
     launch("cross_entropy", "cross_entropy", logits.dtype(), Grid::line(n, 512), &args)?;
-    Ok((download(&logps)?, argmax.to_vec1()?))
+    Ok((logps, argmax))
 }
 
 fn check(m: usize, w: &Tensor, targets: &[u32]) -> Result<()> {
@@ -122,7 +146,7 @@ fn check(m: usize, w: &Tensor, targets: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Rows of plain logits `[M, V]`, for generation and tests.
+/// Rows of plain logits `[M, V]`, for generation and tests; f32 where x is bf16.
 pub fn logits(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    matmul(Mat::N(x), Mat::T(w))
+    matmul_wide(Mat::N(x), Mat::T(w))
 }

@@ -12,6 +12,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub(crate) mod gemm;
+pub mod graph;
 pub mod launch;
 pub mod lora;
 pub mod matmul;
@@ -26,6 +27,7 @@ use crate::bail;
 use crate::error::Result;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor, WithDType};
 use half::bf16;
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::Mutex;
 
@@ -189,6 +191,23 @@ pub struct Weight {
     pub value: Tensor,
     /// The value rounded to the type that layers compute in, if that is another one; it follows every update.
     pub rounded: Option<Tensor>,
+}
+
+impl Weight {
+    /// Weights that are computed with as they stand.
+    pub fn plain(values: &BTreeMap<String, Tensor>) -> BTreeMap<String, Self> {
+        let plain = |t: &Tensor| Self { value: t.clone(), rounded: None };
+        values.iter().map(|(name, t)| (name.clone(), plain(t))).collect()
+    }
+
+    /// Rounds the value anew, in place, on the CPU.
+    pub(crate) fn round(&self) -> Result<()> {
+        let Some(rounded) = &self.rounded else { return Ok(()) };
+        let value = data::<f32>(&self.value)?;
+        update::<bf16>(rounded, |r| {
+            r.iter_mut().zip(value.iter()).for_each(|(r, v)| *r = bf16::from_f32(*v));
+        })
+    }
 }
 
 /// Rows and columns of a matrix.

@@ -468,7 +468,7 @@ fn cross_entropy_case(m: usize, d: usize, v: usize) -> Case {
         inputs: vec![vec![m, d], vec![v, d]],
         forward: Box::new(move |t| {
             let out = cross_entropy::forward(&t[0], &t[1], &targets(), false)?;
-            Ok(tensor(out.logps, m)?.to_dtype(sum_type(&t[0]))?)
+            Ok(tensor(out.logps()?, m)?.to_dtype(sum_type(&t[0]))?)
         }),
         backward: Box::new(move |t, dy| {
             let coefs: Vec<f64> = dy.to_dtype(DType::F64)?.to_vec1()?;

@@ -15,6 +15,7 @@ use super::inplace::{Mean, Square, Update};
 use super::schedule::Schedule;
 use crate::bail;
 use crate::error::{Context, Result};
+use crate::ops::Weight;
 use crate::recipe::schema;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
@@ -96,13 +97,13 @@ impl AdamW {
     }
 
     /// Updates, in place, every parameter that has a gradient. `params` and `grads` by name, f32 (or f64) on the CPU,
-    /// each gradient of its parameter's shape and dtype. Nothing is changed when a gradient is missing its parameter,
+    /// each gradient of its parameter's shape and dtype; rounded copies follow. Nothing is changed when a gradient is missing its parameter,
     /// misshaped, NaN or infinite: the error names it.
-    pub fn step(&mut self, params: &BTreeMap<String, Tensor>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
+    pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
         let mut squares = vec![0.0; self.groups.list().len()];
         for (name, grad) in grads {
             let member = self.groups.member(name)?;
-            check(name, member, params.get(name), grad)?;
+            check(name, member, params.get(name).map(|w| &w.value), grad)?;
             squares[member.group] += clip::finite_sum_of_squares(name, grad)?;
         }
         let grad_norm = squares.iter().sum::<f64>().sqrt();
@@ -116,7 +117,8 @@ impl AdamW {
             };
             moments.updates += 1;
             let lr = lrs[member.group];
-            moments.update(param, grad, &self.hyper, lr, member.weight_decay, clip).with_context(|| name)?;
+            moments.update(&param.value, grad, &self.hyper, lr, member.weight_decay, clip).with_context(|| name)?;
+            param.round()?;
         }
         let report = |((g, lr), s): ((&Group, &f64), &f64)| GroupReport {
             name: g.name.clone(),

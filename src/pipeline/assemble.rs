@@ -6,7 +6,7 @@ use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
-use crate::model::init::{Fresh, FromWeights, Source};
+use crate::model::init::{Fresh, FromWeights, Place, Source};
 use crate::model::language::Language;
 use crate::model::projector::Projector;
 use crate::model::vision::Tower;
@@ -14,12 +14,13 @@ use crate::model::vlm::Vlm;
 use crate::model::weights::{Weights, source};
 use crate::ops::random::Key;
 use crate::recipe::schema::{self, MlpProjector, Recipe};
-use candle_core::{DType, Device};
 use std::path::{Path, PathBuf};
 
 /// A model ready to train, and how its inputs are prepared.
 pub struct Assembly {
     pub vlm: Vlm,
+    /// Where it computes.
+    pub place: Place,
     /// How the adapter of `model.adapter` was made, if there is one.
     pub start_adapter: Option<schema::Lora>,
     /// Has a run begun to change the weights?
@@ -36,15 +37,19 @@ pub struct Assembly {
     pub warnings: Vec<String>,
 }
 
-const DTYPE: DType = DType::F32;
-
 /// Where a tower alone is read, counted as in HF's `hidden_states`, unless the recipe says otherwise: LLaVA's choice.
 const SELECT_LAYER: i64 = -2;
 
-/// Loads everything that `recipe.model` names. Fresh parts are keyed by the first stage's seed.
-pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
+/// Loads everything that `recipe.model` names to where it will compute. Fresh parts are keyed by the first stage's seed.
+pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     let seed = recipe.stages.first().and_then(|s| recipe.stage.get(s)).map_or(42, |s| s.seed);
-    let mut parts = Parts { key: Key::new(seed, "init"), files: Vec::new(), sources: Vec::new(), warnings: Vec::new() };
+    let mut parts = Parts {
+        key: Key::new(seed, "init"),
+        place: place.clone(),
+        files: Vec::new(),
+        sources: Vec::new(),
+        warnings: Vec::new(),
+    };
     let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
@@ -72,9 +77,10 @@ pub fn assemble(recipe: &Recipe) -> Result<Assembly> {
         crate::adapters::lora::attach_loaded(&mut vlm, &loaded)?;
         start_adapter = Some(described(&loaded));
     }
-    let Parts { files, sources, warnings, .. } = parts;
+    let Parts { place, files, sources, warnings, .. } = parts;
     Ok(Assembly {
         vlm,
+        place,
         start_adapter,
         used: false,
         encoder,
@@ -114,6 +120,7 @@ struct LanguagePart {
 
 struct Parts {
     key: Key,
+    place: Place,
     files: Vec<PathBuf>,
     sources: Vec<(String, String)>,
     warnings: Vec<String>,
@@ -130,6 +137,10 @@ const BESIDE_TOKENIZER: [&str; 6] = [
 ];
 
 impl Parts {
+    fn fresh(&self) -> Fresh {
+        Fresh { key: self.key, place: self.place.clone() }
+    }
+
     fn find(&mut self, what: &str, source: &str, files: &[&str]) -> Result<PathBuf> {
         let snapshot = source::resolve(source, files).with_context(|| what)?;
         let revision = snapshot.revision.map_or(String::new(), |r| format!("@{r}"));
@@ -156,7 +167,7 @@ impl Parts {
     /// Builds a part from weights and makes sure that all of them were used.
     fn load<T>(&mut self, mut weights: Weights, build: impl FnOnce(&mut dyn Source) -> Result<T>) -> Result<T> {
         self.files.extend(weights.files().map(Path::to_path_buf));
-        let built = build(&mut FromWeights { weights: &mut weights, dtype: DTYPE, device: &Device::Cpu })?;
+        let built = build(&mut FromWeights { weights: &mut weights, place: &self.place })?;
         weights.finish()?;
         Ok(built)
     }
@@ -177,7 +188,7 @@ impl Parts {
             }
             (None, Some(init), _) => {
                 let config = VisionConfig::from_init(init).context("model.vision.init")?;
-                let tower = Tower::new(config, layer, feature, &mut Fresh { key: self.key, dtype: DTYPE })?;
+                let tower = Tower::new(config, layer, feature, &mut self.fresh())?;
                 Ok(Some(Part { tower, dir: None }))
             }
             (None, None, Some(w)) => {
@@ -206,7 +217,7 @@ impl Parts {
             }
             (None, Some(init), _) => {
                 let config = LlamaConfig::from_init(init).context("model.language.init")?;
-                (Language::new(config, &mut Fresh { key: self.key, dtype: DTYPE })?, None, None)
+                (Language::new(config, &mut self.fresh())?, None, None)
             }
             (None, None, Some(w)) => {
                 let (config, weights) = Weights::language(&w.dir)?;
@@ -251,7 +262,7 @@ impl Parts {
         };
         let bias = whole.is_none_or(|w| w.config.projector_bias);
         let Some(source) = source else {
-            return Projector::new(&cfg, d_in, d_out, bias, &mut Fresh { key: self.key, dtype: DTYPE });
+            return Projector::new(&cfg, d_in, d_out, bias, &mut self.fresh());
         };
         let path = PathBuf::from(&source);
         let path = if path.exists() { path } else { self.find("model.projector", &source, source::PROJECTOR)? };

@@ -6,14 +6,16 @@ use super::assemble::{Assembly, START_ADAPTER, assemble};
 use super::freeze::{self, thousands};
 use super::stage::{check_reachable, dataset, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
-use super::{evaluation, make_data, tell_type};
+use super::{evaluation, make_data};
 use crate::bail;
 use crate::data::{Dataset, ImageProcessor, ImageRef};
 use crate::error::{Context, Error, Result};
+use crate::model::init::Place;
 use crate::model::params::Module;
 use crate::optim::AdamW;
 use crate::recipe::schema::{Model, Projector, Recipe, Scheduler, Stage, Warmup};
 use crate::report::{Reporter, Table};
+use candle_core::Device;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -29,9 +31,8 @@ const DECODED: usize = 1000;
 /// # Errors
 /// What is wrong with the model at once; what is wrong with the stages and their data all together.
 pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
-    tell_type(recipe, reporter);
     make_data(recipe, reporter)?;
-    let assembly = assemble(recipe)?;
+    let assembly = assemble(recipe, &Place::new(Device::Cpu, recipe.model.dtype))?;
     write!(out, "{}", sources(&assembly).render())?;
     let (ends, random) = (BTreeMap::new(), BTreeMap::new());
     let warnings = assembly.warnings.clone();

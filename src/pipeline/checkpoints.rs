@@ -1,6 +1,6 @@
 //! Checkpoints within a stage: trained tensors and optimizer state, written as a whole or not at all.
 
-use super::state::{State, assign};
+use super::state::State;
 use crate::checkpoint::atomic;
 use crate::checkpoint::safetensors;
 use crate::error::{Context, Error, Result};
@@ -69,7 +69,7 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW) -> Res
             "undo the change, or delete the stage's folder to start it again")
     }
     optimizer.load_state(&read(OPTIMIZER)?).with_context(|| dir.display().to_string())?;
-    assign(&mut state.vlm, &trained);
+    state.vlm.assign(&trained)?;
     let path = dir.join(TRAINED);
     let Some(loss) = safetensors::metadata(&path)?.get(LOSS).and_then(|l| l.parse().ok()) else {
         crate::bail!("{} does not say its loss", path.display(); "{}", delete())

@@ -53,8 +53,8 @@ pub fn measured(
 fn logps(vlm: &Vlm, items: &[Item], assembly: &Assembly) -> Result<Vec<f64>> {
     let pixels = load_pixels(items, assembly.images.as_ref())?;
     let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();
-    let batch = collate(&samples, &pixels, vlm.language.dtype())?;
-    let logps = vlm.forward(&batch, Mode::default())?.0.logps;
+    let batch = collate(&samples, &pixels)?;
+    let logps = vlm.forward(&batch, Mode::default())?.0.logps()?;
     finite_logps(&logps, &samples)?;
     Ok(logps)
 }

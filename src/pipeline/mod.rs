@@ -18,6 +18,7 @@ pub mod state;
 use crate::bail;
 use crate::data::synth;
 use crate::error::{Context, Result};
+use crate::model::init::Place;
 use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble};
@@ -30,14 +31,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// How a recipe is run.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Options {
+    /// Where to compute, and in which type.
+    pub place: Place,
     /// Run only these stages.
     pub stages: Vec<String>,
     /// Go on although recipe or inputs differ from what the run directory says.
     pub allow_changes: bool,
     /// What may ask the run to stop.
     pub signals: Signals,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { place: Place::cpu(), stages: Vec::new(), allow_changes: false, signals: Signals::default() }
+    }
 }
 
 /// How a run ended.
@@ -51,9 +60,8 @@ pub enum Outcome {
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
 pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
-    tell_type(recipe, reporter);
     make_data(recipe, reporter)?;
-    let mut assembly = assemble(recipe)?;
+    let mut assembly = assemble(recipe, &options.place)?;
     let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = None;
@@ -130,7 +138,7 @@ pub fn restore(recipe: &Recipe, dir: &RunDir, assembly: &mut Assembly, stage: &s
 /// The model as loaded, before any stage. The backbones in `assembly` are handed over once and read again after that.
 fn fresh_state(recipe: &Recipe, assembly: &mut Assembly) -> Result<State> {
     if assembly.used {
-        *assembly = assemble(recipe)?;
+        *assembly = assemble(recipe, &assembly.place)?;
     }
     assembly.used = true;
     Ok(State::new(assembly.vlm.clone(), assembly.start_adapter.clone()))
@@ -142,13 +150,6 @@ fn chosen_stages<'a>(recipe: &'a Recipe, options: &Options) -> Result<Vec<&'a st
     }
     let all = recipe.stages.iter().map(String::as_str);
     Ok(all.filter(|s| options.stages.is_empty() || options.stages.iter().any(|o| o == s)).collect())
-}
-
-/// Says so where the recipe asks for a type that the CPU does not compute in.
-fn tell_type(recipe: &Recipe, reporter: &Reporter) {
-    if recipe.model.language.as_ref().is_some_and(|l| l.dtype != DType::F32) {
-        reporter.info("model.language.dtype = \"bf16\" is for GPUs: the CPU computes in f32");
-    }
 }
 
 /// Makes the built-in data that the recipe asks for, unless it is there.
@@ -197,7 +198,11 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
         files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
-    checksums(&assembly.sources, &files, &pictures)
+    let mut inputs = checksums(&assembly.sources, &files, &pictures)?;
+    if assembly.place.dtype != candle_core::DType::F32 {
+        inputs.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
+    }
+    Ok(inputs)
 }
 
 /// A finished stage of a run, for `generate` and `score`.
@@ -210,8 +215,8 @@ pub struct Opened {
     pub state: State,
 }
 
-/// Opens the last finished stage of a run, or the one named.
-pub fn open_run(root: &Path, stage: Option<&str>) -> Result<Opened> {
+/// Opens the last finished stage of a run, or the one named; `place` says where it computes, given the recipe's type.
+pub fn open_run(root: &Path, stage: Option<&str>, place: impl FnOnce(DType) -> Place) -> Result<Opened> {
     let dir = RunDir::existing(root)?;
     let recipe = dir.recipe()?;
     let mut found = None;
@@ -223,7 +228,7 @@ pub fn open_run(root: &Path, stage: Option<&str>) -> Result<Opened> {
     let Some(name) = found else {
         bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
     };
-    let mut assembly = assemble(&recipe)?;
+    let mut assembly = assemble(&recipe, &place(recipe.model.dtype))?;
     let state = restore(&recipe, &dir, &mut assembly, &name)?;
     Ok(Opened { recipe, stage: name, assembly, state })
 }

@@ -68,6 +68,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     tidy(&dir)?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
     check_reachable(state, !data.images().is_empty()).with_context(|| format!("stage.{name}"))?;
+    state.vlm.make_masters()?;
     let rows = freeze::rows(state, stage)?;
     write_bytes(&dir.join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
     run.reporter.table(&freeze::table(&format!("{name}: parameters"), &rows));
@@ -132,7 +133,7 @@ fn steps(
     let images = run.images.cloned().map(Arc::new);
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
-    let params = state.vlm.trainable();
+    let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
     let mut watch = GradientWatch::new(params.keys().cloned(), first, epoch);
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
@@ -152,7 +153,7 @@ fn steps(
         let at = || format!("{name}, step {}", step.step + 1);
         let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;
         watch.see(step.step, done.grads.by_name()).with_context(at)?;
-        let report = optimizer.step(&params, done.grads.by_name()).with_context(at)?;
+        let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         last_loss = done.loss;
         let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64());
         metrics.append(&line)?;

@@ -6,7 +6,7 @@ use crate::bail;
 use crate::checkpoint::safetensors::{load, save};
 use crate::error::{Context, Error, Result};
 use crate::model::init::fresh;
-use crate::model::params::{Module, Param};
+use crate::model::params::Module;
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
@@ -76,7 +76,7 @@ impl State {
                 self.changed.insert(n);
             }
         }
-        assign(&mut self.vlm, &values);
+        self.vlm.assign(&values)?;
         Ok(())
     }
 
@@ -144,7 +144,7 @@ impl State {
         if let Some(n) = self.own().keys().find(|n| !values.contains_key(*n)) {
             bail!("{} lacks {n}", path.display(); "the file belongs to another recipe")
         }
-        assign(&mut self.vlm, &values);
+        self.vlm.assign(&values)?;
         Ok(())
     }
 }
@@ -180,13 +180,4 @@ pub fn lineage<'a>(recipe: &'a Recipe, name: &'a str) -> Result<Vec<&'a str>> {
     }
     chain.reverse();
     Ok(chain)
-}
-
-/// Sets parameters by name.
-pub fn assign(vlm: &mut Vlm, values: &BTreeMap<String, Tensor>) {
-    vlm.visit(&mut |p: &mut Param| {
-        if let Some(v) = values.get(&p.name) {
-            p.value = v.clone();
-        }
-    });
 }

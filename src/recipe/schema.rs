@@ -40,6 +40,9 @@ pub struct Model {
     pub projector: Option<Projector>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub language: Option<Language>,
+    /// Type of frozen weights and activations.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dtype: DType,
     /// A PEFT LoRA folder to start from, on top of the model above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
@@ -152,15 +155,15 @@ pub struct Language {
     /// Folder, file or repository of the tokenizer, when `source` has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
-    /// Type of the frozen weights on a GPU; on the CPU everything is computed in f32.
-    #[serde(default)]
-    pub dtype: DType,
 }
 
+/// Type of frozen weights and activations. What trains has f32 values, gradients and moments in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DType {
+    /// bf16 on a GPU, f32 on the CPU.
     #[default]
+    Auto,
     F32,
     Bf16,
 }
@@ -527,6 +530,9 @@ pub enum SynthKind {
     Shapes,
 }
 
+fn is_default<T: Default + PartialEq>(t: &T) -> bool {
+    *t == T::default()
+}
 fn default_max_seq_len() -> usize {
     2048
 }

@@ -5,11 +5,11 @@ use crate::data::{IGNORE, ImageRef, Item, Pixels, Sample};
 use crate::error::Result;
 use crate::model::vlm::Batch;
 use crate::ops::tensor;
-use candle_core::DType;
 use std::collections::BTreeMap;
 
-/// Packs `samples` in order. `pixels` holds every picture that they show, `[3, side, side]` each.
-pub fn collate(samples: &[&Sample], pixels: &Pixels, dtype: DType) -> Result<Batch> {
+/// Packs `samples` in order. `pixels` holds every picture that they show, `[3, side, side]` each; in the batch they are
+/// f32 on the host.
+pub fn collate(samples: &[&Sample], pixels: &Pixels) -> Result<Batch> {
     let mut batch = Batch::default();
     let mut index: BTreeMap<&ImageRef, u32> = BTreeMap::new();
     let mut values: Vec<f32> = Vec::new();
@@ -35,7 +35,7 @@ pub fn collate(samples: &[&Sample], pixels: &Pixels, dtype: DType) -> Result<Bat
     }
     if !index.is_empty() {
         let side = ((values.len() / index.len() / 3) as f64).sqrt() as usize;
-        batch.pixels = Some(tensor(values, (index.len(), 3, side, side))?.to_dtype(dtype)?);
+        batch.pixels = Some(tensor(values, (index.len(), 3, side, side))?);
     }
     Ok(batch)
 }

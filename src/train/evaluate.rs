@@ -93,10 +93,11 @@ fn each_batch(
 ) -> Result<()> {
     for items in eval.items.chunks(eval.micro.max(1)) {
         let samples: Vec<&Sample> = items.iter().map(single).collect::<Result<_>>()?;
-        let batch = collate(&samples, pixels, vlm.language.dtype())?;
+        let batch = collate(&samples, pixels)?;
         let (lp, _) = vlm.forward(&batch, Mode::default())?;
-        finite_logps(&lp.logps, &samples)?;
-        f(&samples, &batch, &lp.logps, &lp.argmax);
+        let logps = lp.logps()?;
+        finite_logps(&logps, &samples)?;
+        f(&samples, &batch, &logps, &lp.argmax()?);
     }
     Ok(())
 }
@@ -173,7 +174,7 @@ fn hallucination(vlm: &Vlm, encoder: &TextEncoder, eval: &Evaluation, pixels: &P
         let s = single(item)?;
         let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
         let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
-        let batch = collate(&[&prompt], pixels, vlm.language.dtype())?;
+        let batch = collate(&[&prompt], pixels)?;
         let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(MAX_ANSWER), |_| ())?;
         let answer = encoder.decode(&ids)?.to_lowercase();
         hits.push(f64::from(u8::from(s.absent.iter().any(|a| names(&answer, &a.to_lowercase())))));

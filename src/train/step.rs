@@ -69,15 +69,20 @@ fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) ->
     let coef = sft_coefficient(label_tokens)?;
     let mut out =
         Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens, samples: samples.len(), dpo: None };
+    // The loss is read once all work of the step is on its way, so that a GPU need not wait for the host in between.
+    let mut logps = Vec::new();
     for (i, micro) in samples.chunks(cfg.micro).enumerate() {
-        let batch = collate(micro, pixels, vlm.language.dtype())?;
+        let batch = collate(micro, pixels)?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
-        out.loss += lp.logps.iter().map(|p| coef * p).sum::<f64>();
-        finite(out.loss, micro)?;
         out.tokens += batch.ids.len();
         if let Some(saved) = saved {
-            vlm.backward(&batch, saved, &vec![coef; lp.logps.len()], &mut out.grads)?;
+            vlm.backward(&batch, saved, &vec![coef; lp.rows()], &mut out.grads)?;
         }
+        logps.push(lp);
+    }
+    for (lp, micro) in logps.iter().zip(samples.chunks(cfg.micro)) {
+        out.loss += lp.logps()?.iter().map(|p| coef * p).sum::<f64>();
+        finite(out.loss, micro)?;
     }
     Ok(out)
 }
@@ -96,9 +101,9 @@ fn preference(
     let mut results: Vec<(Pair, PairLoss)> = Vec::with_capacity(items.len());
     for (i, micro) in items.chunks(cfg.micro).enumerate() {
         let samples = both_sides(micro)?;
-        let batch = collate(&samples, pixels, vlm.language.dtype())?;
+        let batch = collate(&samples, pixels)?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(&samples))?;
-        let (sums, tokens) = (sum_by_owner(&batch, &lp.logps), targets_by_owner(&batch));
+        let (sums, tokens) = (sum_by_owner(&batch, &lp.logps()?), targets_by_owner(&batch));
         let mut by_sequence = vec![0.0; samples.len()];
         for (k, (index, _)) in micro.iter().enumerate() {
             let Some((ref_chosen, ref_rejected)) = reference.get(index).copied() else {
@@ -138,10 +143,11 @@ fn both_sides<'a>(items: &[(usize, &'a Item)]) -> Result<Vec<&'a Sample>> {
 /// Summed log-probabilities of (chosen, rejected) for each pair, without gradient and without dropout.
 pub fn pair_logps(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, adapters_off: bool) -> Result<ReferenceTable> {
     let samples = both_sides(items)?;
-    let batch = collate(&samples, pixels, vlm.language.dtype())?;
+    let batch = collate(&samples, pixels)?;
     let (lp, _) = vlm.forward(&batch, Mode { adapters_off, ..Mode::default() })?;
-    finite_logps(&lp.logps, &samples)?;
-    let sums = sum_by_owner(&batch, &lp.logps);
+    let logps = lp.logps()?;
+    finite_logps(&logps, &samples)?;
+    let sums = sum_by_owner(&batch, &logps);
     Ok(items.iter().enumerate().map(|(k, (index, _))| (*index, (sums[k], sums[k + items.len()]))).collect())
 }
 

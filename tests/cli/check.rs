@@ -60,7 +60,7 @@ fn knows_what_is_new_in_a_later_stage() {
     let tower = r#"["!vision.post_layernorm.*", "vision.*", "projector.*"]"#;
     let f = Folder::with(&format!(
         "stages = ['text', 'tower', 'again']\noutput_dir = 'run'\n\
-         [model]\nprojector = {{ mlp = {{}} }}\nlanguage = {{ source = '${{GOLDEN}}/language', dtype = 'bf16' }}\n\
+         [model]\nprojector = {{ mlp = {{}} }}\nlanguage = {{ source = '${{GOLDEN}}/language' }}\n\
          [model.vision]\nselect_layer = -1\n[model.vision.init]\nhidden_size = 16\nintermediate_size = 32\n\
          num_hidden_layers = 2\nnum_attention_heads = 2\nimage_size = 24\npatch_size = 12\n\
          [defaults]\nbatch = {{ global = 2 }}\nmax_steps = 1\nlr_scheduler = {{ constant = {{}} }}\n{}{}{}",

@@ -31,10 +31,11 @@ fn check(g: &Golden, name: &str, vlm: &Vlm, batch: &Batch, want: &BTreeMap<Strin
     let tolerance = |k: &str| g.tolerance(&[&format!("forward/{prefix}{k}"), "atol"]);
     // The reference has a zero wherever the next token is no target.
     let targets: Vec<f64> = super::flat(&want[&format!("{prefix}logps")]).into_iter().filter(|x| *x != 0.0).collect();
-    assert_eq!(targets.len(), lp.logps.len(), "{name}: number of targets");
-    let worst = targets.iter().zip(&lp.logps).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let logps = lp.logps().unwrap();
+    assert_eq!(targets.len(), logps.len(), "{name}: number of targets");
+    let worst = targets.iter().zip(&logps).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     g.case(&format!("{name}: log-probabilities"), worst, tolerance("logps"));
-    let loss = -lp.logps.iter().sum::<f64>() / lp.logps.len() as f64;
+    let loss = -logps.iter().sum::<f64>() / logps.len() as f64;
     let want_loss = super::flat(&want[&format!("{prefix}loss")])[0];
     g.case(&format!("{name}: loss"), (loss - want_loss).abs(), tolerance("loss"));
     let x = vlm.embed_prompt(batch).unwrap();

@@ -40,7 +40,7 @@ fn compute(
     let mode = Mode { record: true, activations, ..Mode::default() };
     let (lp, saved) = vlm.forward(&batch, mode).unwrap();
     let mut grads = Grads::new();
-    let coefs = vec![-1.0 / lp.logps.len() as f64; lp.logps.len()];
+    let coefs = vec![-1.0 / lp.rows() as f64; lp.rows()];
     vlm.backward(&batch, saved.unwrap(), &coefs, &mut grads).unwrap();
     grads.into_inner()
 }

@@ -14,7 +14,7 @@ use adfreeze::data::image::ImageProcessor;
 use adfreeze::data::source;
 use adfreeze::data::{Item, Pixels, Sample, TextEncoder, TextSettings, load_pixels};
 use adfreeze::model::config::LlavaConfig;
-use adfreeze::model::init::FromWeights;
+use adfreeze::model::init::{FromWeights, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
@@ -22,7 +22,7 @@ use adfreeze::model::vlm::{Batch, Vlm};
 use adfreeze::model::weights::Weights;
 use adfreeze::recipe::schema::{self, MlpProjector, Template};
 use adfreeze::train::collate::collate;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -103,7 +103,7 @@ impl Golden {
     /// The whole model in a folder (`model`, `model_hub_naming`).
     pub fn model(&self, folder: &str) -> Vlm {
         let (config, mut weights) = Weights::llava(&self.path(folder)).unwrap();
-        let mut src = FromWeights { weights: &mut weights, dtype: DType::F32, device: &Device::Cpu };
+        let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let projector = self.projector_config(&config);
         let tower = Tower::new(config.vision.clone(), config.select_layer, config.select_feature, &mut src).unwrap();
         let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);
@@ -117,17 +117,17 @@ impl Golden {
     pub fn parts(&self, vision: &str) -> Vlm {
         let config = LlavaConfig::from_dir(&self.path("model")).unwrap();
         let (v, mut weights) = Weights::vision(&self.path(vision)).unwrap();
-        let mut src = FromWeights { weights: &mut weights, dtype: DType::F32, device: &Device::Cpu };
+        let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let tower = Tower::new(v, config.select_layer, config.select_feature, &mut src).unwrap();
         weights.finish().unwrap();
         let mut weights = Weights::projector(&self.path("projector_init.safetensors")).unwrap();
-        let mut src = FromWeights { weights: &mut weights, dtype: DType::F32, device: &Device::Cpu };
+        let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let cfg = self.projector_config(&config);
         let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);
         let projector = Projector::new(&cfg, d_in, d_out, config.projector_bias, &mut src).unwrap();
         weights.finish().unwrap();
         let (text, mut weights) = Weights::language(&self.path("language")).unwrap();
-        let mut src = FromWeights { weights: &mut weights, dtype: DType::F32, device: &Device::Cpu };
+        let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let language = Language::new(text, &mut src).unwrap();
         weights.finish().unwrap();
         Vlm::new(Some(tower), Some(projector), language, config.image_token_index)
@@ -197,7 +197,7 @@ impl Golden {
             .iter()
             .map(|id| items.iter().flat_map(Item::samples).find(|s| s.id == id.as_str().unwrap()).unwrap().clone())
             .collect();
-        let batch = collate(&samples.iter().collect::<Vec<_>>(), &pixels, DType::F32).unwrap();
+        let batch = collate(&samples.iter().collect::<Vec<_>>(), &pixels).unwrap();
         (samples, batch)
     }
 

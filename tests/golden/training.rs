@@ -5,6 +5,7 @@ use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::Item;
 use adfreeze::model::params::Module;
 use adfreeze::model::vlm::Vlm;
+use adfreeze::ops::Weight;
 use adfreeze::ops::random::Key;
 use adfreeze::optim::{AdamW, Groups, Schedule};
 use adfreeze::recipe::schema::{self, Activations, Dpo, DpoLoss, ParamGroup, Reference, Scheduler, Template, Warmup};
@@ -70,7 +71,7 @@ fn curve(g: &Golden, name: &str, vlm: &mut Vlm, file: &str, template: Template) 
         let batch: Vec<(usize, &Item)> = indices.map(|i| (i, &items[i])).collect();
         let cfg = StepConfig { micro, activations: Activations::Keep, dropout: Key::new(0, "none") };
         let done = compute(vlm, &task, &batch, &pixels, cfg).unwrap();
-        let report = optimizer.step(&params, done.grads.by_name()).unwrap();
+        let report = optimizer.step(&Weight::plain(&params), done.grads.by_name()).unwrap();
         let mut see = |k: &str, got: f64| {
             let e = (got - step[k].as_f64().unwrap()).abs();
             let w = worst.entry(k.to_string()).or_default();

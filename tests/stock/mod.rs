@@ -149,7 +149,7 @@ impl Stock {
             x = Tensor::cat(&[&x, &tokens], 0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         }
         let positions: Vec<usize> = (0..l).collect();
-        let (cos, sin) = self.rope.angles(&positions, x.dtype()).unwrap();
+        let (cos, sin) = self.rope.angles(&positions, x.dtype(), x.device()).unwrap();
         let mask: Vec<f32> = (0..l * l).map(|i| if i % l > i / l { f32::NEG_INFINITY } else { 0.0 }).collect();
         let mask = Tensor::from_vec(mask, (l, l), &Device::Cpu)?.to_dtype(x.dtype())?;
         let group = c.num_attention_heads / c.num_key_value_heads;

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
-use adfreeze::model::init::Fresh;
+use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::projector::Projector;
@@ -21,7 +21,7 @@ pub fn key(what: &str) -> Key {
 }
 
 pub fn source() -> Fresh {
-    Fresh { key: key("weights"), dtype: DType::F64 }
+    Fresh { key: key("weights"), place: Place { dtype: DType::F64, ..Place::cpu() } }
 }
 
 pub fn noise(what: &str, shape: &[usize], std: f64) -> Tensor {
@@ -159,7 +159,7 @@ pub fn coefs(n: usize) -> Vec<f64> {
 
 pub fn loss(vlm: &Vlm, batch: &Batch, coefs: &[f64], mode: Mode) -> f64 {
     let (lp, _) = vlm.forward(batch, Mode { record: false, ..mode }).unwrap();
-    lp.logps.iter().zip(coefs).map(|(p, c)| p * c).sum()
+    lp.logps().unwrap().iter().zip(coefs).map(|(p, c)| p * c).sum()
 }
 
 pub fn gradients(vlm: &Vlm, batch: &Batch, coefs: &[f64], mode: Mode) -> BTreeMap<String, Tensor> {

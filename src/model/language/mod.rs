@@ -20,7 +20,7 @@ use crate::ops::matmul::scale_rows;
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, random};
 use crate::recipe::schema::Activations;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use layer::{Cache, Layer};
 use rope::Rope;
 
@@ -128,7 +128,7 @@ impl Language {
     pub fn side(&self, lengths: &[usize], dropout: Option<random::Key>, adapters_off: bool) -> Result<Side> {
         let mut side = Side::packed(lengths);
         let positions: Vec<usize> = lengths.iter().flat_map(|n| 0..*n).collect();
-        side.rope = Some(self.rope.angles(&positions, self.dtype())?);
+        side.rope = Some(self.rope.angles(&positions, self.dtype(), self.device())?);
         (side.dropout, side.adapters_off) = (dropout, adapters_off);
         Ok(side)
     }
@@ -199,7 +199,7 @@ impl Language {
         let mut side = Side::packed(&[n]);
         side.sequences[0].k = 0..seen + n;
         let positions: Vec<usize> = (seen..seen + n).collect();
-        side.rope = Some(self.rope.angles(&positions, self.dtype())?);
+        side.rope = Some(self.rope.angles(&positions, self.dtype(), self.device())?);
         for (layer, c) in self.layers.iter().zip(&mut cache.layers) {
             x = layer.extend(&x, &side, c)?;
         }
@@ -223,6 +223,11 @@ impl Language {
     /// The type of computation.
     pub fn dtype(&self) -> DType {
         self.embed_tokens.compute().dtype()
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.embed_tokens.compute().device()
     }
 
     /// Every linear layer, in order.

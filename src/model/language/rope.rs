@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::model::config::{LlamaConfig, RopeScaling};
-use crate::ops::tensor;
-use candle_core::{DType, Tensor};
+use crate::ops::Real;
+use candle_core::{DType, Device, Tensor};
 
 /// Inverse frequencies, one for each pair of a head. HF computes angles in f32, and so do we unless the model is f64.
 #[derive(Debug, Clone)]
@@ -19,18 +19,22 @@ impl Rope {
         Self { inv_freq: base.map(|f| stretch(f, &cfg.rope_scaling)).collect() }
     }
 
-    /// Cosines and sines of the given positions, `[N, hd/2]` each.
-    pub fn angles(&self, positions: &[usize], dtype: DType) -> Result<(Tensor, Tensor)> {
-        let shape = (positions.len(), self.inv_freq.len());
-        if dtype == DType::F64 {
-            let a: Vec<f64> = positions.iter().flat_map(|p| self.inv_freq.iter().map(|f| *p as f64 * f)).collect();
-            return Ok((
-                tensor(a.iter().map(|x| x.cos()).collect(), shape)?,
-                tensor(a.iter().map(|x| x.sin()).collect(), shape)?,
-            ));
+    /// Cosines and sines of the given positions, `[N, hd/2]` each: f64 for a model in f64, else f32.
+    pub fn angles(&self, positions: &[usize], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
+        fn pair<T: Real>(angles: &[T], shape: (usize, usize), device: &Device) -> Result<(Tensor, Tensor)> {
+            let of = |f: fn(T) -> T| Tensor::from_vec(angles.iter().map(|a| f(*a)).collect(), shape, device);
+            Ok((of(num_traits::Float::cos)?, of(num_traits::Float::sin)?))
         }
-        let a: Vec<f32> = positions.iter().flat_map(|p| self.inv_freq.iter().map(|f| *p as f32 * *f as f32)).collect();
-        Ok((tensor(a.iter().map(|x| x.cos()).collect(), shape)?, tensor(a.iter().map(|x| x.sin()).collect(), shape)?))
+        let shape = (positions.len(), self.inv_freq.len());
+        let each = |p: &usize| (*p, self.inv_freq.as_slice());
+        if dtype == DType::F64 {
+            let a: Vec<f64> =
+                positions.iter().map(each).flat_map(|(p, f)| f.iter().map(move |f| p as f64 * f)).collect();
+            return pair(&a, shape, device);
+        }
+        let a: Vec<f32> =
+            positions.iter().map(each).flat_map(|(p, f)| f.iter().map(move |f| p as f32 * *f as f32)).collect();
+        pair(&a, shape, device)
     }
 }
 

@@ -8,8 +8,9 @@ use super::island::{Island, Vars};
 use super::params::{Module, Param};
 use crate::bail;
 use crate::error::Result;
+use crate::ops::graph::{activate, layer_norm, linear};
 use crate::recipe::schema;
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 /// `depth` linear layers with an activation between them, after an optional LayerNorm; depth 1 is the linear projector.
 #[derive(Debug, Clone)]
@@ -38,10 +39,7 @@ impl Projector {
         if depth == 0 {
             bail!("the projector has depth 0"; "set model.projector.mlp.depth to 1 or more")
         }
-        let mut get = |name: String, shape: &[usize]| -> Result<Param> {
-            let value = src.get(&name, shape)?;
-            Ok(Param::new(name, value))
-        };
+        let mut get = |name: String, shape: &[usize]| -> Result<Param> { src.master(name, shape) };
         let input_norm = if norm {
             Some((
                 get("projector.input_norm.weight".into(), &[vision])?,
@@ -66,33 +64,17 @@ impl Island for Projector {
     fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
         let mut x = x.clone();
         if let Some((w, b)) = &self.input_norm {
-            let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-            let var = centred.sqr()?.mean_keepdim(D::Minus1)?;
-            x = centred.broadcast_div(&(var + NORM_EPS)?.sqrt()?)?;
-            x = x.broadcast_mul(&vars.get(w)?)?.broadcast_add(&vars.get(b)?)?;
+            x = layer_norm(&x, &vars.get(w)?, &vars.get(b)?, NORM_EPS)?;
         }
         for (i, (w, b)) in self.layers.iter().enumerate() {
             if i > 0 {
                 x = activate(self.act, &x)?;
             }
-            x = x.matmul(&vars.get(w)?.t()?)?;
-            if let Some(b) = b {
-                x = x.broadcast_add(&vars.get(b)?)?;
-            }
+            let bias = b.as_ref().map(|b| vars.get(b)).transpose()?;
+            x = linear(&x, &vars.get(w)?, bias.as_ref())?;
         }
         Ok(x)
     }
-}
-
-fn activate(act: schema::Activation, x: &Tensor) -> Result<Tensor> {
-    use schema::Activation as A;
-    Ok(match act {
-        A::Gelu => x.gelu_erf()?,
-        A::GeluTanh => x.gelu()?,
-        A::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
-        A::Silu => x.silu()?,
-        A::Relu => x.relu()?,
-    })
 }
 
 impl Module for Projector {

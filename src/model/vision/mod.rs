@@ -70,8 +70,7 @@ impl Tower {
         let (d, p) = (c.hidden_size, c.patch_size);
         let mut get = |name: &str, shape: &[usize]| -> Result<Param> {
             let name = format!("vision.embeddings.{name}");
-            let value = src.get(&name, shape)?;
-            Ok(Param::new(name, value))
+            src.param(name, shape)
         };
         let class_embedding = get("class_embedding", &[d])?;
         let patch_embedding = get("patch_embedding.weight", &[d, c.num_channels, p, p])?;

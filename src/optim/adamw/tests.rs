@@ -48,7 +48,7 @@ fn follows_torch(dtype: DType, key: &str, tolerance: f64) {
     let mut opt = optimizer(run);
     let mut clipped = 0;
     for (s, row) in run["steps"].as_array().unwrap().iter().enumerate() {
-        let report = opt.step(&params, &tensors(&row["grads"], &run["shapes"], dtype)).unwrap();
+        let report = opt.step(&Weight::plain(&params), &tensors(&row["grads"], &run["shapes"], dtype)).unwrap();
         let want = row["grad_norm"].as_f64().unwrap();
         assert!((report.grad_norm - want).abs() < 1e-6 * want, "norm in step {s}");
         for group in &report.groups {
@@ -90,7 +90,7 @@ fn follows_the_formula() {
     for t in 1..=10 {
         let g = (t as f64).sin() * 3.0;
         let grad = Tensor::new(&[[g]], &Device::Cpu).unwrap();
-        opt.step(&params, &Tensors::from([("w".to_string(), grad)])).unwrap();
+        opt.step(&Weight::plain(&params), &Tensors::from([("w".to_string(), grad)])).unwrap();
         m = b1 * m + (1.0 - b1) * g;
         v = b2 * v + (1.0 - b2) * g * g;
         let (mh, vh) = (m / (1.0 - b1.powi(t)), v / (1.0 - b2.powi(t)));
@@ -110,15 +110,15 @@ fn a_resumed_optimizer_continues_to_the_bit() {
     let params = tensors(&run["start"], &run["shapes"], DType::F32);
     let mut unbroken = optimizer(run);
     for s in 0..3 {
-        unbroken.step(&params, &grads(s)).unwrap();
+        unbroken.step(&Weight::plain(&params), &grads(s)).unwrap();
     }
     let copy: Tensors = params.iter().map(|(n, t)| (n.clone(), t.copy().unwrap())).collect();
     let mut resumed = optimizer(run);
     resumed.load_state(&unbroken.state().unwrap()).unwrap();
     assert_eq!(resumed.steps_done(), 3);
     for s in 3..6 {
-        let a = unbroken.step(&params, &grads(s)).unwrap();
-        let b = resumed.step(&copy, &grads(s)).unwrap();
+        let a = unbroken.step(&Weight::plain(&params), &grads(s)).unwrap();
+        let b = resumed.step(&Weight::plain(&copy), &grads(s)).unwrap();
         assert_eq!(a, b);
     }
     assert_eq!(worst(&params, &copy), 0.0);
@@ -139,7 +139,7 @@ fn bad_gradients_change_nothing_and_are_named() {
     let mut refuse = |name: &str, grad: Tensor, says: &str| {
         let mut grads = good.clone();
         grads.insert(name.into(), grad);
-        let e = opt.step(&params, &grads).unwrap_err();
+        let e = opt.step(&Weight::plain(&params), &grads).unwrap_err();
         assert!(e.cause().contains(name) && e.cause().contains(says), "{e}");
         assert_eq!((worst(&params, &start), opt.steps_done()), (0.0, 0));
     };
@@ -149,7 +149,7 @@ fn bad_gradients_change_nothing_and_are_named() {
     refuse("b.weight", Tensor::zeros((5, 3), DType::F64, &Device::Cpu).unwrap(), "f32");
     refuse("c.weight", nan, "not among the trained parameters");
     let few = Tensors::from([("a.weight".to_string(), params["a.weight"].clone())]);
-    assert!(opt.step(&few, &good).unwrap_err().cause().contains("b.bias"));
+    assert!(opt.step(&Weight::plain(&few), &good).unwrap_err().cause().contains("b.bias"));
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn a_state_that_does_not_fit_is_refused() {
     let run = &all["f32"];
     let params = tensors(&run["start"], &run["shapes"], DType::F32);
     let mut opt = optimizer(run);
-    opt.step(&params, &tensors(&run["steps"][0]["grads"], &run["shapes"], DType::F32)).unwrap();
+    opt.step(&Weight::plain(&params), &tensors(&run["steps"][0]["grads"], &run["shapes"], DType::F32)).unwrap();
     let good = opt.state().unwrap();
     let mut refuse = |change: &dyn Fn(&mut Tensors), says: &str| {
         let mut state = good.clone();

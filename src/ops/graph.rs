@@ -1,0 +1,285 @@
+//! Our ops as nodes of candle's graph, for modules that are written as ordinary differentiable code (see
+//! `model::island`): the same kernels and the same backward as in the trunk.
+
+use super::activation;
+use super::matmul::{self, Mat, matmul as product, sum_rows};
+use super::norm::{self, Kind};
+use crate::error::{Error, Result};
+use crate::recipe::schema::Activation;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, Shape, Storage, Tensor,
+};
+use std::sync::Mutex;
+
+/// `x·Wᵀ + b`: `x` `[N, in]`, `w` `[out, in]`, `b` `[out]` → `[N, out]`.
+pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let y = matmul::linear(&x.detach(), &w.detach(), b.map(Tensor::detach).as_ref())?;
+    let (tracked_x, tracked_w) = (x.track_op(), w.track_op());
+    let gradients = move |x: &Tensor, w: &Tensor, dy: &Tensor| -> Result<[Option<Tensor>; 2]> {
+        let dx = tracked_x.then(|| product(Mat::N(dy), Mat::N(w))).transpose()?;
+        let dw = tracked_w.then(|| product(Mat::T(dy), Mat::N(x))).transpose()?;
+        Ok([dx, dw])
+    };
+    let Some(b) = b else {
+        return node2("linear", x, w, y, Box::new(move |[x, w], dy| gradients(x, w, dy)));
+    };
+    let tracked_b = b.track_op();
+    let backward = move |[x, w, b]: [&Tensor; 3], dy: &Tensor| {
+        let [dx, dw] = gradients(x, w, dy)?;
+        let db = tracked_b.then(|| Ok::<_, Error>(sum_rows(dy)?.to_dtype(b.dtype())?)).transpose()?;
+        Ok([dx, dw, db])
+    };
+    node3("linear", [x, w, b], y, Box::new(backward))
+}
+
+/// `act(x)`, any shape.
+pub fn activate(act: Activation, x: &Tensor) -> Result<Tensor> {
+    let y = activation::forward(act, &x.detach())?;
+    node1("activation", x, y, Box::new(move |[x], dy| Ok([Some(activation::backward(act, x, dy)?)])))
+}
+
+/// LayerNorm over rows, `[N, D]` with scale and shift `[D]`.
+pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
+    let (y, stats) = norm::forward(Kind::Layer, &x.detach(), &w.detach(), Some(&b.detach()), eps)?;
+    let scale = w.track_op() || b.track_op();
+    let backward = move |[x, w, b]: [&Tensor; 3], dy: &Tensor| {
+        let (dx, scale) = norm::backward(Kind::Layer, x, w, &stats, dy, scale)?;
+        let Some(scale) = scale else { return Ok([Some(dx), None, None]) };
+        Ok([Some(dx), Some(scale.weight.to_dtype(w.dtype())?), Some(scale.bias.to_dtype(b.dtype())?)])
+    };
+    node3("layer_norm", [x, w, b], y, Box::new(backward))
+}
+
+/// Gradients of a node's inputs from that of its output; all tensors are detached and contiguous.
+type Backward<const N: usize> = Box<dyn Fn([&Tensor; N], &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync>;
+
+/// A result that is there already, waiting to become a node.
+struct Node<const N: usize> {
+    name: &'static str,
+    out: Mutex<Option<(Storage, Shape)>>,
+    backward: Backward<N>,
+}
+
+impl<const N: usize> Node<N> {
+    fn new(name: &'static str, out: Tensor, backward: Backward<N>) -> Result<Self> {
+        let shape = out.shape().clone();
+        Ok(Self { name, out: Mutex::new(Some((take(out)?, shape))), backward })
+    }
+
+    fn take(&self) -> candle_core::Result<(Storage, Shape)> {
+        let taken = self.out.lock().map_err(|_| candle_core::Error::Msg("poisoned".into()))?.take();
+        taken.ok_or_else(|| candle_core::Error::Msg(format!("{}: its result was taken before", self.name)))
+    }
+
+    fn cpu(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cpu(s), shape) => Ok((s, shape)),
+            _ => candle_core::bail!("{}: inputs on the CPU, result elsewhere", self.name),
+        }
+    }
+
+    fn cuda(&self) -> candle_core::Result<(CudaStorage, Shape)> {
+        match self.take()? {
+            (Storage::Cuda(s), shape) => Ok((s, shape)),
+            _ => candle_core::bail!("{}: inputs on a GPU, result elsewhere", self.name),
+        }
+    }
+
+    fn gradients(&self, inputs: [&Tensor; N], dy: &Tensor) -> candle_core::Result<[Option<Tensor>; N]> {
+        let plain = |t: &Tensor| t.detach().contiguous();
+        let mut own = Vec::with_capacity(N);
+        for t in inputs {
+            own.push(plain(t)?);
+        }
+        let inputs = std::array::from_fn(|i| &own[i]);
+        (self.backward)(inputs, &plain(dy)?).map_err(|e| candle_core::Error::Msg(format!("{}: {e}", self.name)))
+    }
+}
+
+fn node1(name: &'static str, x: &Tensor, y: Tensor, backward: Backward<1>) -> Result<Tensor> {
+    Ok(x.apply_op1(Node::new(name, y, backward)?)?)
+}
+
+fn node2(name: &'static str, a: &Tensor, b: &Tensor, y: Tensor, backward: Backward<2>) -> Result<Tensor> {
+    Ok(a.apply_op2(b, Node::new(name, y, backward)?)?)
+}
+
+fn node3(name: &'static str, [a, b, c]: [&Tensor; 3], y: Tensor, backward: Backward<3>) -> Result<Tensor> {
+    Ok(a.apply_op3(b, c, Node::new(name, y, backward)?)?)
+}
+
+impl CustomOp1 for Node<1> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let [dx] = self.gradients([x], dy)?;
+        Ok(dx)
+    }
+}
+
+impl CustomOp2 for Node<2> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let [da, db] = self.gradients([a, b], dy)?;
+        Ok((da, db))
+    }
+}
+
+impl CustomOp3 for Node<3> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [da, db, dc] = self.gradients([a, b, c], dy)?;
+        Ok((da, db, dc))
+    }
+}
+
+/// Moves the memory out of a fresh tensor that nobody else holds, without a copy.
+fn take(t: Tensor) -> Result<Storage> {
+    struct Take(Mutex<Option<Storage>>);
+    impl Take {
+        fn put(&self, s: Storage) -> candle_core::Result<()> {
+            *self.0.lock().map_err(|_| candle_core::Error::Msg("poisoned".into()))? = Some(s);
+            Ok(())
+        }
+    }
+    impl InplaceOp1 for Take {
+        fn name(&self) -> &'static str {
+            "take"
+        }
+        fn cpu_fwd(&self, s: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+            self.put(Storage::Cpu(std::mem::replace(s, CpuStorage::U8(vec![]))))
+        }
+        #[cfg(feature = "cuda")]
+        fn cuda_fwd(&self, s: &mut CudaStorage, _: &Layout) -> candle_core::Result<()> {
+            use candle_core::backend::{BackendDevice, BackendStorage};
+            // One byte takes its place: the tensor is dropped right after.
+            let rest = s.device().zeros_impl(&Shape::from(1), candle_core::DType::U8)?;
+            self.put(Storage::Cuda(std::mem::replace(s, rest)))
+        }
+    }
+    if !t.is_contiguous() || t.layout().start_offset() != 0 {
+        return take(t.force_contiguous()?);
+    }
+    let op = Take(Mutex::new(None));
+    t.inplace_op1(&op)?;
+    let taken = op.0.into_inner().ok().flatten();
+    taken.ok_or_else(|| Error::new("a tensor's memory could not be moved into the graph"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::random::{Key, normal};
+    use candle_core::{DType, Var};
+
+    /// Σ c·f(vars) has the gradients that finite differences give.
+    fn check(vars: &[Var], f: impl Fn() -> Tensor) {
+        let c = normal(Key::new(7, "c"), f().dims(), 1.0, DType::F64).unwrap();
+        let loss = || (f() * &c).unwrap().sum_all().unwrap();
+        let grads = loss().backward().unwrap();
+        for v in vars {
+            let g: Vec<f64> = grads.get(v).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let x: Vec<f64> = v.flatten_all().unwrap().to_vec1().unwrap();
+            for i in 0..x.len() {
+                let at = |d: f64| {
+                    let mut x = x.clone();
+                    x[i] += d;
+                    v.set(&Tensor::from_vec(x, v.dims(), v.device()).unwrap()).unwrap();
+                    loss().to_scalar::<f64>().unwrap()
+                };
+                let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+                at(0.0);
+                assert!((slope - g[i]).abs() < 1e-7 * (1.0 + slope.abs()), "{slope} {}", g[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn nodes_have_the_gradients_of_finite_differences() {
+        let var = |name: &str, shape: &[usize]| {
+            Var::from_tensor(&normal(Key::new(1, name), shape, 0.8, DType::F64).unwrap()).unwrap()
+        };
+        let (x, w, b) = (var("x", &[3, 4]), var("w", &[5, 4]), var("b", &[5]));
+        let (scale, shift) = (var("s", &[5]), var("t", &[5]));
+        let vars = [x.clone(), w.clone(), b.clone(), scale.clone(), shift.clone()];
+        check(&vars, || {
+            let y = linear(&x, &w, Some(&b)).unwrap();
+            layer_norm(&activate(Activation::Gelu, &y).unwrap(), &scale, &shift, 1e-5).unwrap()
+        });
+        check(&[x.clone(), w.clone()], || linear(&x, &w, None).unwrap());
+    }
+
+    #[test]
+    fn what_is_not_tracked_gets_no_gradient() {
+        let x = Tensor::ones((2, 3), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let w = Var::from_tensor(&x).unwrap();
+        let y = linear(&x, &w, None).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert!(grads.get(&w).is_some() && grads.get(&x).is_none());
+        assert!(!linear(&x, &x, None).unwrap().track_op());
+    }
+}
