@@ -1,16 +1,15 @@
 // Softmax cross-entropy on a chunk of logits z [R, V], and its gradient in their place (as in Liger's fused head).
 //
-//   lse = log Σ_j e^(z_j),  logp = z_t − lse,  argmax = the first of the largest;  z_j ← coef·([j = t] − e^(z_j − lse))
+//   logp = z_t − log Σ_j e^(z_j),  argmax = the first of the largest;  z_j ← coef·([j = t] − softmax(z)_j)
 //
-// Logits are f32, as the product has summed them. logp, argmax, lse: [R] each, f32/u32/f32; any may be null. coef [R] f32,
-// null for 1. Rows stand `stride` ≥ V elements apart; what lies between is neither read nor written. One block of 512
-// threads a row: grid R.
+// Logits are f32, as the product has summed them. logp, argmax: [R], f32 and u32, or null. coef [R] f32, null for 1. One
+// block of 512 threads a row: grid R.
 //
 // z is read once (maximum, sum and argmax together, the online softmax of Milakov & Gimelshein 2018) and, if the gradient
 // is to `overwrite` it, once more: e·R·V [+ 2e·R·V] bytes.
 //
-// `wide`: accesses of 16 bytes; stride a multiple of 16/e and z at an address of 16. Any V: the last few of a row are
-// taken one by one. Elements belong to threads by their index alone, so wide or not, the bits are the same.
+// `wide`: accesses of 16 bytes; V a multiple of 16/e and z at an address of 16. Elements belong to threads by their index
+// alone, so wide or not, the bits are the same.
 #include "common.cuh"
 #include <cfloat>
 
@@ -25,8 +24,7 @@ struct Row {
 
 // The V elements from j on; beyond v, −∞.
 template <bool ALIGNED, class T, int V> __device__ __forceinline__ Pack<T, V> read(const T* z, int j, int v) {
-    if constexpr (ALIGNED)
-        if (j + V <= v) return load<V>(z + j);
+    if constexpr (ALIGNED) return load<V>(z + j);
     Pack<T, V> a;
 #pragma unroll
     for (int k = 0; k < V; k++) a.at[k] = j + k < v ? z[j + k] : from_f32<T>(-INFINITY);
@@ -84,7 +82,7 @@ template <bool ALIGNED, class T> __device__ void write_gradient(T* z, int v, int
                         const float g = exp2_fast((to_f32(a.at[k]) - shift) * LOG2E) * scale;
                         a.at[k] = from_f32<T>(j + k == t ? g + coef : g);
                     }
-                    if (ALIGNED && j + V <= v) {
+                    if (ALIGNED) {
                         put(z + j, a);
                     } else {
 #pragma unroll
@@ -95,11 +93,11 @@ template <bool ALIGNED, class T> __device__ void write_gradient(T* z, int v, int
 }
 
 template <bool ALIGNED, class T>
-__device__ void cross_entropy(T* z, const unsigned* targets, const float* coef, float* logp, unsigned* argmax, float* lse, int v, size_t stride, bool overwrite) {
+__device__ void cross_entropy(T* z, const unsigned* targets, const float* coef, float* logp, unsigned* argmax, int v, bool overwrite) {
     constexpr int V = WIDE<T>;
     const size_t row = blockIdx.x;
     const int t = targets[row];
-    z += row * stride;
+    z += row * v;
     const float hit = to_f32(z[t]);  // before it is overwritten
     Row r{-FLT_MAX, 0.f, ~0u};       // finite: −∞ − (−∞) would not be a number
     {
@@ -108,18 +106,16 @@ __device__ void cross_entropy(T* z, const unsigned* targets, const float* coef, 
                     [=](int j, const Pack<T, V>& a) { take(*to, a, j); });
     }
     r = join(r);
-    const float log_sum = logf(r.sum);
     if (threadIdx.x == 0) {
-        if (logp) logp[row] = hit - r.max - log_sum;
+        if (logp) logp[row] = hit - r.max - logf(r.sum);
         if (argmax) argmax[row] = r.at;
-        if (lse) lse[row] = r.max + log_sum;
     }
     if (overwrite) write_gradient<ALIGNED>(z, v, t, r.max, 1.f / r.sum, coef ? coef[row] : 1.f);
 }
 
 #define CROSS_ENTROPY(T, name)                                                                                         \
-    EXPORT_BOUNDS(THREADS, 2, cross_entropy_##name, (T* z, const unsigned* targets, const float* coef, float* logp, unsigned* argmax, float* lse, int v, size_t stride, int overwrite, int wide), \
-                  if (wide) cross_entropy<true>(z, targets, coef, logp, argmax, lse, v, stride, overwrite);            \
-                  else cross_entropy<false>(z, targets, coef, logp, argmax, lse, v, stride, overwrite))
+    EXPORT_BOUNDS(THREADS, 2, cross_entropy_##name, (T* z, const unsigned* targets, const float* coef, float* logp, unsigned* argmax, int v, int overwrite, int wide), \
+                  if (wide) cross_entropy<true>(z, targets, coef, logp, argmax, v, overwrite);            \
+                  else cross_entropy<false>(z, targets, coef, logp, argmax, v, overwrite))
 
 CROSS_ENTROPY(float, f32)

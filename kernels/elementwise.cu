@@ -15,7 +15,7 @@
 //   unfold       pixels [B, C, H, W] → [B·(H/p)·(W/p), C·p·p], one row a patch; im2col for stride = kernel
 // Sum of rows in f32 without atomics, in two launches; the stretch decides the order, so it must not depend on the device.
 //   sum_rows     part [P, d]: block (c, p) of 256 threads sums rows p·stretch.. of columns 32·V·c..; reads e·N·d
-//   reduce_rows  out[k] (+)= Σ_p part[k, p], part [K, P, d], out [K, d]: grid (⌈d / 256⌉, K), 256 threads
+//   reduce_rows  out[k] = Σ_p part[k, p], part [K, P, d], out [K, d]: grid (⌈d / 256⌉, K), 256 threads
 //
 // `wide` chooses accesses of 16 bytes (V = 16/e; of the larger type where two meet): n or d a multiple of V, all
 // addresses of 16 bytes (with two types: of V elements). Otherwise V = 1.
@@ -134,14 +134,14 @@ template <class T, int V> __device__ void sum_rows(const T* x, float* part, int 
     }
 }
 
-__device__ __forceinline__ void reduce(const float* part, float* out, int p, int d, bool accumulate) {
+__device__ __forceinline__ void reduce(const float* part, float* out, int p, int d) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= d) return;
     part += size_t(blockIdx.y) * p * d + column, out += size_t(blockIdx.y) * d + column;
     float total = 0.f;
 #pragma unroll 8
     for (int i = 0; i < p; i++) total += part[size_t(i) * d];
-    *out = accumulate ? *out + total : total;
+    *out = total;
 }
 
 // ---- entries
@@ -191,4 +191,4 @@ ELEMENTWISE(float, f32)
 ELEMENTWISE(bf16, bf16)
 ADD(float, bf16, f32_bf16)
 SCATTER_ADD(float, bf16, f32_bf16)
-EXPORT(reduce_rows, (const float* part, float* out, int p, int d, int accumulate), reduce(part, out, p, d, accumulate))
+EXPORT(reduce_rows, (const float* part, float* out, int p, int d), reduce(part, out, p, d))

@@ -211,7 +211,7 @@ __device__ __forceinline__ void up(const bf16* h, const Small& small, bf16* y, s
                     const int chunk = (w / 16 * 4 + w % 4) ^ ((line & 1) | (line >> 3 & 3) << 1);
                     const Address at = to + line * TILE * 2 + chunk * 16 + w % 16 / 4 * 4;
                     const bf16* from = small[u] + size_t(line) * columns + column;
-                    if (WHOLE) copy_async4(at, from, line < r && column < columns);
+                    if (WHOLE) copy_async<4>(at, from, line < r && column < columns);
                     else store_shared(at, load_pairs<2, false>(from, line < r ? columns - column : 0).at[0]);
                 }
             }

@@ -1,18 +1,6 @@
-// Beside mma.cuh: a 4-byte cp.async (to be merged there), the dropout mask on bf16 pairs, guarded loads of such pairs.
+// Beside mma.cuh: the dropout mask on bf16 pairs, guarded loads of such pairs.
 #pragma once
 #include "mma.cuh"
-
-// 4 bytes, or zeros where not `valid`.
-__device__ __forceinline__ void copy_async4(Address to, const void* from, bool valid) {
-#if defined(CUDA_ON_CPU)
-    cuda_cpu::aligned(reinterpret_cast<void*>(to), 4);
-    if (valid) cuda_cpu::aligned(from, 4);
-    const unsigned bytes = valid ? 4 : 0;
-    cuda_cpu::state().now->open.push_back({reinterpret_cast<char*>(to), static_cast<const char*>(from), bytes, 4 - bytes});
-#else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-#endif
-}
 
 // A lane's share of a row: N neighbouring bf16 as pairs.
 template <int N> using Pairs = Pack<unsigned, N / 2>;

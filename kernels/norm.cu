@@ -34,7 +34,7 @@ template <class T, int V> __device__ void norm_row(const T* x, const T* r, const
                     const Pack<T, V> c = load<V>(r + i);
 #pragma unroll
                     for (int k = 0; k < V; k++) a.at[k] = from_f32<T>(to_f32(a.at[k]) + to_f32(c.at[k]));
-                    store(s + i, a);
+                    put(s + i, a);
                 }
 #pragma unroll
                 for (int k = 0; k < V; k++) sum[0] += to_f32(a.at[k]);
@@ -67,7 +67,7 @@ template <class T, int V> __device__ void norm_row(const T* x, const T* r, const
             const float v = (to_f32(a.at[k]) - mean) * inv * to_f32(c.at[k]);
             out.at[k] = from_f32<T>(b ? v + to_f32(shift.at[k]) : v);
         }
-        store(y + i, out);
+        put(y + i, out);
     }
 }
 
@@ -98,7 +98,7 @@ template <class T, int V> __device__ void norm_back_row(const T* x, const T* w, 
             const float v = inv * (g - shift - hat * along);
             out.at[k] = from_f32<T>(base ? to_f32(rest.at[k]) + v : v);
         }
-        store(dx + i, out);
+        put(dx + i, out);
     }
 }
 

@@ -2,7 +2,7 @@
 //
 // q [N, heads·hd], k [N, kv·hd]; cos, sin [N, hd/2] in f32. Column i of a head's first half and column i of its second
 // form a pair: (a, b) → (a·cos − sign·b·sin, b·cos + sign·a·sin), sign 1 forward and −1 backward (the inverse of a
-// rotation is its transpose). Moves 2e·N·(heads + kv)·hd bytes, and 4·N·hd of angles. kv = 0: q alone, k is not read.
+// rotation is its transpose). Moves 2e·N·(heads + kv)·hd bytes, and 4·N·hd of angles.
 //
 // Block (x, y, z) of any shape: x threads share the pairs of a head, y the heads, z rows; grid ⌈N / z⌉. A thread keeps the
 // angles of its pairs for all its heads. Best: x = hd/(2V), y = ⌈(heads + kv) / 4⌉, z = as many as 256 threads hold (≤ 64).

@@ -3,6 +3,8 @@
 
 #[path = "emulator/adamw.rs"]
 mod adamw;
+#[path = "emulator/attention.rs"]
+mod attention;
 mod emulator;
 #[path = "emulator/faults.rs"]
 mod faults;

@@ -85,9 +85,19 @@ fn every_op_against_finite_differences_and_composed_candle() {
 
 #[test]
 fn wrong_shapes_are_errors_not_panics() {
+    use adfreeze::ops::attention::{Config, Segment, Skip, forward};
     use adfreeze::ops::matmul::{Mat, linear, matmul_add};
     let t = |r: usize, c: usize| Tensor::zeros((r, c), DType::F32, &candle_core::Device::Cpu).unwrap();
     assert!(linear(&t(2, 3), &t(4, 5), None).unwrap_err().to_string().contains("inner sizes 3 and 5"));
     assert!(matmul_add(&t(2, 2), 1.0, Mat::N(&t(2, 3)), Mat::N(&t(3, 4))).is_err());
     assert!(adfreeze::ops::embedding::gather(&t(2, 3), &[2]).unwrap_err().to_string().contains("index 2"));
+    let cfg = Config { heads: 1, kv_heads: 1, head_dim: 3, causal: true };
+    let skip = |from, keys| vec![Segment { q: 0..2, k: 0..4, skip: Some(Skip { from, keys }) }];
+    for segments in [skip(0, 2..5), skip(3, 1..2)] {
+        let e = forward(cfg, &segments, &t(2, 3), &t(4, 3), &t(4, 3)).unwrap_err();
+        assert!(e.to_string().contains("skips keys"), "{e}");
+    }
+    assert!(forward(cfg, &skip(2, 1..4), &t(2, 3), &t(4, 3), &t(4, 3)).is_ok());
+    let e = adfreeze::ops::attention::blockwise::forward(cfg, &[], &t(2, 3), &t(4, 3), &t(4, 3)).unwrap_err();
+    assert!(e.to_string().contains("nothing here runs kernels"), "{e}");
 }

@@ -50,6 +50,9 @@ impl LowRank {
 /// What backward needs beside x: `drop(x)·Aᵀ` of each update, `[N, rank]`.
 pub struct Saved(Vec<Option<Tensor>>);
 
+/// What [`Linear::backward_to_input`] leaves: u of each update whose A trains, `[N, rank]`.
+pub struct Rest(Vec<Option<Tensor>>);
+
 /// The gradient of an input that one or several layers share: the first product is written, the others are added.
 #[derive(Debug)]
 pub enum InputGrad {
@@ -125,26 +128,56 @@ impl Linear {
         grads: &mut Grads,
         dx: &mut InputGrad,
     ) -> Result<()> {
-        if let (true, Some(x)) = (self.weight.trainable, x) {
-            grads.add_product(&self.weight, 1.0, Mat::T(dy), Mat::N(x))?;
-        }
+        let rest = self.backward_to_input(saved, dy, side, grads, dx)?;
+        self.backward_from_input(rest, x, dy, side, grads)
+    }
+
+    /// The part of [`Linear::backward`] that does without the layer's input, for who rebuilds it with the help of dX.
+    pub fn backward_to_input(
+        &self,
+        saved: &Saved,
+        dy: &Tensor,
+        side: &Side,
+        grads: &mut Grads,
+        dx: &mut InputGrad,
+    ) -> Result<Rest> {
         if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
             grads.add(&b.name, sum_rows(dy)?)?;
         }
         dx.add_product(Mat::N(dy), Mat::N(self.weight.compute()))?;
+        let mut rest = Vec::with_capacity(self.deltas.len());
         for (d, h) in self.deltas.iter().zip(&saved.0) {
-            let Some(h) = h else { continue };
-            if !d.trains() && matches!(dx, InputGrad::Unwanted) {
+            let Some(h) = h.as_ref().filter(|_| d.trains() || !matches!(dx, InputGrad::Unwanted)) else {
+                rest.push(None);
                 continue;
-            }
+            };
             let db = if d.b.trainable { Some(grads.slot(&d.b)?) } else { None };
             // u [N, rank] is all that A and x see of dY.
             let u = lora::back(dy, h, d.b.compute(), d.scale, db)?;
-            if let (true, Some(x)) = (d.a.trainable, x) {
-                lora::add_da(grads.slot(&d.a)?, &u, x, d.mask(side))?;
-            }
             if let InputGrad::Sum(dx) = dx {
                 lora::add_dx_(dx, &u, d.a.compute(), d.mask(side))?;
+            }
+            rest.push(d.a.trainable.then_some(u));
+        }
+        Ok(Rest(rest))
+    }
+
+    /// The rest of [`Linear::backward`]: the gradients that `x`, the layer's input, is a factor of.
+    pub fn backward_from_input(
+        &self,
+        rest: Rest,
+        x: Option<&Tensor>,
+        dy: &Tensor,
+        side: &Side,
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let Some(x) = x else { return Ok(()) };
+        if self.weight.trainable {
+            grads.add_product(&self.weight, 1.0, Mat::T(dy), Mat::N(x))?;
+        }
+        for (d, u) in self.deltas.iter().zip(&rest.0) {
+            if let Some(u) = u {
+                lora::add_da(grads.slot(&d.a)?, u, x, d.mask(side))?;
             }
         }
         Ok(())

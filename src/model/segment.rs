@@ -28,7 +28,7 @@ impl Side {
         let mut sequences = Vec::with_capacity(lengths.len());
         let mut at = 0;
         for n in lengths {
-            sequences.push(attention::Segment { q: at..at + n, k: at..at + n });
+            sequences.push(attention::Segment::new(at..at + n, at..at + n));
             at += n;
         }
         Self { sequences, rope: None, dropout: None, adapters_off: false }

@@ -3,7 +3,7 @@
 //! gelu: x·Φ(x); gelu_tanh: Hendrycks & Gimpel's tanh form; quick_gelu: x·σ(1.702x); silu: x·σ(x).
 
 use super::launch::{Arg, Grid, Path, empty, launch, narrow, pack, path, wide, widen};
-use super::{Real, data, dispatch, rows_per_task, scratch, tensor};
+use super::{Real, Shared, data, dispatch, rows_per_task, scratch, tensor};
 use crate::error::Result;
 use crate::recipe::schema::Activation;
 use candle_core::Tensor;
@@ -36,13 +36,24 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Gradients with respect to gate and up.
-pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+/// What [`swiglu_backward`] gives, each of gate's shape.
+pub struct SwigluGrads {
+    /// With respect to gate.
+    pub gate: Tensor,
+    /// With respect to up.
+    pub up: Tensor,
+    /// `silu(gate)·up` once more, the bits of [`swiglu`], if asked for.
+    pub y: Option<Tensor>,
+}
+
+/// Gradients with respect to gate and up, and y again if `rebuild`: all from one pass over gate and up.
+pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor, rebuild: bool) -> Result<SwigluGrads> {
     match path("swiglu", gate)? {
-        Path::Kernel => return kernel_swiglu_backward(gate, up, dy),
+        Path::Kernel => return kernel_swiglu_backward(gate, up, dy, rebuild),
         Path::Widened => {
-            let (dg, du) = swiglu_backward(&widen(gate)?, &widen(up)?, &widen(dy)?)?;
-            return Ok((narrow(&dg)?, narrow(&du)?));
+            let g = swiglu_backward(&widen(gate)?, &widen(up)?, &widen(dy)?, rebuild)?;
+            let y = g.y.as_ref().map(narrow).transpose()?;
+            return Ok(SwigluGrads { gate: narrow(&g.gate)?, up: narrow(&g.up)?, y });
         }
         Path::Reference => {}
     }
@@ -50,7 +61,8 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tenso
         let (gs, us, ds) = (data::<T>(gate)?, data::<T>(up)?, data::<T>(dy)?);
         let (gs, us, ds): (&[T], &[T], &[T]) = (&gs, &us, &ds);
         let (mut dg, mut du) = (scratch::<T>(gs.len()), scratch::<T>(gs.len()));
-        let chunk = rows_per_task(gs.len(), 1);
+        let mut y = scratch::<T>(if rebuild { gs.len() } else { 0 });
+        let (chunk, yp) = (rows_per_task(gs.len(), 1), Shared::new(&mut y));
         dg.par_chunks_mut(chunk).zip(du.par_chunks_mut(chunk)).enumerate().for_each(|(i, (dg, du))| {
             let at = i * chunk;
             for k in 0..dg.len() {
@@ -58,9 +70,14 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tenso
                 let s = sigmoid(g);
                 du[k] = d * g * s;
                 dg[k] = d * u * s * (T::of(1.0) + g * (T::of(1.0) - s));
+                if rebuild {
+                    // SAFETY: y is as long as gate then, and each element is one task's.
+                    unsafe { *yp.at(at + k) = g * s * u };
+                }
             }
         });
-        Ok((tensor(dg, gate.dims())?, tensor(du, gate.dims())?))
+        let y = if rebuild { Some(tensor(y, gate.dims())?) } else { None };
+        Ok(SwigluGrads { gate: tensor(dg, gate.dims())?, up: tensor(du, gate.dims())?, y })
     })
 }
 
@@ -121,15 +138,16 @@ fn kernel_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-fn kernel_swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
-    let n = gate.elem_count();
-    let (dgate, dup) = (empty(gate, gate.dtype(), gate.shape())?, empty(gate, gate.dtype(), gate.shape())?);
+fn kernel_swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor, rebuild: bool) -> Result<SwigluGrads> {
+    let (n, out) = (gate.elem_count(), || empty(gate, gate.dtype(), gate.shape()));
+    let (dgate, dup, y) = (out()?, out()?, rebuild.then(out).transpose()?);
     let wide = wide(n, &[Some(gate), Some(up), Some(dy)]);
     let inputs = [Arg::In(gate), Arg::In(up), Arg::In(dy)];
-    let outputs = [Arg::Out(&dgate), Arg::Out(&dup), Arg::Null, Arg::size(n), Arg::flag(wide)];
+    let outputs =
+        [Arg::Out(&dgate), Arg::Out(&dup), y.as_ref().map_or(Arg::Null, Arg::Out), Arg::size(n), Arg::flag(wide)];
     let grid = Grid::flat(n, 2 * pack(&[Some(gate)]));
     launch("activation", "swiglu_backward", gate.dtype(), grid, &[inputs.as_slice(), &outputs].concat())?;
-    Ok((dgate, dup))
+    Ok(SwigluGrads { gate: dgate, up: dup, y })
 }
 
 fn sigmoid<T: Real>(x: T) -> T {

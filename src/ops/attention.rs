@@ -4,17 +4,19 @@
 //! For a block of queries Q with keys K, values V: S = QKᵀ·scale, P = softmax(S), O = PV, L = logsumexp(S).
 //! Backward: P = exp(S − L), D = rowsum(dO∘O), dV = PᵀdO, dS = P∘(dO·Vᵀ − D)·scale, dQ = dS·K, dK = dSᵀQ.
 //! Grouped queries: query head h reads key head h / (heads / kv_heads).
+//!
+//! Three ways compute it: `reference` on the CPU; `flash`, kernels on tensor cores for bf16 and common widths of a head;
+//! [`blockwise`], products of strided matrices for whatever else runs on kernels.
 
+pub mod blockwise;
 mod flash;
+mod reference;
 
-use super::gemm;
-use super::launch::{Path, narrow, path, widen};
-use super::{Real, Shared, data, dims2, dispatch, tensor};
+use super::launch::{Path, empty, narrow, path, widen};
+use super::{dims2, dispatch};
 use crate::bail;
 use crate::error::Result;
-use ::gemm::Parallelism;
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of Q and of K, V that belong to one sequence. A causal query row i of `q` (counted from its end) sees the
@@ -25,6 +27,47 @@ pub struct Segment {
     pub q: Range<usize>,
     /// Its rows of K and V.
     pub k: Range<usize>,
+    /// Keys that some of its queries do not see, causal or not.
+    pub skip: Option<Skip>,
+}
+
+/// Keys hidden from a segment's later queries. A query that sees no key at all has o = 0, a log-sum-exp of −∞ and no
+/// gradient.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skip {
+    /// The first query that does not see them, counted from the segment's first.
+    pub from: usize,
+    /// The keys, counted from the segment's first.
+    pub keys: Range<usize>,
+}
+
+impl Segment {
+    /// All of `k` for all of `q`.
+    pub fn new(q: Range<usize>, k: Range<usize>) -> Self {
+        Self { q, k, skip: None }
+    }
+
+    /// Two answers behind one prompt that stands there once, for causal attention: from row `start` on, `prompt` rows,
+    /// `first` rows of one answer and `second` rows of the other, which do not see the first answer's. Each answer is
+    /// computed as if it alone followed the prompt; its positions (rope) are to count on from the prompt's, too.
+    pub fn two_answers(start: usize, prompt: usize, first: usize, second: usize) -> Self {
+        let rows = start..start + prompt + first + second;
+        Self { q: rows.clone(), k: rows, skip: Some(Skip { from: prompt + first, keys: prompt..prompt + first }) }
+    }
+
+    /// The keys that query `i` sees, both counted from the segment's first: two ranges in order, either may be empty.
+    fn seen(&self, causal: bool, i: usize) -> [Range<usize>; 2] {
+        let end = if causal { self.k.len() - (self.q.len() - 1 - i) } else { self.k.len() };
+        match &self.skip {
+            Some(s) if i >= s.from => [0..s.keys.start.min(end), s.keys.end.min(end)..end],
+            _ => [0..end, end..end],
+        }
+    }
+
+    /// Keys from the segment's first to the last that the last of `rows` may see.
+    fn width(&self, causal: bool, rows: &Range<usize>) -> usize {
+        if causal { self.k.len() - (self.q.end - rows.end) } else { self.k.len() }
+    }
 }
 
 /// Shape of an attention.
@@ -44,56 +87,26 @@ impl Config {
     fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
+
+    /// Query heads that read one key head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
 }
 
-/// Query rows of one block.
-const BLOCK: usize = 64;
-
 /// `q` `[N, heads·hd]`, `k`, `v` `[M, kv_heads·hd]` → o `[N, heads·hd]` and log-sum-exp `[N, heads]`, which is f32 where
-/// the rest is bf16.
+/// the rest is bf16. Rows outside every segment are zero.
 pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-    let n = check(cfg, segments, q, k, v)?;
+    check(cfg, segments, q, k, v)?;
     match path("attention", q)? {
-        Path::Kernel if flash::fits(cfg, &[q, k, v]) => return flash::forward(cfg, segments, q, k, v),
-        _ if q.dtype() == DType::BF16 => {
+        Path::Kernel if flash::fits(cfg, &[q, k, v]) => flash::forward(cfg, segments, q, k, v),
+        Path::Kernel => blockwise::forward(cfg, segments, q, k, v),
+        Path::Widened => {
             let (o, lse) = forward(cfg, segments, &widen(q)?, &widen(k)?, &widen(v)?)?;
-            return Ok((narrow(&o)?, lse));
+            Ok((narrow(&o)?, lse))
         }
-        _ => {}
+        Path::Reference => dispatch!(q, "attention", T => reference::forward::<T>(cfg, segments, q, k, v)),
     }
-    dispatch!(q, "attention", T => {
-        let (qs, ks, vs) = (data::<T>(q)?, data::<T>(k)?, data::<T>(v)?);
-        let (qs, ks, vs): (&[T], &[T], &[T]) = (&qs, &ks, &vs);
-        // Rows outside every segment stay zero.
-        let (mut o, mut lse) = (vec![T::default(); n * cfg.heads * cfg.head_dim], vec![T::default(); n * cfg.heads]);
-        let (op, lp) = (Shared::new(&mut o), Shared::new(&mut lse));
-        let tasks = cfg.heads * segments.len();
-        (0..tasks).into_par_iter().with_min_len(min_tasks(cfg, segments)).for_each(|t| {
-            let (seg, h) = (&segments[t / cfg.heads], t % cfg.heads);
-            let mut scores = Vec::new();
-            for rows in blocks(&seg.q) {
-                let keys = visible(cfg, seg, &rows);
-                let (r, w) = (rows.len(), keys.end - seg.k.start);
-                scores.resize(r * w, T::default());
-                // SAFETY: one task a (segment, head) writes that head's columns of its rows of o and lse only.
-                unsafe {
-                    score(cfg, qs, ks, h, &rows, seg.k.start, w, &mut scores);
-                    for i in 0..r {
-                        let seen = visible(cfg, seg, &(rows.start + i..rows.start + i + 1)).end - seg.k.start;
-                        let row = &mut scores[i * w..(i + 1) * w];
-                        *lp.at((rows.start + i) * cfg.heads + h) = softmax(row, seen);
-                    }
-                    let (os, kvs) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
-                    let vh = vs.as_ptr().add(seg.k.start * kvs + kv_head(cfg, h) * cfg.head_dim);
-                    gemm::raw(
-                        (r, cfg.head_dim, w), op.at(rows.start * os + h * cfg.head_dim), os as isize, T::default(),
-                        (scores.as_ptr(), w as isize, 1), (vh, kvs as isize, 1), T::of(1.0), Parallelism::None,
-                    );
-                }
-            }
-        });
-        Ok((tensor(o, (n, cfg.heads * cfg.head_dim))?, tensor(lse, (n, cfg.heads))?))
-    })
 }
 
 /// What [`backward`] needs of the forward pass.
@@ -112,136 +125,34 @@ pub struct Saved<'a> {
 
 /// (dq, dk, dv) of the shapes of q, k, v.
 pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
-    let n = check(cfg, segments, s.q, s.k, s.v)?;
-    let m = s.k.dim(0)?;
+    check(cfg, segments, s.q, s.k, s.v)?;
     match path("attention backward", s.q)? {
-        Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => return flash::backward(cfg, segments, s, d_o),
-        _ if s.q.dtype() == DType::BF16 => {
+        Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => flash::backward(cfg, segments, s, d_o),
+        Path::Kernel => blockwise::backward(cfg, segments, s, d_o),
+        Path::Widened => {
             let [q, k, v, o] = [widen(s.q)?, widen(s.k)?, widen(s.v)?, widen(s.o)?];
             let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: s.lse };
             let (dq, dk, dv) = backward(cfg, segments, saved, &widen(d_o)?)?;
-            return Ok((narrow(&dq)?, narrow(&dk)?, narrow(&dv)?));
+            Ok((narrow(&dq)?, narrow(&dk)?, narrow(&dv)?))
         }
-        _ => {}
-    }
-    dispatch!(s.q, "attention backward", T => {
-        let (q, k, v) = (data::<T>(s.q)?, data::<T>(s.k)?, data::<T>(s.v)?);
-        let (o, lse, g) = (data::<T>(s.o)?, data::<T>(s.lse)?, data::<T>(d_o)?);
-        let [q, k, v, o, lse, g]: [&[T]; 6] = [&q, &k, &v, &o, &lse, &g];
-        let (qw, kw) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
-        let (mut dq, mut dk, mut dv) = (vec![T::default(); n * qw], vec![T::default(); m * kw], vec![T::default(); m * kw]);
-        let (dqp, dkp, dvp) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
-        let group = cfg.heads / cfg.kv_heads;
-        let tasks = cfg.kv_heads * segments.len();
-        (0..tasks).into_par_iter().with_min_len(min_tasks(cfg, segments)).for_each(|t| {
-            let (seg, kvh) = (&segments[t / cfg.kv_heads], t % cfg.kv_heads);
-            let (mut p, mut ds) = (Vec::new(), Vec::new());
-            for h in kvh * group..(kvh + 1) * group {
-                for rows in blocks(&seg.q) {
-                    let (r, w) = (rows.len(), visible(cfg, seg, &rows).end - seg.k.start);
-                    p.resize(r * w, T::default());
-                    ds.resize(r * w, T::default());
-                    let (hd, one) = (cfg.head_dim, T::of(1.0));
-                    let (qo, ko) = (rows.start * qw + h * hd, seg.k.start * kw + kvh * hd);
-                    // SAFETY: one task a (segment, key head) writes that head's columns of dk, dv and its queries' of dq.
-                    unsafe {
-                        score(cfg, q, k, h, &rows, seg.k.start, w, &mut p);
-                        gemm::raw((r, w, hd), ds.as_mut_ptr(), w as isize, T::default(), (g.as_ptr().add(qo), qw as isize, 1), (v.as_ptr().add(ko), 1, kw as isize), one, Parallelism::None);
-                        for i in 0..r {
-                            let row = rows.start + i;
-                            let seen = visible(cfg, seg, &(row..row + 1)).end - seg.k.start;
-                            let (at, l) = (row * qw + h * hd, lse[row * cfg.heads + h]);
-                            let delta = super::norm::sum(hd, |c| g[at + c] * o[at + c]);
-                            for j in 0..w {
-                                let x = i * w + j;
-                                let pij = if j < seen { num_traits::Float::exp(p[x] - l) } else { T::default() };
-                                ds[x] = pij * (ds[x] - delta) * T::of(cfg.scale());
-                                p[x] = pij;
-                            }
-                        }
-                        gemm::raw((r, hd, w), dqp.at(qo), qw as isize, T::default(), (ds.as_ptr(), w as isize, 1), (k.as_ptr().add(ko), kw as isize, 1), one, Parallelism::None);
-                        gemm::raw((w, hd, r), dkp.at(ko), kw as isize, one, (ds.as_ptr(), 1, w as isize), (q.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
-                        gemm::raw((w, hd, r), dvp.at(ko), kw as isize, one, (p.as_ptr(), 1, w as isize), (g.as_ptr().add(qo), qw as isize, 1), one, Parallelism::None);
-                    }
-                }
-            }
-        });
-        Ok((tensor(dq, (n, qw))?, tensor(dk, (m, kw))?, tensor(dv, (m, kw))?))
-    })
-}
-
-/// Scaled scores of a block of query rows against the first `w` keys of its segment, row-major `[rows, w]`.
-///
-/// # Safety
-/// `rows` and the keys must lie in `q` and `k`.
-#[allow(clippy::too_many_arguments, reason = "the operands of one matrix product")]
-unsafe fn score<T: Real>(
-    cfg: Config,
-    q: &[T],
-    k: &[T],
-    h: usize,
-    rows: &Range<usize>,
-    k0: usize,
-    w: usize,
-    out: &mut [T],
-) {
-    let (qw, kw, hd) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, cfg.head_dim);
-    // SAFETY: the caller's promise.
-    unsafe {
-        let a = q.as_ptr().add(rows.start * qw + h * hd);
-        let b = k.as_ptr().add(k0 * kw + kv_head(cfg, h) * hd);
-        let scale = T::of(cfg.scale());
-        gemm::raw(
-            (rows.len(), w, hd),
-            out.as_mut_ptr(),
-            w as isize,
-            T::default(),
-            (a, qw as isize, 1),
-            (b, 1, kw as isize),
-            scale,
-            Parallelism::None,
-        );
+        Path::Reference => dispatch!(s.q, "attention backward", T => reference::backward::<T>(cfg, segments, s, d_o)),
     }
 }
 
-/// Softmax over the first `seen` scores, zero for the rest; returns log-sum-exp.
-fn softmax<T: Real>(row: &mut [T], seen: usize) -> T {
-    let (live, dead) = row.split_at_mut(seen);
-    dead.fill(T::default());
-    let max = live.iter().copied().fold(T::neg_infinity(), num_traits::Float::max);
-    let mut total = T::default();
-    for v in live.iter_mut() {
-        *v = num_traits::Float::exp(*v - max);
-        total += *v;
-    }
-    let inv = T::of(1.0) / total;
-    for v in live.iter_mut() {
-        *v *= inv;
-    }
-    max + num_traits::Float::ln(total)
+/// A kernel's output, zero where rows lie outside every segment: the kernels do not write those.
+fn output(
+    like: &Tensor,
+    dtype: DType,
+    shape: (usize, usize),
+    segments: &[Segment],
+    rows: impl Fn(&Segment) -> &Range<usize>,
+) -> Result<Tensor> {
+    // A segment without keys gives its queries nothing.
+    let covered: usize = segments.iter().filter(|s| !s.k.is_empty()).map(|s| rows(s).len()).sum();
+    if covered == shape.0 { empty(like, dtype, shape) } else { Ok(Tensor::zeros(shape, dtype, like.device())?) }
 }
 
-fn kv_head(cfg: Config, h: usize) -> usize {
-    h / (cfg.heads / cfg.kv_heads)
-}
-
-fn blocks(rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
-    let end = rows.end;
-    rows.clone().step_by(BLOCK).map(move |s| s..(s + BLOCK).min(end))
-}
-
-/// Keys that the last of `rows` sees.
-fn visible(cfg: Config, seg: &Segment, rows: &Range<usize>) -> Range<usize> {
-    if cfg.causal { seg.k.start..seg.k.end - (seg.q.end - rows.end) } else { seg.k.clone() }
-}
-
-/// Small attentions are bundled, so that a task is worth its overhead.
-fn min_tasks(cfg: Config, segments: &[Segment]) -> usize {
-    let longest = segments.iter().map(|s| s.q.len() * s.k.len()).max().unwrap_or(1);
-    (64 * 1024 / (longest * cfg.head_dim).max(1)).max(1)
-}
-
-fn check(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) -> Result<usize> {
+fn check(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     let ((n, qw), (m, kw)) = (dims2(q, "attention q")?, dims2(k, "attention k")?);
     if qw != cfg.heads * cfg.head_dim
         || kw != cfg.kv_heads * cfg.head_dim
@@ -254,6 +165,11 @@ fn check(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) 
         if s.q.end > n || s.k.end > m || (cfg.causal && s.k.len() < s.q.len()) || s.k.is_empty() != s.q.is_empty() {
             bail!("attention: segment {s:?} does not fit {n} queries and {m} keys")
         }
+        let beyond =
+            |skip: &Skip| skip.from > s.q.len() || skip.keys.start > skip.keys.end || skip.keys.end > s.k.len();
+        if s.skip.as_ref().is_some_and(beyond) {
+            bail!("attention: segment {s:?} skips keys or begins to at a query that it has not")
+        }
     }
-    Ok(n)
+    Ok(())
 }

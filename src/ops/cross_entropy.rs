@@ -4,7 +4,7 @@
 //! For row x with target t: z = W·x, log p = z_t − logsumexp(z), d log p / dx = Wᵀ·(e_t − softmax(z)).
 
 use super::launch::{Arg, Grid, Path, download, empty, launch, path, upload, wide};
-use super::matmul::{Mat, matmul, matmul_add, matmul_wide, scale_rows};
+use super::matmul::{Mat, matmul, matmul_add, matmul_wide};
 use super::{Real, dims2, dispatch, tensor, update};
 use crate::bail;
 use crate::error::Result;
@@ -71,13 +71,15 @@ pub fn forward(x: &Tensor, w: &Tensor, targets: &[u32], need_dx: bool) -> Result
 pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coefs: &[f64]) -> Result<()> {
     let (m, _) = dims2(x, "cross-entropy")?;
     check(m, w, targets)?;
+    if coefs.len() != m {
+        bail!("cross-entropy: {m} rows, {} coefficients", coefs.len())
+    }
     for start in (0..m).step_by(CHUNK) {
         let rows = CHUNK.min(m - start);
         let xs = x.narrow(0, start, rows)?;
         let logits = matmul_wide(Mat::N(&xs), Mat::T(w))?;
-        softmax_minus(&logits, &targets[start..start + rows], true)?;
-        let dz = scale_rows(&logits, &coefs[start..start + rows])?.to_dtype(x.dtype())?;
-        matmul_add(dw, 1.0, Mat::T(&dz), Mat::N(&xs))?;
+        weighted(&logits, &targets[start..start + rows], &coefs[start..start + rows])?;
+        matmul_add(dw, 1.0, Mat::T(&logits.to_dtype(x.dtype())?), Mat::N(&xs))?;
     }
     Ok(())
 }
@@ -86,7 +88,10 @@ pub fn add_weight_grad(dw: &Tensor, x: &Tensor, w: &Tensor, targets: &[u32], coe
 fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Tensor, Tensor)> {
     let (_, v) = dims2(logits, "cross-entropy")?;
     if path("cross-entropy", logits)? == Path::Kernel {
-        return kernel(logits, targets, overwrite);
+        let n = targets.len();
+        let (logps, argmax) = (empty(logits, DType::F32, n)?, empty(logits, DType::U32, n)?);
+        kernel(logits, targets, None, Some([&logps, &argmax]), overwrite)?;
+        return Ok((logps, argmax));
     }
     dispatch!(logits, "cross-entropy", T => {
         let mut out = vec![(0f64, 0u32); targets.len()];
@@ -123,16 +128,36 @@ fn softmax_minus(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(T
     })
 }
 
-fn kernel(logits: &Tensor, targets: &[u32], overwrite: bool) -> Result<(Tensor, Tensor)> {
+/// Overwrites rows of logits with coefᵢ·(e_t − softmax).
+fn weighted(logits: &Tensor, targets: &[u32], coefs: &[f64]) -> Result<()> {
+    let (n, v) = dims2(logits, "cross-entropy")?;
+    if path("cross-entropy", logits)? == Path::Kernel {
+        let coefs: Vec<f32> = coefs.iter().map(|c| *c as f32).collect();
+        return kernel(logits, targets, Some(&upload(logits, &coefs, n)?), None, true);
+    }
+    softmax_minus(logits, targets, true)?;
+    dispatch!(logits, "cross-entropy", T => {
+        update::<T>(logits, |z| {
+            z.par_chunks_mut(v).zip(coefs).for_each(|(z, c)| z.iter_mut().for_each(|x| *x *= T::of(*c)));
+        })
+    })
+}
+
+/// `out`: log-probabilities and arg-max.
+fn kernel(
+    logits: &Tensor,
+    targets: &[u32],
+    coefs: Option<&Tensor>,
+    out: Option<[&Tensor; 2]>,
+    overwrite: bool,
+) -> Result<()> {
     let (n, v) = dims2(logits, "cross-entropy")?;
     let targets = upload(logits, targets, n)?;
-    let (logps, argmax) = (empty(logits, DType::F32, n)?, empty(logits, DType::U32, n)?);
-    let inputs = [if overwrite { Arg::Out(logits) } else { Arg::In(logits) }, Arg::In(&targets), Arg::Null];
-    let outputs = [Arg::Out(&logps), Arg::Out(&argmax), Arg::Null, Arg::len(v)?, Arg::size(v)];
-    let flags = [Arg::flag(overwrite), Arg::flag(wide(v, &[Some(logits)]))];
-    let args = [inputs.as_slice(), &outputs, &flags].concat();
-    launch("cross_entropy", "cross_entropy", logits.dtype(), Grid::line(n, 512), &args)?;
-    Ok((logps, argmax))
+    let inputs = [if overwrite { Arg::Out(logits) } else { Arg::In(logits) }, Arg::In(&targets), Arg::maybe(coefs)];
+    let outputs = out.map_or([Arg::Null; 2], |out| out.map(Arg::Out));
+    let rest = [Arg::len(v)?, Arg::flag(overwrite), Arg::flag(wide(v, &[Some(logits)]))];
+    let args = [inputs.as_slice(), &outputs, &rest].concat();
+    launch("cross_entropy", "cross_entropy", logits.dtype(), Grid::line(n, 512), &args)
 }
 
 fn check(m: usize, w: &Tensor, targets: &[u32]) -> Result<()> {

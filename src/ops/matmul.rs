@@ -202,7 +202,7 @@ pub(super) fn reduce_rows(part: &Tensor, k: usize) -> Result<Tensor> {
     let (n, d) = dims2(part, "reduce_rows")?;
     let out = empty(part, DType::F32, (k, d))?;
     let grid = Grid { grid: [d.div_ceil(256) as u32, k as u32, 1], block: [256, 1, 1], shared: 0 };
-    let args = [Arg::In(part), Arg::Out(&out), Arg::len(n / k)?, Arg::len(d)?, Arg::flag(false)];
+    let args = [Arg::In(part), Arg::Out(&out), Arg::len(n / k)?, Arg::len(d)?];
     launch_plain("elementwise", "reduce_rows", grid, &args)?;
     Ok(out)
 }

@@ -114,10 +114,11 @@ impl Segment for Layer {
     ) -> Result<Option<Tensor>> {
         let [sq, sk, sv, so, sg, su, sd] = &s.linears;
         // MLP
-        let act = self.down_proj.needs_input().then(|| swiglu(&s.gate, &s.up)).transpose()?;
         let mut dact = InputGrad::Empty;
-        self.down_proj.backward(sd, act.as_ref(), &dy, side, grads, &mut dact)?;
-        let (dgate, dup) = swiglu_backward(&s.gate, &s.up, dact.sum()?)?;
+        let rest = self.down_proj.backward_to_input(sd, &dy, side, grads, &mut dact)?;
+        let act = swiglu_backward(&s.gate, &s.up, dact.sum()?, self.down_proj.needs_input())?;
+        self.down_proj.backward_from_input(rest, act.y.as_ref(), &dy, side, grads)?;
+        let (dgate, dup) = (act.gate, act.up);
         let needs = self.gate_proj.needs_input() || self.up_proj.needs_input();
         let h = needs.then(|| self.post_attention_layernorm.rebuild(&s.mid, &s.stats[1])).transpose()?;
         let mut dh = InputGrad::Empty;

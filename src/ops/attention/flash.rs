@@ -2,7 +2,7 @@
 //! cores, without a matrix of scores.
 
 use super::super::launch::{Arg, Grid, empty, launch, upload};
-use super::{Config, Saved, Segment};
+use super::{Config, Saved, Segment, output};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub(super) fn forward(
     let table = segment_table(q, segments)?;
     let (tiles, count) = tile_table(q, segments, |s| &s.q, FORWARD)?;
     let tensors = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::Out(&o), Arg::Out(&lse), Arg::In(&table), Arg::In(&tiles)];
-    let strides = [Arg::len(group(cfg))?, stride(q)?, stride(k)?, stride(v)?, stride(&o)?];
+    let strides = [Arg::len(cfg.group())?, stride(q)?, stride(k)?, stride(v)?, stride(&o)?];
     let args = [tensors.as_slice(), &strides, &scalars(cfg)].concat();
     let grid = grid(count, cfg.heads, 640 * cfg.head_dim);
     launch("attention_forward", &format!("attention_forward_d{}", cfg.head_dim), q.dtype(), grid, &args)?;
@@ -66,14 +66,10 @@ pub(super) fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor
     run("keys", grid(count, cfg.kv_heads, 768 * hd + 1024), &args)?;
 
     let (tiles, count) = tile_table(s.q, segments, |s| &s.q, BACKWARD)?;
-    let outputs = [Arg::Out(&dq), Arg::In(&table), Arg::In(&tiles), Arg::len(group(cfg))?];
+    let outputs = [Arg::Out(&dq), Arg::In(&table), Arg::In(&tiles), Arg::len(cfg.group())?];
     let args = [inputs.as_slice(), &outputs, &strides, &[stride(&dq)?], &scalars(cfg)].concat();
     run("queries", grid(count, cfg.heads, 512 * hd), &args)?;
     Ok((dq, dk, dv))
-}
-
-fn group(cfg: Config) -> usize {
-    cfg.heads / cfg.kv_heads
 }
 
 fn grid(tiles: usize, heads: usize, shared: usize) -> Grid {
@@ -88,22 +84,12 @@ fn scalars(cfg: Config) -> [Arg<'static>; 2] {
     [Arg::F32(cfg.scale() as f32), Arg::flag(cfg.causal)]
 }
 
-/// An output whose rows outside every segment are zero: the kernels do not write them.
-fn output(
-    like: &Tensor,
-    dtype: DType,
-    shape: (usize, usize),
-    segments: &[Segment],
-    rows: impl Fn(&Segment) -> &Range<usize>,
-) -> Result<Tensor> {
-    // A segment without keys gives its queries nothing.
-    let covered: usize = segments.iter().filter(|s| !s.k.is_empty()).map(|s| rows(s).len()).sum();
-    if covered == shape.0 { empty(like, dtype, shape) } else { Ok(Tensor::zeros(shape, dtype, like.device())?) }
-}
-
-/// `[S, 8]`: rows of queries and of keys (begin, length), and a range of keys that some queries skip (none here).
+/// `[S, 8]`: rows of queries and of keys (begin, length), and a range of keys that queries skip from one on.
 fn segment_table(like: &Tensor, segments: &[Segment]) -> Result<Tensor> {
-    let row = |s: &Segment| [s.q.start, s.q.len(), s.k.start, s.k.len(), 0, 0, 0, 0].map(|x| x as u32);
+    let row = |s: &Segment| {
+        let (from, keys) = s.skip.as_ref().map_or((0, 0..0), |skip| (skip.from, skip.keys.clone()));
+        [s.q.start, s.q.len(), s.k.start, s.k.len(), from, keys.start, keys.end, 0].map(|x| x as u32)
+    };
     upload(like, &segments.iter().flat_map(row).collect::<Vec<_>>(), (segments.len(), 8))
 }
 
