@@ -13,8 +13,10 @@ wheels=(
     nvidia-cuda-runtime==13.0.96
     nvidia-cuda-cccl==13.0.85
 )
+# What the folder must hold: the wheels, and the archives made below.
+contents="${wheels[*]} archives"
 stamp="$dir/.wheels"
-if [[ "$(cat "$stamp" 2>/dev/null || true)" == "${wheels[*]}" ]]; then
+if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$contents" ]]; then
     exit 0
 fi
 scratch="$(mktemp -d)"
@@ -26,5 +28,10 @@ mkdir -p "$dir"
 cp -a "$scratch"/nvidia/cu13/. "$dir"/
 chmod +x "$dir"/bin/* "$dir"/nvvm/bin/*
 ln -sfn lib "$dir/lib64"
+# The linker asks for these by name; what they hold is opened at run time, or is in cudart's static form.
+for name in cuda cublas cublasLt curand nvrtc; do
+    ar rcs "$dir/lib/lib$name.a"
+done
+ln -sf libcudart_static.a "$dir/lib/libcudart.a"
 "$dir/bin/nvcc" --version | tail -2
-echo "${wheels[*]}" > "$stamp"
+echo "$contents" > "$stamp"

@@ -2,12 +2,14 @@
 
 use crate::bail;
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda;
 use crate::recipe::schema;
 use candle_core::Device;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where to compute: auto or cpu.
+    /// Where to compute: auto, cpu, cuda or cuda:N; auto is the first GPU if this build and machine have one.
     #[arg(long, default_value = "auto")]
     device: String,
     /// Type of frozen weights and activations, whatever the recipe says; auto: bf16 on a GPU, f32 on the CPU.
@@ -38,10 +40,46 @@ impl Args {
     }
 }
 
-/// The device that an argument names. This build knows the CPU.
+/// The device that an argument names.
 fn open(device: &str) -> Result<Device> {
     match device {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        other => bail!("--device {other}: this build computes on the CPU only"; "use --device cpu"),
+        "auto" => automatic(),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => gpu(0),
+        other => match other.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+            Some(n) => gpu(n),
+            None => bail!("--device {other}: there is no such device"; "use auto, cpu, cuda or cuda:N"),
+        },
     }
+}
+
+/// The first GPU if there is one, else the CPU; a GPU that cannot be used is worth a warning.
+#[cfg(feature = "cuda")]
+fn automatic() -> Result<Device> {
+    if !cuda::driver_present() {
+        return Ok(Device::Cpu);
+    }
+    match gpu(0) {
+        Ok(device) => Ok(device),
+        Err(e) => {
+            tracing::warn!("computing on the CPU, for the GPU cannot be used: {e}");
+            Ok(Device::Cpu)
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn automatic() -> Result<Device> {
+    Ok(Device::Cpu)
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(ordinal: usize) -> Result<Device> {
+    cuda::open(ordinal)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(ordinal: usize) -> Result<Device> {
+    bail!("--device cuda:{ordinal}: this build computes on the CPU only";
+        "build it with a CUDA toolkit: cargo build --release --features cuda")
 }

@@ -66,6 +66,10 @@ pub(crate) fn gemm(s: Size, alpha: f64, a: Strided, b: Strided, keep: f64, c: St
     if c.column != 1 {
         bail!("gemm: C is row-major")
     }
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = c.tensor.device() {
+        return super::cuda::gemm(device, s, alpha, a, b, keep, c);
+    }
     dispatch!(c.tensor, "gemm", T => {
         let (at, bt) = (data::<T>(a.tensor)?, data::<T>(b.tensor)?);
         let (at, bt): (&[T], &[T]) = (&at, &bt);

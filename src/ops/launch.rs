@@ -1,5 +1,5 @@
-//! Runs the kernels of `kernels/` on what can run them: so far an [`Emulator`] (the tests compile them for the CPU). An op
-//! asks `path` how it is to run, and describes its kernel's launch for whatever runs it.
+//! Runs the kernels of `kernels/` on what can run them: a GPU (`ops::cuda`), or an [`Emulator`] (the tests compile them for the
+//! CPU). An op asks `path` how it is to run, and describes its kernel's launch for whatever runs it.
 
 use super::Real;
 use crate::bail;
@@ -27,9 +27,11 @@ pub(crate) fn path(op: &str, x: &Tensor) -> Result<Path> {
         (Device::Cpu, DType::F32 | DType::BF16) if emulating() => Path::Kernel,
         (Device::Cpu, DType::F32 | DType::F64) => Path::Reference,
         (Device::Cpu, DType::BF16) => Path::Widened,
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(_), DType::F32 | DType::BF16) => Path::Kernel,
         (device, dtype) => {
             bail!("{op}: {dtype:?} on {:?} is not supported", device.location();
-                "f32, bf16 and f64 run on the CPU")
+                "f32 and bf16 run everywhere, f64 on the CPU")
         }
     })
 }
@@ -110,6 +112,15 @@ impl<'a> Arg<'a> {
         Self::U64(n as u64)
     }
 
+    /// Where a tensor lies.
+    #[cfg(feature = "cuda")]
+    fn device(&self) -> Option<&'a Device> {
+        match self {
+            Self::In(t) | Self::Out(t) => Some(t.device()),
+            _ => None,
+        }
+    }
+
     pub(crate) fn flag(b: bool) -> Self {
         Self::I32(i32::from(b))
     }
@@ -187,6 +198,10 @@ pub(crate) fn launch_plain(module: &str, kernel: &str, grid: Grid, args: &[Arg])
     if grid.grid.contains(&0) {
         return Ok(());
     }
+    #[cfg(feature = "cuda")]
+    if let Some(Device::Cuda(device)) = args.iter().find_map(Arg::device) {
+        return super::cuda::launch(device, module, kernel, grid, args);
+    }
     let Some(emulator) = EMULATOR.with_borrow(Clone::clone) else { bail!("{kernel}: nothing here runs kernels") };
     let host: Vec<HostArg> = args.iter().map(host_arg).collect::<Result<_>>()?;
     emulator.launch(module, kernel, grid, &host)
@@ -240,10 +255,14 @@ fn memory(t: &Tensor, written: bool) -> Result<HostArg> {
     Ok(HostArg::Memory { at, bytes, offset, written })
 }
 
-/// A tensor beside `like` that a kernel overwrites entirely. It starts as NaN, so that a gap shows.
+/// A tensor beside `like` that a kernel overwrites entirely. On the CPU it starts as NaN, so that a gap shows.
 pub(crate) fn empty(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     let (n, device) = (shape.elem_count(), like.device());
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return super::cuda::empty(device, dtype, shape);
+    }
     Ok(match dtype {
         DType::F32 => Tensor::from_vec(vec![f32::NAN; n], shape, device)?,
         DType::BF16 => Tensor::from_vec(vec![bf16::NAN; n], shape, device)?,

@@ -1,6 +1,6 @@
 //! Matrix products with transposes and in-place accumulation (BLAS `gemm`: C = α·A·B + C), on the `gemm` crate.
 
-use super::gemm;
+use super::gemm::{self, Size, Strided};
 use super::launch::{
     Arg, Grid, Path, empty, launch, launch_mixed, launch_plain, narrow, pack, path, upload, wide, widen,
 };
@@ -29,6 +29,10 @@ impl Mat<'_> {
         let (r, c) = dims2(self.tensor(), what)?;
         Ok(if matches!(self, Mat::N(_)) { (r, c) } else { (c, r) })
     }
+    fn strided(&self) -> Result<Strided<'_>> {
+        let whole = Strided::rows(self.tensor())?;
+        Ok(if matches!(self, Mat::N(_)) { whole } else { whole.t() })
+    }
     /// (row stride, column stride) in elements.
     fn strides(&self) -> Result<(isize, isize)> {
         let c = dims2(self.tensor(), "matmul")?.1 as isize;
@@ -43,6 +47,11 @@ pub fn matmul(a: Mat, b: Mat) -> Result<Tensor> {
     if let Some((a, b)) = widened(a, b)? {
         return narrow(&matmul(a.mat(), b.mat())?);
     }
+    if !a.tensor().device().is_cpu() {
+        let out = empty(a.tensor(), a.tensor().dtype(), (m, n))?;
+        whole(&out, 1.0, a, b, 0.0)?;
+        return Ok(out);
+    }
     dispatch!(a.tensor(), "matmul", T => {
         let mut out = scratch::<T>(m * n);
         product::<T>(&mut out, T::default(), a, b, T::of(1.0))?;
@@ -52,10 +61,17 @@ pub fn matmul(a: Mat, b: Mat) -> Result<Tensor> {
 
 /// [`matmul`] whose result is f32 where the operands are bf16: the sum as it was accumulated.
 pub fn matmul_wide(a: Mat, b: Mat) -> Result<Tensor> {
-    match widened(a, b)? {
-        Some((a, b)) => matmul(a.mat(), b.mat()),
-        None => matmul(a, b),
+    if let Some((a, b)) = widened(a, b)? {
+        return matmul(a.mat(), b.mat());
     }
+    if a.tensor().device().is_cpu() {
+        return matmul(a, b);
+    }
+    let ((m, k), (k2, n)) = (a.dims("matmul")?, b.dims("matmul")?);
+    check_inner(k, k2, (m, n))?;
+    let out = empty(a.tensor(), DType::F32, (m, n))?;
+    whole(&out, 1.0, a, b, 0.0)?;
+    Ok(out)
 }
 
 /// `C += α·A·B` in place; every clone of `c` sees it. C may be f32 where A and B are bf16.
@@ -65,6 +81,9 @@ pub fn matmul_add(c: &Tensor, alpha: f64, a: Mat, b: Mat) -> Result<()> {
     if dims2(c, "matmul_add")? != (m, n) {
         bail!("matmul_add: the sum has shape {:?}, the product [{m}, {n}]", c.dims())
     }
+    if !c.device().is_cpu() {
+        return whole(c, alpha, a, b, 1.0);
+    }
     if let Some((a, b)) = widened(a, b)? {
         return on_wide(c, |c| matmul_add(c, alpha, a.mat(), b.mat()));
     }
@@ -73,6 +92,14 @@ pub fn matmul_add(c: &Tensor, alpha: f64, a: Mat, b: Mat) -> Result<()> {
         update::<T>(c, |out| result = product::<T>(out, T::of(1.0), a, b, T::of(alpha)))?;
         result
     })
+}
+
+/// `keep·C + α·A·B` of whole matrices, by [`gemm::gemm`].
+fn whole(c: &Tensor, alpha: f64, a: Mat, b: Mat, keep: f64) -> Result<()> {
+    let (m, k) = a.dims("matmul")?;
+    let n = b.dims("matmul")?.1;
+    let size = Size { m, n, k, count: 1 };
+    gemm::gemm(size, alpha, a.strided()?, b.strided()?, keep, Strided::rows(c)?)
 }
 
 /// An operand of its own.

@@ -10,6 +10,8 @@
 pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod embedding;
 pub(crate) mod gemm;
 pub mod graph;

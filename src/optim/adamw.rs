@@ -96,7 +96,7 @@ impl AdamW {
         self.groups.list().iter().map(|g| g.lr * self.schedule.factor(step)).collect()
     }
 
-    /// Updates, in place, every parameter that has a gradient. `params` and `grads` by name, f32 (or f64) on the CPU,
+    /// Updates, in place, every parameter that has a gradient. `params` and `grads` by name, f32 (or f64) (a GPU's are updated by the host),
     /// each gradient of its parameter's shape and dtype; rounded copies follow. Nothing is changed when a gradient is missing its parameter,
     /// misshaped, NaN or infinite: the error names it.
     pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
@@ -110,7 +110,8 @@ impl AdamW {
         let clip = clip::factor(grad_norm, self.max_grad_norm);
         let lrs = self.lrs(self.step);
         for (name, grad) in grads {
-            let (member, param) = (self.groups.member(name)?, &params[name]);
+            let (member, param) = (self.groups.member(name)?, &on_host(&params[name])?);
+            let grad = &grad.to_device(&Device::Cpu)?;
             let moments = match self.state.get_mut(name) {
                 Some(m) => m,
                 None => self.state.entry(name.clone()).or_insert(Moments::zeros(grad)?),
@@ -119,6 +120,7 @@ impl AdamW {
             let lr = lrs[member.group];
             moments.update(&param.value, grad, &self.hyper, lr, member.weight_decay, clip).with_context(|| name)?;
             param.round()?;
+            overwrite(&params[name], param)?;
         }
         let report = |((g, lr), s): ((&Group, &f64), &f64)| GroupReport {
             name: g.name.clone(),
@@ -194,9 +196,9 @@ fn check(name: &str, member: &Member, param: Option<&Tensor>, grad: &Tensor) -> 
             grad.dims()
         );
     }
-    if param.dtype() != grad.dtype() || !clip::is_supported(param.dtype()) || !param.device().is_cpu() {
+    if param.dtype() != grad.dtype() || !clip::is_supported(param.dtype()) {
         bail!(
-            "`{name}`: parameter {:?} and gradient {:?} on {:?}; both must be f32 (or f64) on the CPU",
+            "`{name}`: parameter {:?} and gradient {:?} on {:?}; both must be f32 (or f64)",
             param.dtype(),
             grad.dtype(),
             param.device()
@@ -204,6 +206,25 @@ fn check(name: &str, member: &Member, param: Option<&Tensor>, grad: &Tensor) -> 
     }
     if !param.is_contiguous() {
         bail!("`{name}` is not contiguous in memory: {:?}", param.layout());
+    }
+    Ok(())
+}
+
+/// The weight itself, or a copy of one that a GPU holds: the update is computed on the host.
+fn on_host(w: &Weight) -> Result<Weight> {
+    let host = |t: &Tensor| t.to_device(&Device::Cpu);
+    Ok(Weight { value: host(&w.value)?, rounded: w.rounded.as_ref().map(host).transpose()? })
+}
+
+/// Writes an updated copy back to the GPU; every clone of the weight sees it.
+fn overwrite(w: &Weight, updated: &Weight) -> Result<()> {
+    if w.value.device().is_cpu() {
+        return Ok(());
+    }
+    let pairs = [(Some(&w.value), Some(&updated.value)), (w.rounded.as_ref(), updated.rounded.as_ref())];
+    for (old, new) in pairs.into_iter().filter_map(|(old, new)| old.zip(new)) {
+        #[allow(clippy::disallowed_methods, reason = "an update in place, of which no graph may know")]
+        old.slice_set(&new.to_device(old.device())?, 0, 0)?;
     }
     Ok(())
 }

@@ -5,14 +5,14 @@
 
 use crate::bail;
 use crate::error::{Context, Result};
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 
 const CHUNK: usize = 1 << 15;
 
-/// Σ x² of a tensor on the CPU, in f64; f32 or f64. Infinite or NaN if an element is.
+/// Σ x² of a tensor, on the host, in f64; f32 or f64. Infinite or NaN if an element is.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    let x = x.contiguous()?;
+    let x = x.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     let Some((start, end)) = layout.contiguous_offsets() else { bail!("a contiguous tensor has strides") };
     match &*storage {
@@ -64,7 +64,6 @@ pub(super) fn is_supported(dtype: DType) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn squares_are_summed_in_f64() {
