@@ -120,8 +120,11 @@ fn keep_freed_memory(ordinal: usize) -> Result<()> {
     }
 }
 
-/// Functions that were loaded, by GPU and name, with the dynamic shared memory that each was allowed.
-static FUNCTIONS: LazyLock<Mutex<BTreeMap<(usize, String), (CudaFunction, u32)>>> = LazyLock::new(Mutex::default);
+/// Functions by GPU and name, each with the bytes of dynamic shared memory that it may take.
+type Functions = BTreeMap<(usize, String), (CudaFunction, u32)>;
+
+/// Functions that were loaded.
+static FUNCTIONS: LazyLock<Mutex<Functions>> = LazyLock::new(Mutex::default);
 
 /// Shared memory that every kernel may take without asking.
 const SHARED: u32 = 48 * 1024;
