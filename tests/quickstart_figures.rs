@@ -2,7 +2,8 @@
 //! makes it name absent things less often. Continuous integration runs the recipe, then this:
 //!
 //! ```text
-//! ADFREEZE_QUICKSTART=runs/quickstart cargo test --release --test quickstart_figures -- --ignored
+//! adfreeze train recipes/quickstart.toml --stages align --dtype bf16 --set output_dir=runs/bf16
+//! ADFREEZE_QUICKSTART=runs/quickstart ADFREEZE_BF16=runs/bf16 cargo test --release --test quickstart_figures -- --ignored
 //! ```
 
 use serde_json::Value;
@@ -14,8 +15,8 @@ struct Run {
 }
 
 impl Run {
-    fn open() -> Self {
-        let dir = std::env::var_os("ADFREEZE_QUICKSTART").expect("ADFREEZE_QUICKSTART names the run directory");
+    fn open(variable: &str) -> Self {
+        let dir = std::env::var_os(variable).unwrap_or_else(|| panic!("{variable} names the run directory"));
         let dir = PathBuf::from(dir);
         let path = dir.join("results.json");
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -39,7 +40,7 @@ fn above(what: &str, figure: f64, bound: f64) {
 #[test]
 #[ignore = "looks at a finished run of recipes/quickstart.toml"]
 fn the_figures_of_the_quickstart() {
-    let run = Run::open();
+    let run = Run::open("ADFREEZE_QUICKSTART");
     let seen = |name: &str| run.figure("sft", "seen", name);
     let answered = seen("exact_match");
     above("exact match after sft, against blank pictures", answered, seen("exact_match/blank") + 0.3);
@@ -54,9 +55,19 @@ fn the_figures_of_the_quickstart() {
 }
 
 #[test]
+#[ignore = "looks at finished runs of recipes/quickstart.toml"]
+fn bf16_ends_where_f32_does() {
+    let loss = |variable: &str| Run::open(variable).figure("align", "captions", "loss");
+    let (exact, rounded) = (loss("ADFREEZE_QUICKSTART"), loss("ADFREEZE_BF16"));
+    assert!(exact != rounded, "the run that ADFREEZE_BF16 names was computed in f32");
+    above("held-out loss in f32 and 2 %, against that in bf16", 1.02 * exact, rounded);
+    above("held-out loss in bf16 and 2 %, against that in f32", 1.02 * rounded, exact);
+}
+
+#[test]
 #[ignore = "looks at a finished run of recipes/quickstart.toml"]
 fn the_run_directory_of_the_quickstart() {
-    let run = Run::open();
+    let run = Run::open("ADFREEZE_QUICKSTART");
     for file in [
         "recipe.toml",
         "inputs.json",
