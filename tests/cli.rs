@@ -10,4 +10,5 @@ mod cli {
     mod resume;
     mod signals;
     mod sources;
+    mod types;
 }

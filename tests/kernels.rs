@@ -9,85 +9,35 @@ mod emulator;
 #[path = "emulator/faults.rs"]
 mod faults;
 
-use adfreeze::error::Result;
 use adfreeze::ops::launch::emulated;
-use adfreeze::ops::random::{Key, normal};
+use adfreeze::ops::registry::verify::{Subject, Values};
 use adfreeze::ops::registry::{Case, all};
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use emulator::{ORDERS, OnCpu, Order, kernels_of, launched};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-/// An op's output and the gradients of its inputs.
-struct Values {
-    y: Tensor,
-    grads: Vec<Option<Tensor>>,
-}
-
-impl Values {
-    fn of(case: &Case, x: &[Tensor], dy: &Tensor) -> Result<Self> {
-        Ok(Self { y: (case.forward)(x)?, grads: (case.backward)(x, dy)? })
-    }
-
-    fn emulated(case: &Case, x: &[Tensor], dy: &Tensor, order: Order) -> Result<Self> {
-        emulated(Rc::new(OnCpu::new(order)), || Self::of(case, x, dy))
-    }
-
-    fn all<'a>(&'a self) -> impl Iterator<Item = (String, &'a Tensor)> {
-        let named = |(i, g): (usize, &'a Option<Tensor>)| g.as_ref().map(|g| (format!("gradient of input {i}"), g));
-        std::iter::once(("output".to_string(), &self.y)).chain(self.grads.iter().enumerate().filter_map(named))
-    }
-}
-
-fn flat(t: &Tensor) -> Vec<f64> {
-    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// ‖a − b‖ / ‖b‖ (Frobenius); infinite if `a` holds NaN.
-fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.dims(), b.dims());
-    let (a, b) = (flat(a), flat(b));
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    let (off, size) = (norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)), norm(&mut b.iter().copied()));
-    if off.is_nan() { f64::INFINITY } else { off / size.max(1e-3) }
-}
 
 fn told(what: &str, e: &adfreeze::error::Error) -> String {
     format!("{what}: {}", e.report())
 }
 
-/// What one case shows, or what is wrong with it.
+/// What is wrong with one case, if anything.
 fn run(case: &Case, dtype: DType) -> std::result::Result<(), String> {
     let name = format!("{} {} {dtype:?}", case.op, case.label);
-    let key = Key::new(11, &name);
-    let draw = |i: usize, shape: &[usize]| normal(key.index(i as u64), shape, 1.0, DType::F64).unwrap();
-    let x: Vec<Tensor> = case.inputs.iter().enumerate().map(|(i, s)| draw(i, s).to_dtype(dtype).unwrap()).collect();
-    let exact: Vec<Tensor> = x.iter().map(|t| t.to_dtype(DType::F64).unwrap()).collect();
-    let y = (case.forward)(&exact).map_err(|e| told(&name, &e))?;
-    let dy = draw(99, y.dims()).to_dtype(dtype).unwrap();
-    let truth = Values::of(case, &exact, &dy.to_dtype(DType::F64).unwrap()).map_err(|e| told(&name, &e))?;
-    let plain = Values::of(case, &x, &dy).map_err(|e| told(&name, &e))?;
+    let subject = Subject::new(case, dtype).map_err(|e| told(&name, &e))?;
     let mut first: Option<Values> = None;
     for order in ORDERS {
-        let ours = Values::emulated(case, &x, &dy, order).map_err(|e| told(&format!("{name}, {order:?}"), &e))?;
-        if [&plain, &truth].iter().any(|v| v.all().count() != ours.all().count()) {
-            return Err(format!("{name}: a gradient is missing"));
-        }
-        for (((what, a), (_, p)), (_, t)) in ours.all().zip(plain.all()).zip(truth.all()) {
-            // The rule of FlashAttention's tests: at most twice as far off as the plain computation in the same type.
-            let (off, allowed) = (distance(a, t), distance(p, t));
-            let floor = if a.dtype() == DType::BF16 { 2e-3 } else { 2e-6 };
-            if !allowed.is_finite() || off > 2.0 * allowed + floor {
-                return Err(format!("{name}, {order:?}: {what} is off by {off:.2e}, the plain way by {allowed:.2e}"));
-            }
+        let at = |e| told(&format!("{name}, {order:?}"), &e);
+        let run = || Values::of(case, &subject.x, &subject.dy);
+        let ours = emulated(Rc::new(OnCpu::new(order)), run).map_err(at)?;
+        if let Some(v) = subject.judge(&ours).map_err(at)?.iter().find(|v| !v.holds()) {
+            return Err(format!("{name}, {order:?}: the {} is off by {:.2e}, {:.2e} would do", v.what, v.off, v.bound));
         }
         match &first {
             None => first = Some(ours),
             Some(f) => {
-                for ((what, a), (_, b)) in ours.all().zip(f.all()) {
-                    if flat(a).iter().zip(&flat(b)).any(|(a, b)| a.to_bits() != b.to_bits()) {
-                        return Err(format!("{name}: {what} depends on the order of threads ({order:?})"));
-                    }
+                if let Some(what) = ours.differs(f).map_err(at)? {
+                    return Err(format!("{name}: the {what} depends on the order of threads ({order:?})"));
                 }
             }
         }

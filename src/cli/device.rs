@@ -41,7 +41,7 @@ impl Args {
 }
 
 /// The device that an argument names.
-fn open(device: &str) -> Result<Device> {
+pub fn open(device: &str) -> Result<Device> {
     match device {
         "auto" => automatic(),
         "cpu" => Ok(Device::Cpu),

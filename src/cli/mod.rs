@@ -5,6 +5,7 @@ mod device;
 mod generate;
 mod model;
 mod score;
+mod selftest;
 mod stdout;
 mod synth;
 mod train;
@@ -46,6 +47,8 @@ enum Command {
     Score(score::Args),
     /// Make the built-in data.
     Synth(synth::Args),
+    /// Compute every op on this machine and compare it with f64.
+    Selftest(selftest::Args),
 }
 
 /// Runs the command line; errors go to stderr as cause, blank line, hint. Exit codes: 0 done, 1 an error, 2 wrong
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Generate(a) => generate::run(&a).map(done),
         Command::Score(a) => score::run(&a, &reporter).map(done),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
+        Command::Selftest(a) => selftest::run(&a, &reporter),
     };
     match result {
         Ok(code) => code,

@@ -9,6 +9,7 @@ mod lora;
 mod matmul;
 mod norm;
 mod rope;
+pub mod verify;
 
 use crate::error::Result;
 use candle_core::{DType, Tensor};

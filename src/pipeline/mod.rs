@@ -11,6 +11,7 @@ pub mod export;
 pub mod freeze;
 pub mod merge;
 pub mod run_dir;
+pub mod selftest;
 pub mod signals;
 pub mod stage;
 pub mod state;

@@ -43,7 +43,7 @@ fn keys_and_variables() {
         &["cannot make the run directory taken/run", "set output_dir"],
     );
     f.fails(&["train", "recipe.toml", "--stages", "alin"], &["the recipe has no stage `alin`", "align, sft, dpo"]);
-    f.fails(&["train", "recipe.toml", "--device", "cuda:0"], &["--device cuda:0", "--device cpu"]);
+    f.fails(&["train", "recipe.toml", "--device", "cuda:0"], &["--device cuda:0", "--features cuda"]);
     assert!(!f.path("run").exists());
 }
 

@@ -72,11 +72,7 @@ fn knows_what_is_new_in_a_later_stage() {
     let warnings: Vec<&str> = said.stderr.lines().filter(|l| l.starts_with("warning: ")).collect();
     let new = "warning: stage.tower: 41 new tensors, e.g. projector.linear_1.bias, get no warm-up";
     assert!(warnings.len() == 1 && warnings[0].starts_with(new), "{}", said.stderr);
-    // The type that the recipe names is not the one that is computed in: said once, by `train` too.
-    let train = f.train(&[]);
-    for stderr in [&said.stderr, &train.stderr] {
-        assert_eq!(stderr.matches("the CPU computes in f32").count(), 1, "{stderr}");
-    }
+    f.train(&[]);
 }
 
 /// As `adfreeze check recipe.toml | head -n 0`: the reader goes away before a line is written.

@@ -2,16 +2,20 @@
 //! and two answers behind one prompt against two sequences.
 
 use super::emulator::{OnCpu, Order};
-use super::flat;
 use adfreeze::error::Result;
 use adfreeze::ops::attention::{Config, Saved, Segment, backward, blockwise, forward};
 use adfreeze::ops::launch::emulated;
 use adfreeze::ops::random::{Key, normal};
+use adfreeze::ops::registry::verify::distance;
 use candle_core::{D, DType, Device, Tensor};
 use std::rc::Rc;
 
 /// o, dq, dk, dv and log-sum-exp.
 type Values = [Tensor; 5];
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
 
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
@@ -144,7 +148,7 @@ fn two_answers_behind_one_prompt_are_two_sequences() {
                 assert_eq!(flat(&head), flat(&again), "{dtype:?} {what}: the prompt differs from itself");
             }
             let expected = stacked(&[head, rows(apart, prompt, first), rows(apart, 2 * prompt + first, second)]);
-            let off = super::distance(shared, &expected);
+            let off = distance(shared, &expected).unwrap();
             assert!(off < most, "{dtype:?} {what}: off by {off:.2e}");
         }
     }

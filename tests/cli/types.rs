@@ -1,0 +1,46 @@
+//! Computing in bf16, and the self-test.
+
+use super::folder::{Folder, THREE_STAGES, assert_same, figures};
+use std::fs;
+
+#[test]
+fn bf16_trains_f32_masters_and_resumes_to_the_same_bits() {
+    let (whole, parts) = (Folder::with(THREE_STAGES), Folder::with(THREE_STAGES));
+    whole.train(&["--dtype", "bf16"]);
+    parts.train(&["--dtype", "bf16", "--stages", "align"]);
+    let mut child = parts.start(&["--dtype", "bf16"]);
+    parts.wait_for_step(&mut child, "sft", 3);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    parts.train(&["--dtype", "bf16"]);
+    assert_same(&figures(&whole.path("run")), &figures(&parts.path("run")));
+    let rows = fs::read_to_string(whole.path("run/02-sft/params.json")).unwrap();
+    let rows: serde_json::Value = serde_json::from_str(&rows).unwrap();
+    for row in rows.as_array().unwrap() {
+        let dtype = if row["state"] == "trains" { "f32" } else { "bf16" };
+        let projector = row["what"].as_str().unwrap().contains("projector");
+        assert!(row["dtype"] == dtype || projector, "{row}");
+    }
+    // Another type is another run.
+    whole.fails(&["train", "recipe.toml"], &["model.dtype", "--allow-changes"]);
+    let f32 = Folder::with(THREE_STAGES);
+    f32.train(&[]);
+    let last = |f: &Folder| fs::read(f.path("run/03-dpo/final/trained.safetensors")).unwrap();
+    assert_eq!(last(&f32).len(), last(&whole).len(), "masters are f32 as well");
+    assert_ne!(last(&f32), last(&whole));
+}
+
+#[test]
+fn the_selftest_passes_here() {
+    let f = Folder::new();
+    let said = f.ok(["selftest", "--device", "cpu"]);
+    for op in ["attention", "linear", "cross_entropy"] {
+        assert!(
+            said.stdout.lines().any(|l| l.starts_with(op) && l.trim_end().ends_with("ok")),
+            "{op}:\n{}",
+            said.stdout
+        );
+    }
+    assert!(!said.stdout.contains("wrong"), "{}", said.stdout);
+    f.fails(&["selftest", "--device", "gpu"], &["--device gpu", "cuda:N"]);
+}
