@@ -1,4 +1,4 @@
-//! Attention by blocks of query rows: for all heads at once, products of strided matrices ([`super::super::gemm`]), and
+//! Attention by blocks of query rows: for all heads at once, products of strided matrices (`ops::gemm`), and
 //! between them the kernels of `kernels/attention_blockwise.cu`. For any width of a head, in f32 whatever the operands'
 //! type; and the measure of the faster kernels, which round P and dS to bf16.
 //!
