@@ -39,6 +39,7 @@ fn cuda() -> Result<(), String> {
     let (major, minor) = release(&nvcc)?;
     println!("cargo::rustc-env=ADFREEZE_CUDA_MAJOR={major}");
     println!("cargo::rustc-env=ADFREEZE_CUDA_MINOR={minor}");
+    link_runtime(&nvcc);
     let files = kernels(&root.join("kernels"))?;
     // Two at a time: more would take the cores from the rest of the build.
     for pair in files.chunks(2) {
@@ -86,6 +87,19 @@ fn release(nvcc: &Path) -> Result<(u32, u32), String> {
     version
         .and_then(|(major, minor)| Some((number(major)?, number(minor)?)))
         .ok_or_else(|| format!("{} --version names no release:\n{text}", nvcc.display()))
+}
+
+/// The runtime that candle's kernels call is linked in its static form, which every toolkit has: ahead of the shared one that
+/// candle asks for, which then is not needed where the binary starts.
+fn link_runtime(nvcc: &Path) {
+    let homes = HOMES.iter().filter_map(env::var_os).map(PathBuf::from);
+    let beside = nvcc.canonicalize().ok().and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
+    let folders = homes.chain(beside).chain([PathBuf::from("/usr/local/cuda")]);
+    let mut libraries = folders.flat_map(|h| ["lib64", "lib", "targets/x86_64-linux/lib"].map(|l| h.join(l)));
+    if let Some(folder) = libraries.find(|l| l.join("libcudart_static.a").is_file()) {
+        println!("cargo::rustc-link-search=native={}", folder.display());
+        println!("cargo::rustc-link-lib=static:+whole-archive,-bundle=cudart_static");
+    }
 }
 
 /// nvcc 12.8 and later pack machine code tighter on request.

@@ -71,18 +71,6 @@ pub fn names() -> Result<Vec<String>> {
     (0..n).map(|i| result::device::get_name(result::device::get(i).map_err(failed)?).map_err(failed)).collect()
 }
 
-/// Free and total memory of a GPU, in bytes.
-pub fn memory(device: &CudaDevice) -> Result<(u64, u64)> {
-    device.cuda_stream().context().bind_to_thread().map_err(|e| told("memory", e))?;
-    let (free, total) = result::mem_get_info().map_err(|e| told("memory", e))?;
-    Ok((free as u64, total as u64))
-}
-
-/// Waits for all work on the device.
-pub fn synchronize(device: &CudaDevice) -> Result<()> {
-    Ok(device.synchronize()?)
-}
-
 fn told(what: &str, e: DriverError) -> Error {
     Error::new(format!("{what}: {e}"))
 }
