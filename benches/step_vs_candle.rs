@@ -18,12 +18,13 @@ use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::projector::Projector;
+use adfreeze::model::segment::Kept;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
 use adfreeze::ops::Weight;
 use adfreeze::ops::random::{Key, normal};
 use adfreeze::optim::{AdamW, Groups, Schedule};
-use adfreeze::recipe::schema::{self, Activation, Activations, MlpProjector, Scheduler, SelectFeature, Warmup};
+use adfreeze::recipe::schema::{self, Activation, MlpProjector, Scheduler, SelectFeature, Warmup};
 use candle_core::DType;
 use candle_nn::Optimizer;
 use std::collections::{BTreeMap, BTreeSet};
@@ -153,9 +154,9 @@ fn child(engine: &str, task: &str) {
                 Schedule::new(&Scheduler::Constant(Warmup { warmup_ratio: None, warmup_steps: Some(0) }), WARM + STEPS);
             let hyper = schema::AdamW { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0 };
             let mut optimizer = AdamW::new(hyper, groups, schedule, 1e9);
-            let activations = if engine == "adfreeze" { Activations::Keep } else { Activations::Recompute };
+            let kept = if engine == "adfreeze" { Kept::Minimal } else { Kept::Input };
             Box::new(move || {
-                let (lp, saved) = vlm.forward(&batch, Mode { record: true, activations, ..Mode::default() }).unwrap();
+                let (lp, saved) = vlm.forward(&batch, Mode { record: true, kept, ..Mode::default() }).unwrap();
                 let mut grads = Grads::new();
                 vlm.backward(&batch, saved.unwrap(), &coefs, &mut grads).unwrap();
                 optimizer.step(&Weight::plain(&params), grads.by_name()).unwrap();

@@ -9,9 +9,10 @@ use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
+use adfreeze::model::segment::Kept;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::Mode;
-use adfreeze::recipe::schema::{Activations, Lora, SelectFeature};
+use adfreeze::recipe::schema::{Lora, SelectFeature};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{clip, llama};
@@ -143,7 +144,7 @@ fn clip_gives_the_hidden_states_of_candle_transformers() {
         let oracle = clip::vision_model::ClipVisionTransformer::new(vb, &theirs).unwrap();
         // Its list starts after the first layer; HF's `hidden_states` with the embeddings.
         let want = oracle.output_hidden_states(&pixels).unwrap().swap_remove(depth - 1);
-        let (got, _) = ours.forward(&pixels, None, false, Activations::Keep, false).unwrap();
+        let (got, _) = ours.forward(&pixels, None, false, Kept::Minimal, false).unwrap();
         let d = off(&got, &want.flatten(0, 1).unwrap());
         assert!(d < 1e-5, "{depth} layers: hidden states differ by {d:e}");
     }

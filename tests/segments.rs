@@ -1,6 +1,8 @@
-//! Every segment and the whole chain in f64: gradients against finite differences, recompute against keep bit for bit,
+//! Every segment and the whole chain in f64: gradients against finite differences, the same bits whatever is kept,
 //! frozen parameters untouched, packing without influence.
 
+#[path = "segments/kept.rs"]
+mod kept;
 mod tiny;
 
 use adfreeze::adapters::lora;
@@ -11,10 +13,10 @@ use adfreeze::model::language::Language;
 use adfreeze::model::linear::{InputGrad, Linear, LowRank};
 use adfreeze::model::params::{Grads, Module, Param};
 use adfreeze::model::projector::Projector;
-use adfreeze::model::segment::{self, Segment, Side};
+use adfreeze::model::segment::{self, Kept, Segment, Side};
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::ops::norm::Kind;
-use adfreeze::recipe::schema::{self, Activation, Activations, LinearProjector, SelectFeature};
+use adfreeze::recipe::schema::{self, Activation, LinearProjector, SelectFeature};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use tiny::*;
@@ -143,11 +145,11 @@ fn check_layer<S: Segment + Clone>(
         let chosen = names(&mut layer[0], trains);
         layer[0].set_trainable(&chosen);
         let before = snapshot(&mut layer[0]);
-        let run = |layer: &S, x: &Tensor| against(&layer.forward(x, side).unwrap().0, &g);
+        let run = |layer: &S, x: &Tensor| against(&layer.forward(x, side, Kept::Minimal).unwrap().0, &g);
         let mut results = Vec::new();
-        for (policy, need_dx) in [(Activations::Keep, true), (Activations::Recompute, true), (Activations::Keep, false)]
-        {
-            let (_, tape) = segment::forward(&layer, x.clone(), side, 0, policy).unwrap();
+        for (kept, need_dx) in [(Kept::Minimal, true), (Kept::All, true), (Kept::Input, true), (Kept::Minimal, false)] {
+            let (_, tape) = segment::forward(&layer, x.clone(), side, 0, kept).unwrap();
+            assert_eq!(tape.bytes(), x.dims()[0] * layer[0].bytes_per_row(kept).unwrap(), "{what}, {kept:?}");
             let mut grads = Grads::new();
             let dx = segment::backward(&layer, tape, g.copy().unwrap(), side, &mut grads, need_dx).unwrap();
             assert_eq!(dx.is_some(), need_dx, "{what}");
@@ -157,11 +159,15 @@ fn check_layer<S: Segment + Clone>(
         let same = |a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>| {
             a.len() == b.len() && a.iter().zip(b).all(|((n, x), (m, y))| n == m && bits(x) == bits(y))
         };
-        assert!(same(&results[0].0, &results[1].0), "{what}: recompute changes a gradient");
-        assert!(same(&results[0].0, &results[2].0), "{what}: leaving dX out changes a gradient");
+        assert!(same(&results[0].0, &results[1].0), "{what}: keeping all changes a gradient");
+        assert!(same(&results[0].0, &results[2].0), "{what}: recompute changes a gradient");
+        assert!(same(&results[0].0, &results[3].0), "{what}: leaving dX out changes a gradient");
         let (grads, dx) = results.remove(0);
-        assert_eq!(bits(dx.as_ref().unwrap()), bits(results[0].1.as_ref().unwrap()), "{what}: recompute changes dX");
-        check_slope(&format!("{what}: x"), x, &dx.unwrap(), 40, |x| run(&layer[0], &x));
+        let dx = dx.unwrap();
+        for (_, other) in &results[..2] {
+            assert_eq!(bits(&dx), bits(other.as_ref().unwrap()), "{what}: what is kept changes dX");
+        }
+        check_slope(&format!("{what}: x"), x, &dx, 40, |x| run(&layer[0], &x));
         // Softmax does not see a shift of all scores of a query: without rotation, k's bias has no effect.
         let zero = |n: &str| n.ends_with("k_proj.bias") && side.rope.is_none();
         check_params(&what, &mut layer[0], &grads, zero, |l| run(l, x));
@@ -239,7 +245,7 @@ fn towers() {
         let before = snapshot(&mut tower);
         let mut results = Vec::new();
         let mut g = noise("g", &[1], 1.0);
-        for policy in [Activations::Keep, Activations::Recompute] {
+        for policy in [Kept::Minimal, Kept::All, Kept::Input] {
             let (y, saved) = run(&tower, true, policy);
             assert_eq!(y.dim(0).unwrap(), b * tower.tokens_per_image());
             g = noise("g", y.dims(), 1.0);
@@ -249,10 +255,10 @@ fn towers() {
         }
         assert!(snapshot(&mut tower) == before, "{what}: a parameter changed");
         for (n, t) in &results[0] {
-            assert_eq!(bits(t), bits(&results[1][n]), "{what}: recompute changes {n}");
+            assert!(results[1..].iter().all(|r| bits(t) == bits(&r[n])), "{what}: what is kept changes {n}");
         }
         let zero = |n: &str| n.ends_with("k_proj.bias") || (layer == -4 && n.ends_with("class_embedding"));
-        check_params(&what, &mut tower, &results[0], zero, |t| against(&run(t, false, Activations::Keep).0, &g));
+        check_params(&what, &mut tower, &results[0], zero, |t| against(&run(t, false, Kept::Minimal).0, &g));
     }
 }
 
@@ -294,9 +300,11 @@ fn check_chain(what: &str, vlm: &mut Vlm, trains: impl Fn(&str) -> bool, sequenc
     let mode = Mode { dropout: dropout.then(|| key("dropout")), ..Mode::default() };
     let before = snapshot(vlm);
     let grads = gradients(vlm, &batch, &weights, mode);
-    let again = gradients(vlm, &batch, &weights, Mode { activations: Activations::Recompute, ..mode });
+    for kept in [Kept::All, Kept::Input] {
+        let again = gradients(vlm, &batch, &weights, Mode { kept, ..mode });
+        assert_close(&format!("{what}, {kept:?}"), &again, &grads, 0.0);
+    }
     assert!(snapshot(vlm) == before, "{what}: a parameter changed");
-    assert_close(&format!("{what}, recompute"), &again, &grads, 0.0);
     let zero = |n: &str| n.starts_with("vision.") && n.ends_with("k_proj.bias");
     check_params(what, vlm, &grads, zero, |v| loss(v, &batch, &weights, mode));
 

@@ -1,13 +1,14 @@
 //! A linear layer with any number of low-rank updates on top: one type for frozen, LoRA (Hu et al. 2021), stacked
-//! adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else.
+//! adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else. Layers that share
+//! their input (q, k and v; gate and up) run together, so that updates of one kind pass over it once.
 
 use super::init::Place;
 use super::params::{Grads, Module, Param};
 use super::segment::Side;
 use crate::bail;
 use crate::error::Result;
-use crate::ops::lora;
 use crate::ops::matmul::{Mat, linear, matmul, matmul_add, sum_rows};
+use crate::ops::{bytes, lora};
 use candle_core::Tensor;
 
 /// `y = x·Wᵀ + b + Σ s·(drop(x)·Aᵀ)·Bᵀ`.
@@ -40,6 +41,12 @@ impl LowRank {
         self.a.trainable || self.b.trainable
     }
 
+    /// Can the two go through one launch?
+    fn alike(&self, other: &Self) -> bool {
+        let kind = |d: &Self| (d.a.value.dims().first().copied(), d.scale, d.dropout, d.trains());
+        kind(self) == kind(other)
+    }
+
     /// What zeroes inputs of A in this pass, the same in forward and backward.
     fn mask(&self, side: &Side) -> lora::Mask {
         let key = side.dropout.filter(|_| self.dropout > 0.0 && self.trains());
@@ -47,11 +54,18 @@ impl LowRank {
     }
 }
 
-/// What backward needs beside x: `drop(x)·Aᵀ` of each update, `[N, rank]`.
-pub struct Saved(Vec<Option<Tensor>>);
+/// What backward needs beside x of layers that ran together: `drop(x)·Aᵀ` of each group's updates, one below the other.
+pub struct Saved(Vec<(Group, Tensor)>);
 
-/// What [`Linear::backward_to_input`] leaves: u of each update whose A trains, `[N, rank]`.
-pub struct Rest(Vec<Option<Tensor>>);
+/// What [`backward_to_input`] leaves: u of each group in which an A trains, laid out as in [`Saved`].
+pub struct Rest(Vec<(Group, Tensor)>);
+
+impl Saved {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(_, h)| bytes(h)).sum()
+    }
+}
 
 /// The gradient of an input that one or several layers share: the first product is written, the others are added.
 #[derive(Debug)]
@@ -102,23 +116,11 @@ impl Linear {
 
     /// `x` `[N, in]` → `[N, out]`.
     pub fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
-        let y = linear(x, self.weight.compute(), self.bias.as_ref().map(Param::compute))?;
-        let mut saved = Vec::with_capacity(self.deltas.len());
-        for d in &self.deltas {
-            if side.skips(d) {
-                saved.push(None);
-                continue;
-            }
-            let h = lora::down(x, d.a.compute(), d.mask(side))?;
-            lora::up_(&y, &h, d.b.compute(), d.scale)?;
-            saved.push(Some(h));
-        }
-        Ok((y, Saved(saved)))
+        let ([y], saved) = forward_all([self], x, side)?;
+        Ok((y, saved))
     }
 
-    /// Adds this layer's gradients to `grads`, and dX to `dx` if it is wanted.
-    ///
-    /// `x` is the layer's input; it is read only if [`Linear::needs_input`].
+    /// [`backward_all`] of this layer alone.
     pub fn backward(
         &self,
         saved: &Saved,
@@ -128,59 +130,16 @@ impl Linear {
         grads: &mut Grads,
         dx: &mut InputGrad,
     ) -> Result<()> {
-        let rest = self.backward_to_input(saved, dy, side, grads, dx)?;
-        self.backward_from_input(rest, x, dy, side, grads)
+        backward_all(&[self], saved, x, &[dy], side, grads, dx)
     }
 
-    /// The part of [`Linear::backward`] that does without the layer's input, for who rebuilds it with the help of dX.
-    pub fn backward_to_input(
-        &self,
-        saved: &Saved,
-        dy: &Tensor,
-        side: &Side,
-        grads: &mut Grads,
-        dx: &mut InputGrad,
-    ) -> Result<Rest> {
-        if let Some(b) = self.bias.as_ref().filter(|b| b.trainable) {
-            grads.add(&b.name, sum_rows(dy)?)?;
+    /// Bytes a token that [`Saved`] takes for this layer.
+    pub fn saved_bytes(&self) -> Result<usize> {
+        let mut ranks = 0;
+        for d in &self.deltas {
+            ranks += d.a.value.dim(0)?;
         }
-        dx.add_product(Mat::N(dy), Mat::N(self.weight.compute()))?;
-        let mut rest = Vec::with_capacity(self.deltas.len());
-        for (d, h) in self.deltas.iter().zip(&saved.0) {
-            let Some(h) = h.as_ref().filter(|_| d.trains() || !matches!(dx, InputGrad::Unwanted)) else {
-                rest.push(None);
-                continue;
-            };
-            let db = if d.b.trainable { Some(grads.slot(&d.b)?) } else { None };
-            // u [N, rank] is all that A and x see of dY.
-            let u = lora::back(dy, h, d.b.compute(), d.scale, db)?;
-            if let InputGrad::Sum(dx) = dx {
-                lora::add_dx_(dx, &u, d.a.compute(), d.mask(side))?;
-            }
-            rest.push(d.a.trainable.then_some(u));
-        }
-        Ok(Rest(rest))
-    }
-
-    /// The rest of [`Linear::backward`]: the gradients that `x`, the layer's input, is a factor of.
-    pub fn backward_from_input(
-        &self,
-        rest: Rest,
-        x: Option<&Tensor>,
-        dy: &Tensor,
-        side: &Side,
-        grads: &mut Grads,
-    ) -> Result<()> {
-        let Some(x) = x else { return Ok(()) };
-        if self.weight.trainable {
-            grads.add_product(&self.weight, 1.0, Mat::T(dy), Mat::N(x))?;
-        }
-        for (d, u) in self.deltas.iter().zip(&rest.0) {
-            if let Some(u) = u {
-                lora::add_da(grads.slot(&d.a)?, u, x, d.mask(side))?;
-            }
-        }
-        Ok(())
+        Ok(ranks * self.place().dtype.size_in_bytes())
     }
 
     /// Where and in which type it computes.
@@ -198,6 +157,159 @@ impl Linear {
     pub fn name(&self) -> &str {
         self.weight.name.strip_suffix(".weight").unwrap_or(&self.weight.name)
     }
+}
+
+/// `x` `[N, in]` → `[N, out]` of each layer.
+pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, side: &Side) -> Result<([Tensor; N], Saved)> {
+    let mut y = Vec::with_capacity(N);
+    for l in layers {
+        y.push(linear(x, l.weight.compute(), l.bias.as_ref().map(Param::compute))?);
+    }
+    let mut saved = Vec::new();
+    for group in groups(&layers, x, side)? {
+        let updates = group.updates(&layers, side);
+        let h = lora::down(x, &updates)?;
+        lora::up_(&group.of(&y), &h, &updates)?;
+        saved.push((group, h));
+    }
+    match y.try_into() {
+        Ok(y) => Ok((y, Saved(saved))),
+        Err(y) => bail!("{N} layers gave {} outputs", y.len()),
+    }
+}
+
+/// Adds the layers' gradients to `grads`, and the gradient of their common input to `dx` if it is wanted.
+///
+/// `x` is that input; it is read only if one of them [`Linear::needs_input`].
+pub fn backward_all(
+    layers: &[&Linear],
+    saved: &Saved,
+    x: Option<&Tensor>,
+    dy: &[&Tensor],
+    side: &Side,
+    grads: &mut Grads,
+    dx: &mut InputGrad,
+) -> Result<()> {
+    let rest = backward_to_input(layers, saved, dy, side, grads, dx)?;
+    backward_from_input(layers, rest, x, dy, side, grads)
+}
+
+/// The part of [`backward_all`] that does without the input, for who rebuilds it with the help of dX.
+pub fn backward_to_input(
+    layers: &[&Linear],
+    saved: &Saved,
+    dy: &[&Tensor],
+    side: &Side,
+    grads: &mut Grads,
+    dx: &mut InputGrad,
+) -> Result<Rest> {
+    let mut us = Vec::with_capacity(saved.0.len());
+    for (group, h) in &saved.0 {
+        let mut db = Vec::with_capacity(group.0.len());
+        for d in group.deltas(layers) {
+            db.push(if d.b.trainable { Some(grads.slot(&d.b)?.clone()) } else { None });
+        }
+        let trains = group.deltas(layers).any(LowRank::trains);
+        // u [N, rank] is all that A and x see of dY.
+        let u = (trains || !matches!(dx, InputGrad::Unwanted)).then(|| {
+            let db: Vec<_> = db.iter().map(Option::as_ref).collect();
+            lora::back(&group.of(dy), h, &group.updates(layers, side), &db)
+        });
+        us.push(u.transpose()?);
+    }
+    for (i, (l, dy)) in layers.iter().zip(dy).enumerate() {
+        if let Some(b) = l.bias.as_ref().filter(|b| b.trainable) {
+            grads.add(&b.name, sum_rows(dy)?)?;
+        }
+        dx.add_product(Mat::N(dy), Mat::N(l.weight.compute()))?;
+        // A group's updates meet dX once, after the product of its last layer.
+        for ((group, _), u) in saved.0.iter().zip(&us).filter(|((g, _), _)| g.last() == Some(i)) {
+            if let (InputGrad::Sum(dx), Some(u)) = (&*dx, u) {
+                lora::add_dx_(dx, u, &group.updates(layers, side))?;
+            }
+        }
+    }
+    let mut rest = Vec::new();
+    for ((group, _), u) in saved.0.iter().zip(us) {
+        if let (Some(u), true) = (u, group.deltas(layers).any(|d| d.a.trainable)) {
+            rest.push((group.clone(), u));
+        }
+    }
+    Ok(Rest(rest))
+}
+
+/// The rest of [`backward_all`]: the gradients that `x`, the input, is a factor of.
+pub fn backward_from_input(
+    layers: &[&Linear],
+    rest: Rest,
+    x: Option<&Tensor>,
+    dy: &[&Tensor],
+    side: &Side,
+    grads: &mut Grads,
+) -> Result<()> {
+    let Some(x) = x else { return Ok(()) };
+    for (l, dy) in layers.iter().zip(dy).filter(|(l, _)| l.weight.trainable) {
+        grads.add_product(&l.weight, 1.0, Mat::T(dy), Mat::N(x))?;
+    }
+    for (group, u) in &rest.0 {
+        let mut da = Vec::with_capacity(group.0.len());
+        for d in group.deltas(layers) {
+            da.push(if d.a.trainable { Some(grads.slot(&d.a)?.clone()) } else { None });
+        }
+        let da: Vec<_> = da.iter().map(Option::as_ref).collect();
+        lora::add_da(&da, u, x, &group.updates(layers, side))?;
+    }
+    Ok(())
+}
+
+/// Updates that run together: the index of each one's layer, in rising order, and its index among that layer's updates.
+#[derive(Debug, Clone)]
+struct Group(Vec<(usize, usize)>);
+
+impl Group {
+    fn deltas<'a>(&'a self, layers: &'a [&Linear]) -> impl Iterator<Item = &'a LowRank> {
+        self.0.iter().map(|(i, j)| &layers[*i].deltas[*j])
+    }
+
+    fn updates<'a>(&'a self, layers: &'a [&Linear], side: &Side) -> Vec<lora::Update<'a>> {
+        let of =
+            |d: &'a LowRank| lora::Update { a: d.a.compute(), b: d.b.compute(), scale: d.scale, mask: d.mask(side) };
+        self.deltas(layers).map(of).collect()
+    }
+
+    /// Each member's of what there is one for each layer.
+    fn of<'a, T: std::borrow::Borrow<Tensor>>(&self, each: &'a [T]) -> Vec<&'a Tensor> {
+        self.0.iter().map(|(i, _)| each[*i].borrow()).collect()
+    }
+
+    /// The last layer that has a member.
+    fn last(&self) -> Option<usize> {
+        self.0.last().map(|(i, _)| *i)
+    }
+}
+
+/// The layers' updates of this pass, those of one kind together where that gains anything. A layer's own updates keep their order,
+/// and no two of them share a group.
+fn groups(layers: &[&Linear], x: &Tensor, side: &Side) -> Result<Vec<Group>> {
+    let mut groups: Vec<Group> = Vec::new();
+    for (i, l) in layers.iter().enumerate() {
+        let mut from = 0;
+        for (j, d) in l.deltas.iter().enumerate().filter(|(_, d)| !side.skips(d)) {
+            let joins = |g: &Group| g.0.first().is_some_and(|(i, j)| layers[*i].deltas[*j].alike(d));
+            let open = groups.iter().skip(from).position(joins).map(|at| at + from);
+            match open.filter(|_| layers.len() > 1) {
+                Some(at) if lora::gains_from_groups(d.a.value.dim(0)?, x)? => {
+                    groups[at].0.push((i, j));
+                    from = at + 1;
+                }
+                _ => {
+                    groups.push(Group(vec![(i, j)]));
+                    from = groups.len();
+                }
+            }
+        }
+    }
+    Ok(groups)
 }
 
 impl Module for Linear {

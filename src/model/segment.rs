@@ -4,10 +4,21 @@
 use super::linear::LowRank;
 use super::params::{Grads, Module};
 use crate::error::Result;
-use crate::ops::attention;
 use crate::ops::random::Key;
-use crate::recipe::schema::Activations;
-use candle_core::Tensor;
+use crate::ops::{attention, bytes};
+use candle_core::{DType, Tensor};
+
+/// What a segment keeps of its forward pass for backward; the gradients are the same to the bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kept {
+    /// All that backward reads.
+    All,
+    /// All but the outputs of norms and activations, which backward makes again element by element.
+    #[default]
+    Minimal,
+    /// The input alone: the segment runs again in backward.
+    Input,
+}
 
 /// What all segments of a pass share beside the stream of activations.
 #[derive(Debug, Clone)]
@@ -49,10 +60,16 @@ pub trait Segment: Module {
     fn name(&self) -> &str;
 
     /// What this segment keeps, if it is not what the pass says.
-    fn policy(&self) -> Option<Activations>;
+    fn policy(&self) -> Option<Kept>;
 
-    /// `x` `[N, D]` → `[N, D]`.
-    fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Self::Saved)>;
+    /// `x` `[N, D]` → `[N, D]`. What it returns for backward holds all that `kept` says, or more.
+    fn forward(&self, x: &Tensor, side: &Side, kept: Kept) -> Result<(Tensor, Self::Saved)>;
+
+    /// Bytes of what a forward pass returned for backward.
+    fn bytes(saved: &Self::Saved) -> usize;
+
+    /// Bytes a row of x that a recorded pass keeps of this segment, its input among them: [`Tape::bytes`] told beforehand.
+    fn bytes_per_row(&self, kept: Kept) -> Result<usize>;
 
     /// Adds the gradients of what trains to `grads`; returns dX if `need_dx`. `dy` is the caller's own and may be overwritten.
     fn backward(
@@ -72,20 +89,27 @@ pub struct Tape<S: Segment> {
     records: Vec<(Tensor, Option<S::Saved>)>,
 }
 
+impl<S: Segment> Tape<S> {
+    /// Bytes that it keeps.
+    pub fn bytes(&self) -> usize {
+        self.records.iter().map(|(x, saved)| bytes(x) + saved.as_ref().map_or(0, S::bytes)).sum()
+    }
+}
+
 /// Runs `segments` on `x`. Below `frontier` nothing is kept; at `segments.len()` nothing at all.
 pub fn forward<S: Segment>(
     segments: &[S],
     mut x: Tensor,
     side: &Side,
     frontier: usize,
-    policy: Activations,
+    kept: Kept,
 ) -> Result<(Tensor, Tape<S>)> {
     let mut records = Vec::new();
     for (i, s) in segments.iter().enumerate() {
-        let (y, saved) = s.forward(&x, side)?;
+        let kept = if i < frontier { Kept::Input } else { s.policy().unwrap_or(kept) };
+        let (y, saved) = s.forward(&x, side, kept)?;
         if i >= frontier {
-            let keep = s.policy().unwrap_or(policy) == Activations::Keep;
-            records.push((x, keep.then_some(saved)));
+            records.push((x, (kept != Kept::Input).then_some(saved)));
         }
         x = y;
     }
@@ -106,7 +130,7 @@ pub fn backward<S: Segment>(
         let Some((x, saved)) = records.pop() else { break };
         let saved = match saved {
             Some(s) => s,
-            None => s.forward(&x, side)?.1,
+            None => s.forward(&x, side, Kept::All)?.1,
         };
         match s.backward(&x, saved, dy, side, grads, need_dx || i > frontier)? {
             Some(dx) => dy = dx,
@@ -114,6 +138,24 @@ pub fn backward<S: Segment>(
         }
     }
     Ok(need_dx.then_some(dy))
+}
+
+/// Bytes a row that recorded `segments` keep, each by its own policy or else by `kept`.
+pub fn bytes_per_row<S: Segment>(segments: &[S], kept: Kept) -> Result<usize> {
+    segments.iter().try_fold(0, |sum, s| Ok(sum + s.bytes_per_row(s.policy().unwrap_or(kept))?))
+}
+
+/// The output of a norm or an activation as it was kept, or made again if it is `needed`.
+pub fn kept_or(kept: Option<Tensor>, needed: bool, again: impl FnOnce() -> Result<Tensor>) -> Result<Option<Tensor>> {
+    match kept {
+        None if needed => again().map(Some),
+        kept => Ok(kept),
+    }
+}
+
+/// Bytes of a number in sums and statistics beside activations of `dtype`.
+pub fn sum_bytes(dtype: DType) -> usize {
+    dtype.size_in_bytes().max(DType::F32.size_in_bytes())
 }
 
 /// Index of the first segment that a backward pass must reach: the first that trains, 0 if something below needs the

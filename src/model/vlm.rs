@@ -5,7 +5,7 @@ use super::language::{self, Language};
 use super::linear::{Linear, LowRank};
 use super::params::{Grads, Module, Param};
 use super::projector::Projector;
-use super::segment::Side;
+use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
 use crate::bail;
 use crate::error::Result;
@@ -13,7 +13,6 @@ use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::Activations;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -46,12 +45,21 @@ pub struct Batch {
     pub owners: Vec<usize>,
 }
 
+/// Size of a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Load {
+    /// Distinct pictures.
+    pub pictures: usize,
+    /// Tokens of all sequences, visual ones among them.
+    pub tokens: usize,
+}
+
 /// How to run a pass.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mode {
     /// Keep what backward needs.
     pub record: bool,
-    pub activations: Activations,
+    pub kept: Kept,
     /// Key of the dropout masks; none outside training.
     pub dropout: Option<Key>,
     pub adapters_off: bool,
@@ -66,6 +74,13 @@ pub struct Saved {
     image_rows: Vec<u32>,
     feature_rows: Vec<u32>,
     projected: Option<Tensor>,
+}
+
+impl Saved {
+    /// Bytes that the layers keep; for tests and measurements.
+    pub fn kept_bytes(&self) -> usize {
+        self.language.kept_bytes() + self.vision.as_ref().map_or(0, vision::Saved::kept_bytes)
+    }
 }
 
 impl Vlm {
@@ -125,7 +140,7 @@ impl Vlm {
         if let Some(v) = &visual {
             scatter_(&x, &image_rows, &gather(&v.tokens, &feature_rows)?)?;
         }
-        let (out, saved) = self.language.forward(x, &side, &batch.targets, mode.activations, mode.record)?;
+        let (out, saved) = self.language.forward(x, &side, &batch.targets, mode.kept, mode.record)?;
         let saved = saved.map(|language| {
             let (vision, projector, projected) =
                 visual.map_or((None, None, None), |v| (v.saved, v.tape, Some(v.tokens)));
@@ -153,8 +168,7 @@ impl Vlm {
         let (Some(pixels), Some(tower), Some(projector)) = (&batch.pixels, &self.vision, &self.projector) else {
             return Ok(None);
         };
-        let (features, saved) =
-            tower.forward(pixels, mode.dropout, mode.adapters_off, mode.activations, mode.record)?;
+        let (features, saved) = tower.forward(pixels, mode.dropout, mode.adapters_off, mode.kept, mode.record)?;
         let trains = mode.record && self.projector_trains;
         let (tokens, tape) = island::forward(projector, trains, &features, saved.is_some())?;
         Ok(Some(Visual { tokens, tape, saved }))
@@ -191,9 +205,30 @@ impl Vlm {
     /// Features of the tower and visual tokens of `pixels`; for tests and measurements.
     pub fn project(&self, pixels: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
         let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(None) };
-        let (features, _) = tower.forward(pixels, None, false, Activations::Keep, false)?;
+        let (features, _) = tower.forward(pixels, None, false, Kept::Input, false)?;
         let (tokens, _) = island::forward(projector, false, &features, false)?;
         Ok(Some((features, tokens)))
+    }
+
+    /// Bytes that the layers keep of a recorded pass of this size.
+    pub fn kept_bytes(&self, load: Load, kept: Kept) -> Result<usize> {
+        let tower = self.vision.as_ref().map_or(Ok(0), |v| v.bytes_per_picture(kept))?;
+        Ok(load.tokens * self.language.bytes_per_token(kept)? + load.pictures * tower)
+    }
+
+    /// Bytes that one layer's activations take at most while it runs, recorded or not.
+    pub fn largest_layer(&self, load: Load) -> Result<usize> {
+        let mut most = 0;
+        for l in &self.language.layers {
+            most = most.max(load.tokens * l.bytes_per_row(Kept::All)?);
+        }
+        for v in &self.vision {
+            let rows = load.pictures * (v.config.num_patches() + 1);
+            for l in &v.layers {
+                most = most.max(rows * l.bytes_per_row(Kept::All)?);
+            }
+        }
+        Ok(most)
     }
 
     /// Every linear layer of tower and language model that an adapter can sit on.
@@ -209,7 +244,7 @@ impl Vlm {
         let towers = self.vision.iter().flat_map(|v| &v.layers).map(|l| l.name.clone());
         let known: Vec<String> = towers.chain(self.language.layers.iter().map(|l| l.name.clone())).collect();
         let matcher = if patterns.is_empty() { None } else { Some(Patterns::new(patterns, &known)?) };
-        let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Activations::Recompute);
+        let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Kept::Input);
         for l in self.vision.iter_mut().flat_map(|v| &mut v.layers) {
             l.policy = policy(&l.name);
         }

@@ -212,6 +212,11 @@ impl Weight {
     }
 }
 
+/// Bytes of a tensor's elements.
+pub(crate) fn bytes(t: &Tensor) -> usize {
+    t.elem_count() * t.dtype().size_in_bytes()
+}
+
 /// Rows and columns of a matrix.
 pub(crate) fn dims2(t: &Tensor, what: &str) -> Result<(usize, usize)> {
     match t.dims() {

@@ -9,6 +9,7 @@ pub mod checkpoints;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
+pub mod memory;
 pub mod merge;
 pub mod run_dir;
 pub mod selftest;

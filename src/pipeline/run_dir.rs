@@ -226,8 +226,9 @@ fn flatten_toml(text: &str) -> Result<BTreeMap<String, String>> {
     let value: toml::Value = toml::from_str(text).map_err(|e| Error::new(format!("the run's recipe.toml: {e}")))?;
     let mut out = BTreeMap::new();
     flatten(&value, String::new(), &mut out);
-    // Where a run lies does not change what it computes.
-    out.remove("output_dir");
+    // Where a run lies and what its passes keep does not change what it computes.
+    let kept = |key: &str| key.ends_with(".activations") || key.ends_with(".recompute");
+    out.retain(|key, _| key != "output_dir" && !(key.starts_with("stage.") && kept(key)));
     Ok(out)
 }
 
@@ -262,7 +263,8 @@ mod tests {
         let old =
             flatten_toml("output_dir = 'a'\n[stage.sft]\nlr = 1e-3\nadapters = [{ lora = { rank = 8 } }]").unwrap();
         let new = flatten_toml(
-            "output_dir = 'b'\n[stage.sft]\nlr = 2e-3\nadapters = [{ lora = { rank = 8 } }]\nmax_steps = 3",
+            "output_dir = 'b'\n[stage.sft]\nlr = 2e-3\nadapters = [{ lora = { rank = 8 } }]\nmax_steps = 3\n\
+             activations = 'recompute'\nrecompute = ['language.*']",
         )
         .unwrap();
         assert_eq!(

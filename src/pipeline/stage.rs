@@ -4,6 +4,7 @@ use super::checkpoints::{self, Progress};
 use super::evaluation::Evaluations;
 use super::export::write_final;
 use super::freeze::{self, GradientWatch};
+use super::memory;
 use super::run_dir::{Done, RunDir, hex, sha256_file};
 use super::signals::Signals;
 use super::state::{State, TRAINED};
@@ -129,18 +130,23 @@ fn steps(
     let first = from.steps;
     let stage = &run.recipe.stage[name];
     let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
+    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
+    let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
+    let trained = params.values().map(|t| t.elem_count() as u64).sum();
+    let loads = memory::loads(data, &plan, first..total, micro);
+    let free = || memory::free_memory(state.vlm.language.device());
+    let (kept, told) = memory::choose(stage.activations, &state.vlm, &loads, trained, free)?;
+    told.iter().for_each(|line| run.reporter.info(line));
     let batches = (first..total).map(move |s| (s, plan.step(s)));
     let images = run.images.cloned().map(Arc::new);
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
-    let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
     let mut watch = GradientWatch::new(params.keys().cloned(), first, epoch);
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
         Objective::Dpo(settings) => Task::Dpo { settings, reference },
     };
     let dropout = Key::new(stage.seed, &format!("dropout/{name}"));
-    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
     let mut last_loss = from.loss;
     let _deferred = run.signals.defer();
     run.reporter.stage_start(name, first, total);
@@ -148,7 +154,7 @@ fn steps(
         let step = step?;
         let _span = tracing::debug_span!("step", step = step.step).entered();
         let started = Instant::now();
-        let cfg = StepConfig { micro, activations: stage.activations, dropout: dropout.index(step.step as u64) };
+        let cfg = StepConfig { micro, kept, dropout: dropout.index(step.step as u64) };
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
         let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;

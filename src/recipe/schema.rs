@@ -222,7 +222,7 @@ pub struct Stage {
     pub checkpoint: Checkpoint,
     #[serde(default)]
     pub activations: Activations,
-    /// Layers that recompute although the rest keeps, by pattern, e.g. `["language.layers[0..16]"]`.
+    /// Layers that recompute whatever the rest does, by pattern, e.g. `["language.layers[0..16]"]`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recompute: Vec<String>,
     /// Names of the evaluations that run at the end of this stage.
@@ -469,13 +469,19 @@ impl Default for Checkpoint {
     }
 }
 
-/// What a segment keeps of its forward pass; the result is the same to the bit.
+/// What backward makes again of a layer's forward pass; the result is the same to the bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activations {
+    /// As little as the free memory allows, chosen as the stage begins.
     #[default]
-    Keep,
-    /// The input only; the segment runs again in backward.
+    Auto,
+    /// Nothing: all that backward reads is kept.
+    None,
+    /// The outputs of norms and activations, element by element. Runs of before call it `keep`.
+    #[serde(alias = "keep")]
+    Minimal,
+    /// Everything: a layer keeps its input only and runs again.
     Recompute,
 }
 

@@ -10,9 +10,10 @@ use crate::bail;
 use crate::data::{Item, Pixels, Sample};
 use crate::error::{Context, Result};
 use crate::model::params::Grads;
+use crate::model::segment::Kept;
 use crate::model::vlm::{Mode, Vlm};
 use crate::ops::random::Key;
-use crate::recipe::schema::{Activations, Dpo};
+use crate::recipe::schema::Dpo;
 use std::collections::BTreeMap;
 
 /// Summed log-probabilities of chosen and rejected under the reference, by the index of the pair in the data.
@@ -29,7 +30,7 @@ pub enum Task<'a> {
 pub struct StepConfig {
     /// Items a micro-batch.
     pub micro: usize,
-    pub activations: Activations,
+    pub kept: Kept,
     /// Key of this step's dropout masks.
     pub dropout: Key,
 }
@@ -55,12 +56,7 @@ pub fn compute(vlm: &Vlm, task: &Task, items: &[(usize, &Item)], pixels: &Pixels
 }
 
 fn mode(cfg: StepConfig, micro: usize) -> Mode {
-    Mode {
-        record: true,
-        activations: cfg.activations,
-        dropout: Some(cfg.dropout.index(micro as u64)),
-        adapters_off: false,
-    }
+    Mode { record: true, kept: cfg.kept, dropout: Some(cfg.dropout.index(micro as u64)), adapters_off: false }
 }
 
 fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {

@@ -2,8 +2,9 @@
 
 use super::{Golden, distance, flat};
 use adfreeze::model::params::{Grads, Module};
+use adfreeze::model::segment::Kept;
 use adfreeze::model::vlm::{Mode, Vlm};
-use adfreeze::recipe::schema::{Activations, Template};
+use adfreeze::recipe::schema::Template;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,31 +14,26 @@ pub fn run(g: &Golden) {
         let prefix = format!("{setting}.");
         let want: BTreeMap<String, Tensor> =
             all.iter().filter_map(|(k, t)| k.strip_prefix(&prefix).map(|k| (g.canonical(k), t.clone()))).collect();
-        let keep = compute(g, vlm.clone(), want.keys().cloned().collect(), Activations::Keep);
+        let keep = compute(g, vlm.clone(), want.keys().cloned().collect(), Kept::Minimal);
         compare(g, setting, &want, &keep);
-        let recompute = compute(g, vlm.clone(), want.keys().cloned().collect(), Activations::Recompute);
+        let recompute = compute(g, vlm.clone(), want.keys().cloned().collect(), Kept::Input);
         let moved = keep.iter().map(|(k, t)| distance(t, &recompute[k])).fold(0.0, f64::max);
         g.case(&format!("gradients {setting}: recompute gives the same bits as keep"), moved, 0.0);
         let mixed = {
             let mut vlm = vlm.clone();
             vlm.recompute(&["*.layers[1..]".to_string()]).unwrap();
-            compute(g, vlm, want.keys().cloned().collect(), Activations::Keep)
+            compute(g, vlm, want.keys().cloned().collect(), Kept::Minimal)
         };
         let moved = keep.iter().map(|(k, t)| distance(t, &mixed[k])).fold(0.0, f64::max);
         g.case(&format!("gradients {setting}: recomputing some layers gives the same bits"), moved, 0.0);
     }
 }
 
-fn compute(
-    g: &Golden,
-    mut vlm: Vlm,
-    trainable: BTreeSet<String>,
-    activations: Activations,
-) -> BTreeMap<String, Tensor> {
+fn compute(g: &Golden, mut vlm: Vlm, trainable: BTreeSet<String>, kept: Kept) -> BTreeMap<String, Tensor> {
     let (_, batch) = g.batch("samples", "data/sft.json", Template::VicunaV1);
     assert_eq!(vlm.params().keys().filter(|k| trainable.contains(*k)).count(), trainable.len());
     vlm.train_only(&trainable);
-    let mode = Mode { record: true, activations, ..Mode::default() };
+    let mode = Mode { record: true, kept, ..Mode::default() };
     let (lp, saved) = vlm.forward(&batch, mode).unwrap();
     let mut grads = Grads::new();
     let coefs = vec![-1.0 / lp.rows() as f64; lp.rows()];

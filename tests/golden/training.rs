@@ -4,11 +4,12 @@ use super::{Golden, distance};
 use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::Item;
 use adfreeze::model::params::Module;
+use adfreeze::model::segment::Kept;
 use adfreeze::model::vlm::Vlm;
 use adfreeze::ops::Weight;
 use adfreeze::ops::random::Key;
 use adfreeze::optim::{AdamW, Groups, Schedule};
-use adfreeze::recipe::schema::{self, Activations, Dpo, DpoLoss, ParamGroup, Reference, Scheduler, Template, Warmup};
+use adfreeze::recipe::schema::{self, Dpo, DpoLoss, ParamGroup, Reference, Scheduler, Template, Warmup};
 use adfreeze::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
 use candle_core::Tensor;
 use serde_json::Value;
@@ -69,7 +70,7 @@ fn curve(g: &Golden, name: &str, vlm: &mut Vlm, file: &str, template: Template) 
         let indices =
             order.as_array().unwrap().iter().flat_map(|m| m.as_array().unwrap()).map(|i| i.as_u64().unwrap() as usize);
         let batch: Vec<(usize, &Item)> = indices.map(|i| (i, &items[i])).collect();
-        let cfg = StepConfig { micro, activations: Activations::Keep, dropout: Key::new(0, "none") };
+        let cfg = StepConfig { micro, kept: Kept::Minimal, dropout: Key::new(0, "none") };
         let done = compute(vlm, &task, &batch, &pixels, cfg).unwrap();
         let report = optimizer.step(&Weight::plain(&params), done.grads.by_name()).unwrap();
         let mut see = |k: &str, got: f64| {

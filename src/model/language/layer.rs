@@ -4,12 +4,11 @@ use crate::error::Result;
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
-use crate::model::segment::{Segment, Side};
+use crate::model::segment::{Kept, Segment, Side, kept_or, sum_bytes};
 use crate::ops::activation::{swiglu, swiglu_backward};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
-use crate::ops::{attention, rope};
-use crate::recipe::schema::Activations;
+use crate::ops::{attention, bytes, rope};
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
@@ -18,7 +17,7 @@ pub struct Layer {
     /// E.g. `language.layers.0`.
     pub name: String,
     /// What this layer keeps, if it is not what the pass says.
-    pub policy: Option<Activations>,
+    pub policy: Option<Kept>,
     pub attention: attention::Config,
     pub input_layernorm: Norm,
     pub q_proj: Linear,
@@ -31,7 +30,7 @@ pub struct Layer {
     pub down_proj: Linear,
 }
 
-/// Activations of one pass. Norm and SwiGLU outputs are rebuilt elementwise when a trained layer needs them.
+/// Activations of one pass; [`Segment::bytes_per_row`] counts the same.
 pub struct Saved {
     stats: [Stats; 2],
     qkv: [Tensor; 3],
@@ -41,7 +40,10 @@ pub struct Saved {
     mid: Tensor,
     gate: Tensor,
     up: Tensor,
-    linears: [linear::Saved; 7],
+    /// Of q, k, v; o; gate, up; down.
+    linears: [linear::Saved; 4],
+    /// Outputs of both norms and of SwiGLU, where they are kept because a layer that trains reads them.
+    outputs: [Option<Tensor>; 3],
 }
 
 /// Keys and values of the tokens seen so far, one sequence, `[seen, kv_heads·hd]`.
@@ -62,14 +64,25 @@ impl Cache {
 impl Layer {
     /// The layer on the newest tokens of one sequence; keys and values of the older ones come from `cache`.
     pub fn extend(&self, x: &Tensor, side: &Side, cache: &mut Cache) -> Result<Tensor> {
-        Ok(self.run(x, side, Some(cache))?.0)
+        Ok(self.run(x, side, Some(cache), Kept::Input)?.0)
     }
 
-    fn run(&self, x: &Tensor, side: &Side, cache: Option<&mut Cache>) -> Result<(Tensor, Saved)> {
+    /// Which inputs of linear layers backward reads: that of q, k and v, that of gate and up, that of down.
+    fn needs(&self) -> [bool; 3] {
+        let any = |layers: &[&Linear]| layers.iter().any(|l| l.needs_input());
+        [
+            any(&[&self.q_proj, &self.k_proj, &self.v_proj]),
+            any(&[&self.gate_proj, &self.up_proj]),
+            any(&[&self.down_proj]),
+        ]
+    }
+
+    fn run(&self, x: &Tensor, side: &Side, cache: Option<&mut Cache>, kept: Kept) -> Result<(Tensor, Saved)> {
+        let keeps = self.needs().map(|needed| needed && kept == Kept::All);
         let (h, stats1) = self.input_layernorm.forward(x)?;
-        let (q, sq) = self.q_proj.forward(&h, side)?;
-        let (mut k, sk) = self.k_proj.forward(&h, side)?;
-        let (mut v, sv) = self.v_proj.forward(&h, side)?;
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let ([q, mut k, mut v], sqkv) = linear::forward_all(qkv, &h, side)?;
+        let norm1 = keeps[0].then_some(h);
         if let Some((cos, sin)) = &side.rope {
             rope::rotate_(&q, &k, cos, sin)?;
         }
@@ -79,12 +92,13 @@ impl Layer {
         let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
         let (mid, so) = self.o_proj.forward(&o, side)?;
         let (h, stats2) = self.post_attention_layernorm.forward_residual_(&mid, x)?;
-        let (gate, sg) = self.gate_proj.forward(&h, side)?;
-        let (up, su) = self.up_proj.forward(&h, side)?;
-        let (y, sd) = self.down_proj.forward(&swiglu(&gate, &up)?, side)?;
+        let ([gate, up], sgu) = linear::forward_all([&self.gate_proj, &self.up_proj], &h, side)?;
+        let norm2 = keeps[1].then_some(h);
+        let act = swiglu(&gate, &up)?;
+        let (y, sd) = self.down_proj.forward(&act, side)?;
         add_(&y, 1.0, &mid)?;
-        let linears = [sq, sk, sv, so, sg, su, sd];
-        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, gate, up, linears }))
+        let (linears, outputs) = ([sqkv, so, sgu, sd], [norm1, norm2, keeps[2].then_some(act)]);
+        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, gate, up, linears, outputs }))
     }
 }
 
@@ -95,12 +109,43 @@ impl Segment for Layer {
         &self.name
     }
 
-    fn policy(&self) -> Option<Activations> {
+    fn policy(&self) -> Option<Kept> {
         self.policy
     }
 
-    fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
-        self.run(x, side, None)
+    fn forward(&self, x: &Tensor, side: &Side, kept: Kept) -> Result<(Tensor, Saved)> {
+        self.run(x, side, None, kept)
+    }
+
+    fn bytes(s: &Saved) -> usize {
+        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.lse, &s.mid, &s.gate, &s.up]);
+        let linears = s.linears.iter().map(linear::Saved::bytes);
+        tensors.chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+    }
+
+    fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
+        let ((q, d), (kv, _), (m, _)) = (self.q_proj.dims()?, self.k_proj.dims()?, self.gate_proj.dims()?);
+        let dtype = self.q_proj.place().dtype;
+        let (e, sums) = (dtype.size_in_bytes(), sum_bytes(dtype));
+        if kept == Kept::Input {
+            return Ok(e * d);
+        }
+        // x, mid; q, o; k, v; gate, up; log-sum-exp and the norms' statistics.
+        let mut all = e * (2 * d + 2 * q + 2 * kv + 2 * m) + sums * (self.attention.heads + 4);
+        let layers = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj];
+        for l in layers.into_iter().chain([&self.down_proj]) {
+            all += l.saved_bytes()?;
+        }
+        if kept == Kept::All {
+            all += self
+                .needs()
+                .iter()
+                .zip([d, d, m])
+                .filter(|(needed, _)| **needed)
+                .map(|(_, width)| e * width)
+                .sum::<usize>();
+        }
+        Ok(all)
     }
 
     fn backward(
@@ -112,18 +157,17 @@ impl Segment for Layer {
         grads: &mut Grads,
         need_dx: bool,
     ) -> Result<Option<Tensor>> {
-        let [sq, sk, sv, so, sg, su, sd] = &s.linears;
+        let ([sqkv, so, sgu, sd], [norm1, norm2, act], needs) = (&s.linears, s.outputs, self.needs());
         // MLP
         let mut dact = InputGrad::Empty;
-        let rest = self.down_proj.backward_to_input(sd, &dy, side, grads, &mut dact)?;
-        let act = swiglu_backward(&s.gate, &s.up, dact.sum()?, self.down_proj.needs_input())?;
-        self.down_proj.backward_from_input(rest, act.y.as_ref(), &dy, side, grads)?;
-        let (dgate, dup) = (act.gate, act.up);
-        let needs = self.gate_proj.needs_input() || self.up_proj.needs_input();
-        let h = needs.then(|| self.post_attention_layernorm.rebuild(&s.mid, &s.stats[1])).transpose()?;
+        let (down, dys) = ([&self.down_proj], [&dy]);
+        let rest = linear::backward_to_input(&down, sd, &dys, side, grads, &mut dact)?;
+        let inner = swiglu_backward(&s.gate, &s.up, dact.sum()?, needs[2] && act.is_none())?;
+        linear::backward_from_input(&down, rest, act.or(inner.y).as_ref(), &dys, side, grads)?;
+        let h = kept_or(norm2, needs[1], || self.post_attention_layernorm.rebuild(&s.mid, &s.stats[1]))?;
+        let (gate_up, dys) = ([&self.gate_proj, &self.up_proj], [&inner.gate, &inner.up]);
         let mut dh = InputGrad::Empty;
-        self.gate_proj.backward(sg, h.as_ref(), &dgate, side, grads, &mut dh)?;
-        self.up_proj.backward(su, h.as_ref(), &dup, side, grads, &mut dh)?;
+        linear::backward_all(&gate_up, sgu, h.as_ref(), &dys, side, grads, &mut dh)?;
         let dmid = dy;
         self.post_attention_layernorm.backward_into(&s.mid, &s.stats[1], dh.sum()?, grads, &dmid)?;
         // attention
@@ -135,13 +179,10 @@ impl Segment for Layer {
         if let Some((cos, sin)) = &side.rope {
             rope::rotate_back_(&dq, &dk, cos, sin)?;
         }
-        let trained = [&self.q_proj, &self.k_proj, &self.v_proj].iter().any(|l| l.needs_input());
-        let h = trained.then(|| self.input_layernorm.rebuild(x, &s.stats[0])).transpose()?;
-        let norm_trains = self.input_layernorm.weight.trainable;
-        let mut dh = InputGrad::new(need_dx || norm_trains);
-        for (l, saved, d) in [(&self.q_proj, sq, &dq), (&self.k_proj, sk, &dk), (&self.v_proj, sv, &dv)] {
-            l.backward(saved, h.as_ref(), d, side, grads, &mut dh)?;
-        }
+        let h = kept_or(norm1, needs[0], || self.input_layernorm.rebuild(x, &s.stats[0]))?;
+        let mut dh = InputGrad::new(need_dx || self.input_layernorm.weight.trainable);
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
+        linear::backward_all(&qkv, sqkv, h.as_ref(), &[&dq, &dk, &dv], side, grads, &mut dh)?;
         let Some(dh) = dh.take() else { return Ok(None) };
         self.input_layernorm.backward_into(x, &s.stats[0], &dh, grads, &dmid)?;
         Ok(need_dx.then_some(dmid))

@@ -11,7 +11,7 @@ use super::init::Source;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::params::{Grads, Module, Param};
-use super::segment::{self, Side, Tape};
+use super::segment::{self, Kept, Side, Tape};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::{self, LogProbs, add_weight_grad};
@@ -19,7 +19,6 @@ use crate::ops::embedding::{gather, scatter_add_};
 use crate::ops::matmul::scale_rows;
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, random};
-use crate::recipe::schema::Activations;
 use candle_core::{DType, Device, Tensor};
 use layer::{Cache, Layer};
 use rope::Rope;
@@ -53,6 +52,13 @@ struct Head {
     dx: Tensor,
     targets: Vec<u32>,
     total_rows: usize,
+}
+
+impl Saved {
+    /// Bytes that the layers keep.
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.tape.bytes()
+    }
 }
 
 impl Language {
@@ -139,11 +145,11 @@ impl Language {
         x: Tensor,
         side: &Side,
         targets: &[(u32, u32)],
-        policy: Activations,
+        kept: Kept,
         record: bool,
     ) -> Result<(LogProbs, Option<Saved>)> {
         let frontier = if record { self.frontier } else { self.layers.len() };
-        let (y, tape) = segment::forward(&self.layers, x, side, frontier, policy)?;
+        let (y, tape) = segment::forward(&self.layers, x, side, frontier, kept)?;
         let (rows, ids): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
         let total_rows = y.dim(0)?;
         let x = gather(&y, &rows)?;
@@ -208,6 +214,11 @@ impl Language {
         Ok(cross_entropy::logits(&h, self.lm_head.compute())?.squeeze(0)?)
     }
 
+    /// Bytes a token that a recorded pass keeps of the layers.
+    pub fn bytes_per_token(&self, kept: Kept) -> Result<usize> {
+        segment::bytes_per_row(&self.layers[self.frontier..], kept)
+    }
+
     /// An empty cache.
     pub fn cache(&self) -> KvCache {
         KvCache { layers: vec![Cache::default(); self.layers.len()], seen: 0 }
@@ -215,7 +226,7 @@ impl Language {
 
     /// Logits of the given rows, `[rows, vocab]`; for tests.
     pub fn logits(&self, x: Tensor, side: &Side, rows: &[u32]) -> Result<Tensor> {
-        let (y, _) = segment::forward(&self.layers, x, side, self.layers.len(), Activations::Keep)?;
+        let (y, _) = segment::forward(&self.layers, x, side, self.layers.len(), Kept::Input)?;
         let (h, _) = self.norm.forward(&gather(&y, rows)?)?;
         cross_entropy::logits(&h, self.lm_head.compute())
     }

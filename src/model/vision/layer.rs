@@ -4,11 +4,11 @@ use crate::error::Result;
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
-use crate::model::segment::{Segment, Side};
+use crate::model::segment::{Kept, Segment, Side, kept_or, sum_bytes};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
-use crate::ops::{activation, attention};
-use crate::recipe::schema::{Activation, Activations};
+use crate::ops::{activation, attention, bytes};
+use crate::recipe::schema::Activation;
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)).
@@ -17,7 +17,7 @@ pub struct Layer {
     /// E.g. `vision.encoder.layers.0`.
     pub name: String,
     /// What this layer keeps, if it is not what the pass says.
-    pub policy: Option<Activations>,
+    pub policy: Option<Kept>,
     pub attention: attention::Config,
     pub act: Activation,
     pub layer_norm1: Norm,
@@ -30,7 +30,7 @@ pub struct Layer {
     pub fc2: Linear,
 }
 
-/// Activations of one pass.
+/// Activations of one pass; [`Segment::bytes_per_row`] counts the same.
 pub struct Saved {
     stats: [Stats; 2],
     qkv: [Tensor; 3],
@@ -39,7 +39,10 @@ pub struct Saved {
     mid: Tensor,
     /// Before the activation, `[N, intermediate]`.
     inner: Tensor,
-    linears: [linear::Saved; 6],
+    /// Of q, k, v; out; fc1; fc2.
+    linears: [linear::Saved; 4],
+    /// Outputs of both norms and of the activation, where they are kept because a layer that trains reads them.
+    outputs: [Option<Tensor>; 3],
 }
 
 impl Segment for Layer {
@@ -49,23 +52,55 @@ impl Segment for Layer {
         &self.name
     }
 
-    fn policy(&self) -> Option<Activations> {
+    fn policy(&self) -> Option<Kept> {
         self.policy
     }
 
-    fn forward(&self, x: &Tensor, side: &Side) -> Result<(Tensor, Saved)> {
+    fn forward(&self, x: &Tensor, side: &Side, kept: Kept) -> Result<(Tensor, Saved)> {
+        let keeps = self.needs().map(|needed| needed && kept == Kept::All);
         let (h, stats1) = self.layer_norm1.forward(x)?;
-        let (q, sq) = self.q_proj.forward(&h, side)?;
-        let (k, sk) = self.k_proj.forward(&h, side)?;
-        let (v, sv) = self.v_proj.forward(&h, side)?;
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let ([q, k, v], sqkv) = linear::forward_all(qkv, &h, side)?;
+        let norm1 = keeps[0].then_some(h);
         let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
         let (mid, so) = self.out_proj.forward(&o, side)?;
         let (h, stats2) = self.layer_norm2.forward_residual_(&mid, x)?;
         let (inner, s1) = self.fc1.forward(&h, side)?;
-        let (y, s2) = self.fc2.forward(&activation::forward(self.act, &inner)?, side)?;
+        let norm2 = keeps[1].then_some(h);
+        let act = activation::forward(self.act, &inner)?;
+        let (y, s2) = self.fc2.forward(&act, side)?;
         add_(&y, 1.0, &mid)?;
-        let linears = [sq, sk, sv, so, s1, s2];
-        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, inner, linears }))
+        let (linears, outputs) = ([sqkv, so, s1, s2], [norm1, norm2, keeps[2].then_some(act)]);
+        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, inner, linears, outputs }))
+    }
+
+    fn bytes(s: &Saved) -> usize {
+        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.lse, &s.mid, &s.inner]);
+        let linears = s.linears.iter().map(linear::Saved::bytes);
+        tensors.chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+    }
+
+    fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
+        let ((m, d), dtype) = (self.fc1.dims()?, self.fc1.place().dtype);
+        let (e, sums) = (dtype.size_in_bytes(), sum_bytes(dtype));
+        if kept == Kept::Input {
+            return Ok(e * d);
+        }
+        // x, mid, q, k, v, o; before the activation; log-sum-exp and the norms' statistics.
+        let mut all = e * (6 * d + m) + sums * (self.attention.heads + 4);
+        for l in [&self.q_proj, &self.k_proj, &self.v_proj, &self.out_proj, &self.fc1, &self.fc2] {
+            all += l.saved_bytes()?;
+        }
+        if kept == Kept::All {
+            all += self
+                .needs()
+                .iter()
+                .zip([d, d, m])
+                .filter(|(needed, _)| **needed)
+                .map(|(_, width)| e * width)
+                .sum::<usize>();
+        }
+        Ok(all)
     }
 
     fn backward(
@@ -77,13 +112,13 @@ impl Segment for Layer {
         grads: &mut Grads,
         need_dx: bool,
     ) -> Result<Option<Tensor>> {
-        let [sq, sk, sv, so, s1, s2] = &s.linears;
+        let ([sqkv, so, s1, s2], [norm1, norm2, act], needs) = (&s.linears, s.outputs, self.needs());
         // MLP
-        let act = self.fc2.needs_input().then(|| activation::forward(self.act, &s.inner)).transpose()?;
+        let act = kept_or(act, needs[2], || activation::forward(self.act, &s.inner))?;
         let mut dact = InputGrad::Empty;
         self.fc2.backward(s2, act.as_ref(), &dy, side, grads, &mut dact)?;
         let dinner = activation::backward(self.act, &s.inner, dact.sum()?)?;
-        let h = self.fc1.needs_input().then(|| self.layer_norm2.rebuild(&s.mid, &s.stats[1])).transpose()?;
+        let h = kept_or(norm2, needs[1], || self.layer_norm2.rebuild(&s.mid, &s.stats[1]))?;
         let mut dh = InputGrad::Empty;
         self.fc1.backward(s1, h.as_ref(), &dinner, side, grads, &mut dh)?;
         let dmid = dy;
@@ -94,14 +129,12 @@ impl Segment for Layer {
         let [q, k, v] = &s.qkv;
         let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
-        let trained = [&self.q_proj, &self.k_proj, &self.v_proj].iter().any(|l| l.needs_input());
-        let h = trained.then(|| self.layer_norm1.rebuild(x, &s.stats[0])).transpose()?;
+        let h = kept_or(norm1, needs[0], || self.layer_norm1.rebuild(x, &s.stats[0]))?;
         let mut norm_trains = self.layer_norm1.weight.trainable;
         norm_trains |= self.layer_norm1.bias.as_ref().is_some_and(|b| b.trainable);
         let mut dh = InputGrad::new(need_dx || norm_trains);
-        for (l, saved, d) in [(&self.q_proj, sq, &dq), (&self.k_proj, sk, &dk), (&self.v_proj, sv, &dv)] {
-            l.backward(saved, h.as_ref(), d, side, grads, &mut dh)?;
-        }
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
+        linear::backward_all(&qkv, sqkv, h.as_ref(), &[&dq, &dk, &dv], side, grads, &mut dh)?;
         let Some(dh) = dh.take() else { return Ok(None) };
         self.layer_norm1.backward_into(x, &s.stats[0], &dh, grads, &dmid)?;
         Ok(need_dx.then_some(dmid))
@@ -117,6 +150,12 @@ impl Module for Layer {
 }
 
 impl Layer {
+    /// Which inputs of linear layers backward reads: that of q, k and v, that of fc1, that of fc2.
+    fn needs(&self) -> [bool; 3] {
+        let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
+        [qkv.iter().any(|l| l.needs_input()), self.fc1.needs_input(), self.fc2.needs_input()]
+    }
+
     /// The six linear layers.
     pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
         for l in

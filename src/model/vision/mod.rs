@@ -9,14 +9,14 @@ use super::init::Source;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::params::{Grads, Module, Param};
-use super::segment::{self, Side, Tape};
+use super::segment::{self, Kept, Side, Tape};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::matmul::{Mat, matmul, matmul_wide, sum_rows};
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, patches};
-use crate::recipe::schema::{Activations, SelectFeature};
+use crate::recipe::schema::SelectFeature;
 use candle_core::Tensor;
 use layer::Layer;
 
@@ -44,6 +44,13 @@ pub struct Saved {
     embedded: Tensor,
     stats: Stats,
     tape: Tape<Layer>,
+}
+
+impl Saved {
+    /// Bytes that the layers keep.
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.tape.bytes()
+    }
 }
 
 impl Tower {
@@ -158,7 +165,7 @@ impl Tower {
         pixels: &Tensor,
         dropout: Option<crate::ops::random::Key>,
         adapters_off: bool,
-        policy: Activations,
+        kept: Kept,
         record: bool,
     ) -> Result<(Tensor, Option<Saved>)> {
         let b = pixels.dim(0)?;
@@ -167,12 +174,18 @@ impl Tower {
         let mut side = Side::packed(&vec![self.config.num_patches() + 1; b]);
         (side.dropout, side.adapters_off) = (dropout, adapters_off);
         let frontier = if record { self.frontier } else { None };
-        let (y, tape) = segment::forward(&self.layers[..self.depth], x, &side, frontier.unwrap_or(self.depth), policy)?;
+        let (y, tape) = segment::forward(&self.layers[..self.depth], x, &side, frontier.unwrap_or(self.depth), kept)?;
         let features = match self.select {
             SelectFeature::Full => y,
             SelectFeature::Patch => gather(&y, &self.patch_rows(b))?,
         };
         Ok((features, frontier.map(|_| Saved { side, patches, embedded, stats, tape })))
+    }
+
+    /// Bytes a picture that a recorded pass keeps of the layers.
+    pub fn bytes_per_picture(&self, kept: Kept) -> Result<usize> {
+        let reached = &self.layers[self.frontier.unwrap_or(self.depth)..self.depth];
+        Ok((self.config.num_patches() + 1) * segment::bytes_per_row(reached, kept)?)
     }
 
     /// Gradients of what trains in the tower, from the gradient of its features.

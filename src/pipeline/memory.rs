@@ -1,0 +1,124 @@
+//! How much of a forward pass a stage keeps for backward: what the recipe says, or (`auto`) the most that fits in the memory
+//! that is free as the stage begins. The choice changes no bit of what is computed.
+
+use crate::data::{Dataset, Plan};
+use crate::error::Result;
+use crate::model::segment::Kept;
+use crate::model::vlm::{Load, Vlm};
+use crate::recipe::schema::Activations;
+use crate::report::human;
+use candle_core::Device;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+/// Bytes of gradient and moments beside each trained element, in f32.
+const TRAINING: u64 = 12;
+
+/// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens.
+pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize) -> Vec<Load> {
+    let mut most: BTreeMap<usize, usize> = BTreeMap::new();
+    for step in steps {
+        for part in plan.step(step).chunks(micro.max(1)) {
+            let pictures: BTreeSet<_> = part.iter().flat_map(|i| data.items[*i].images()).collect();
+            let tokens: usize = part.iter().flat_map(|i| data.items[*i].samples()).map(|s| s.ids.len()).sum();
+            let sum = most.entry(pictures.len()).or_insert(0);
+            *sum = tokens.max(*sum);
+        }
+    }
+    most.into_iter().map(|(pictures, tokens)| Load { pictures, tokens }).collect()
+}
+
+/// What a stage keeps, and for `auto` the line that says so. `trained` counts the elements that the stage trains.
+pub fn choose(
+    activations: Activations,
+    vlm: &Vlm,
+    loads: &[Load],
+    trained: u64,
+    free: impl FnOnce() -> Result<Option<u64>>,
+) -> Result<(Kept, Option<String>)> {
+    Ok(match activations {
+        Activations::None => (Kept::All, None),
+        Activations::Minimal => (Kept::Minimal, None),
+        Activations::Recompute => (Kept::Input, None),
+        Activations::Auto => {
+            let free = free()?;
+            let mut needs = [(Kept::All, "none", 0), (Kept::Minimal, "minimal", 0), (Kept::Input, "recompute", 0)];
+            for (kept, _, need) in &mut needs {
+                for load in loads {
+                    *need = step_bytes(vlm, *load, *kept)?.max(*need);
+                }
+                *need += TRAINING * trained;
+            }
+            let Some(free) = free else {
+                return Ok((
+                    Kept::Minimal,
+                    Some("activations: minimal (how much memory is free cannot be told)".into()),
+                ));
+            };
+            // A tenth stays free: the estimate leaves out what is small, and other processes grow.
+            let fits = |(_, _, need): &&(Kept, &str, u64)| *need <= free - free / 10;
+            let (kept, name, need) = *needs.iter().find(fits).unwrap_or(&needs[2]);
+            let line = format!("activations: {name} ({} of {} free)", human::bytes(need), human::bytes(free));
+            (kept, Some(line))
+        }
+    })
+}
+
+/// An estimate of a step's memory for this micro-batch: what the layers keep, and, twice, what the largest of them takes while it
+/// runs: its activations and their gradients.
+fn step_bytes(vlm: &Vlm, load: Load, kept: Kept) -> Result<u64> {
+    Ok((vlm.kept_bytes(load, kept)? + 2 * vlm.largest_layer(load)?) as u64)
+}
+
+/// Free memory of a device in bytes; on the CPU what the system calls available, or what is left up to the lowest limit of this
+/// process's cgroups. None where the system does not tell.
+pub fn free_memory(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => Ok(Some(crate::ops::cuda::memory(d)?.0)),
+        Device::Cpu => Ok(free_on_host(Path::new("/"))),
+        _ => Ok(None),
+    }
+}
+
+/// `root` is that of the file system; another one in tests.
+fn free_on_host(root: &Path) -> Option<u64> {
+    let available = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|t| kilobytes(&t, "MemAvailable:"));
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    available.into_iter().chain(groups.lines().filter_map(|line| left_in(root, line))).min()
+}
+
+fn kilobytes(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// What is left in the cgroup that a line of `/proc/self/cgroup` names and in all above it. Files that the page cache holds
+/// can be dropped, so they do not count as used.
+fn left_in(root: &Path, line: &str) -> Option<u64> {
+    let mut fields = line.splitn(3, ':').skip(1);
+    let (controllers, path) = (fields.next()?, fields.next()?);
+    let (mount, limit, used, cached) = match controllers {
+        "" => ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
+        c if c.split(',').any(|c| c == "memory") => {
+            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+        }
+        _ => return None,
+    };
+    let number = |p: PathBuf| fs::read_to_string(p).ok()?.trim().parse::<u64>().ok();
+    // A path that leads out of what this process sees of the hierarchy begins with `..`.
+    let path: PathBuf = Path::new(path).components().filter(|c| matches!(c, Component::Normal(_))).collect();
+    let left = |dir: &Path| {
+        let dir = root.join(mount).join(dir);
+        // `max`, or a file that is not there: no limit here.
+        let (limit, used) = (number(dir.join(limit))?, number(dir.join(used))?);
+        let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+        let cached = stat.lines().find_map(|l| l.strip_prefix(cached)?.trim().parse::<u64>().ok()).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(cached)))
+    };
+    path.ancestors().filter_map(left).min()
+}
+
+#[cfg(test)]
+mod tests;
