@@ -8,6 +8,8 @@ mod attention;
 mod emulator;
 #[path = "emulator/faults.rs"]
 mod faults;
+#[path = "emulator/lora.rs"]
+mod lora;
 
 use adfreeze::ops::launch::emulated;
 use adfreeze::ops::registry::verify::{Subject, Values};

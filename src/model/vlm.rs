@@ -222,7 +222,7 @@ impl Vlm {
         for l in &self.language.layers {
             most = most.max(load.tokens * l.bytes_per_row(Kept::All)?);
         }
-        for v in &self.vision {
+        if let Some(v) = &self.vision {
             let rows = load.pictures * (v.config.num_patches() + 1);
             for l in &v.layers {
                 most = most.max(rows * l.bytes_per_row(Kept::All)?);

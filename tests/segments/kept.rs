@@ -79,12 +79,12 @@ fn auto_keeps_the_most_that_fits() {
     };
     let pick = |activations, free| choose(activations, &vlm, &loads, 1000, || Ok(free)).unwrap();
     // Nine tenths of what is free must do.
-    let just = |kept| need(kept).div_ceil(9) * 10;
+    let least = |kept| (need(kept)..).find(|free| free - free / 10 >= need(kept)).unwrap();
     for (free, kept, name) in [
-        (just(Kept::All), Kept::All, "none"),
-        (need(Kept::All), Kept::Minimal, "minimal"),
-        (just(Kept::Minimal), Kept::Minimal, "minimal"),
-        (need(Kept::Minimal), Kept::Input, "recompute"),
+        (least(Kept::All), Kept::All, "none"),
+        (least(Kept::All) - 1, Kept::Minimal, "minimal"),
+        (least(Kept::Minimal), Kept::Minimal, "minimal"),
+        (least(Kept::Minimal) - 1, Kept::Input, "recompute"),
         (0, Kept::Input, "recompute"),
     ] {
         let (found, line) = pick(Activations::Auto, Some(free));
