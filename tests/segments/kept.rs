@@ -16,6 +16,9 @@ fn adapted(vlm: &mut Vlm, name: &str, rank: usize, target: &str) {
     lora::attach(vlm, &cfg, name, key("lora")).unwrap();
 }
 
+/// Which parameters train, by name.
+type Trains = fn(&str) -> bool;
+
 #[test]
 fn a_whole_model_keeps_as_many_bytes_as_it_says() {
     let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
@@ -23,7 +26,7 @@ fn a_whole_model_keeps_as_many_bytes_as_it_says() {
     adapted(&mut vlm, "dpo", 3, "language.layers.*.self_attn.{q,v}_proj");
     let batch = pack(&vlm, &sequences().iter().collect::<Vec<_>>());
     let load = Load { pictures: batch.pixels.as_ref().unwrap().dims()[0], tokens: batch.ids.len() };
-    let cases: [(fn(&str) -> bool, &[&str]); 5] = [
+    let cases: [(Trains, &[&str]); 5] = [
         (|n| n.contains("lora_"), &[]),
         (|n| n.contains("lora_"), &["*.layers[1..]"]),
         (|n| n.contains("layers.1.") && n.contains("lora_"), &[]),
