@@ -71,6 +71,24 @@ pub fn names() -> Result<Vec<String>> {
     (0..n).map(|i| result::device::get_name(result::device::get(i).map_err(failed)?).map_err(failed)).collect()
 }
 
+/// Free memory of a GPU in bytes: what the driver has left, and what the pool keeps of what was freed.
+pub fn free_memory(device: &CudaDevice) -> Result<u64> {
+    let failed = |e| told("the GPU's free memory", e);
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(failed)?;
+    let (free, _) = result::mem_get_info().map_err(failed)?;
+    let pool = pool(stream.context().ordinal()).map_err(failed)?;
+    let number = |what| {
+        let mut value = 0u64;
+        // SAFETY: `pool` comes from the driver, which writes a 64-bit number.
+        unsafe { sys::cuMemPoolGetAttribute(pool, what, (&raw mut value).cast()) }.result().map(|()| value)
+    };
+    use sys::CUmemPool_attribute_enum as Attribute;
+    let reserved = number(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT).map_err(failed)?;
+    let used = number(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT).map_err(failed)?;
+    Ok(free as u64 + reserved.saturating_sub(used))
+}
+
 fn told(what: &str, e: DriverError) -> Error {
     Error::new(format!("{what}: {e}"))
 }
@@ -97,15 +115,20 @@ fn capability(ordinal: usize) -> Result<(i32, i32)> {
 /// Freed memory stays in the pool that allocations come from: handing it back to the system stalls the stream.
 fn keep_freed_memory(ordinal: usize) -> Result<()> {
     let failed = |e| told("the memory pool", e);
-    let device = result::device::get(ordinal as i32).map_err(failed)?;
-    let mut pool = std::ptr::null_mut();
+    let pool = pool(ordinal).map_err(failed)?;
     let mut keep = u64::MAX;
-    // SAFETY: `device` comes from the driver, which writes a handle and reads a 64-bit number.
-    unsafe {
-        sys::cuDeviceGetDefaultMemPool(&mut pool, device).result().map_err(failed)?;
-        let what = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, what, (&raw mut keep).cast()).result().map_err(failed)
-    }
+    let what = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: `pool` comes from the driver, which reads a 64-bit number.
+    unsafe { sys::cuMemPoolSetAttribute(pool, what, (&raw mut keep).cast()) }.result().map_err(failed)
+}
+
+/// The pool that a GPU's allocations come from.
+fn pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, DriverError> {
+    let device = result::device::get(ordinal as i32)?;
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: `device` comes from the driver, which writes a handle.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, device) }.result()?;
+    Ok(pool)
 }
 
 /// Functions by GPU and name, each with the bytes of dynamic shared memory that it may take.

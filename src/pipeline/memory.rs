@@ -71,12 +71,12 @@ fn step_bytes(vlm: &Vlm, load: Load, kept: Kept) -> Result<u64> {
     Ok((vlm.kept_bytes(load, kept)? + 2 * vlm.largest_layer(load)?) as u64)
 }
 
-/// Free memory of a device in bytes; on the CPU what the system calls available, or what is left up to the lowest limit of this
+/// Free memory of a device in bytes; on a GPU what the driver and the pool have left, on the CPU what the system calls available, or what is left up to the lowest limit of this
 /// process's cgroups. None where the system does not tell.
 pub fn free_memory(device: &Device) -> Result<Option<u64>> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(d) => Ok(Some(crate::ops::cuda::memory(d)?.0)),
+        Device::Cuda(d) => Ok(Some(crate::ops::cuda::free_memory(d)?)),
         Device::Cpu => Ok(free_on_host(Path::new("/"))),
         _ => Ok(None),
     }
