@@ -37,8 +37,7 @@ fn cuda() -> Result<(), String> {
     let nvcc = nvcc()?;
     let small = knows_compression(&nvcc);
     let (major, minor) = release(&nvcc)?;
-    println!("cargo::rustc-env=ADFREEZE_CUDA_MAJOR={major}");
-    println!("cargo::rustc-env=ADFREEZE_CUDA_MINOR={minor}");
+    write(&out.join("version.rs"), &format!("({major}, {minor})"))?;
     link_runtime(&nvcc);
     let files = kernels(&root.join("kernels"))?;
     // Two at a time: more would take the cores from the rest of the build.
@@ -54,7 +53,11 @@ fn cuda() -> Result<(), String> {
         table += &format!("    ({:?}, include_bytes!({:?})),\n", stem(file), code.display().to_string());
     }
     table += "]\n";
-    std::fs::write(out.join("modules.rs"), table).map_err(|e| format!("{}: {e}", out.display()))
+    write(&out.join("modules.rs"), &table)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 fn variable(name: &str) -> Result<String, String> {
@@ -96,9 +99,15 @@ fn link_runtime(nvcc: &Path) {
     let beside = nvcc.canonicalize().ok().and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
     let folders = homes.chain(beside).chain([PathBuf::from("/usr/local/cuda")]);
     let mut libraries = folders.flat_map(|h| ["lib64", "lib", "targets/x86_64-linux/lib"].map(|l| h.join(l)));
-    if let Some(folder) = libraries.find(|l| l.join("libcudart_static.a").is_file()) {
-        println!("cargo::rustc-link-search=native={}", folder.display());
-        println!("cargo::rustc-link-lib=static:+whole-archive,-bundle=cudart_static");
+    match libraries.find(|l| l.join("libcudart_static.a").is_file()) {
+        Some(folder) => {
+            println!("cargo::rustc-link-search=native={}", folder.display());
+            println!("cargo::rustc-link-lib=static:+whole-archive,-bundle=cudart_static");
+        }
+        None => println!(
+            "cargo::warning=no libcudart_static.a beside {} or in CUDA_HOME: the binary will need the shared library to start",
+            nvcc.display()
+        ),
     }
 }
 

@@ -5,8 +5,8 @@
 use std::path::Path;
 use std::process::Command;
 
-/// `libcuda.so.1` of a driver that speaks CUDA `version` and shows GPUs of compute capability `major`.0.
-fn driver(dir: &Path, version: u32, gpus: u32, major: u32) {
+/// `libcuda.so.1` of a driver that speaks CUDA `version` and shows GPUs each of whose attributes is `all`.
+fn driver(dir: &Path, version: u32, gpus: u32, all: u32) {
     let source = dir.join("driver.cpp");
     let text = format!(
         r#"
@@ -17,7 +17,7 @@ fn driver(dir: &Path, version: u32, gpus: u32, major: u32) {
         int cuDeviceGetCount(int* n) {{ *n = {gpus}; return 0; }}
         int cuDeviceGet(int* d, int i) {{ *d = i; return 0; }}
         int cuDeviceGetName(char* s, int n, int) {{ std::strncpy(s, "Made-up GPU", n); return 0; }}
-        int cuDeviceGetAttribute(int* v, int, int) {{ *v = {major}; return 0; }}
+        int cuDeviceGetAttribute(int* v, int, int) {{ *v = {all}; return 0; }}
         // Sixteen arguments in registers and on the stack, each with its own weight.
         unsigned long cuStreamIsCapturing(double a, double b, double c, double d, double e, double f, double g, double h,
             unsigned long i, unsigned long j, unsigned long k, unsigned long l, unsigned long m, unsigned long n,
@@ -56,24 +56,39 @@ fn what_keeps_a_gpu_from_being_used_is_named() {
     }
     driver(dir.path(), 11_040, 1, 9);
     expect(&["the driver speaks CUDA 11.4", "hint: update the driver"]);
+    // One minor version before the toolkit's is too old as well.
+    let (major, minor) = adfreeze::ops::cuda::BUILT_WITH;
+    let built = (major * 1000 + minor * 10) as u32;
+    driver(dir.path(), built - 10, 1, 9);
+    expect(&["the driver speaks CUDA ", "this binary was built with CUDA "]);
+    driver(dir.path(), built, 0, 9);
+    expect(&["there is no GPU 0"]);
     driver(dir.path(), 99_000, 0, 9);
     expect(&["there is no GPU 0: the driver shows none", "CUDA_VISIBLE_DEVICES"]);
     driver(dir.path(), 99_000, 1, 7);
     expect(&["GPU 0 (Made-up GPU) has compute capability 7.7", "8.0"]);
 }
 
-/// Nothing is asked of the driver by tests of this process but this one function.
+/// In a process of its own, whose environment names the made-up driver from the start.
 #[test]
 fn a_first_call_keeps_every_argument() {
+    let dir = tempfile::tempdir().unwrap();
+    driver(dir.path(), 13_000, 1, 9);
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "the_first_call", "--ignored"]).env("ADFREEZE_CUDA_LIBS", dir.path());
+    let out = again.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+#[ignore = "run by the test above, beside a made-up driver"]
+fn the_first_call() {
     type Sixteen =
         unsafe extern "C" fn(f64, f64, f64, f64, f64, f64, f64, f64, u64, u64, u64, u64, u64, u64, u64, u64) -> u64;
     unsafe extern "C" {
         fn cuStreamIsCapturing();
     }
-    let dir = tempfile::tempdir().unwrap();
-    driver(dir.path(), 13_000, 1, 9);
-    // SAFETY: no other thread of this test reads or writes the environment before the library is open.
-    unsafe { std::env::set_var("ADFREEZE_CUDA_LIBS", dir.path()) };
     // The jump is the crate's own.
     assert!(adfreeze::ops::cuda::driver_present());
     // SAFETY: the made-up driver defines it so.

@@ -145,17 +145,17 @@ pub fn merge(vlm: &mut Vlm, adapter: &str) -> Result<()> {
         let Some(i) = l.deltas.iter().position(|d| d.adapter == adapter) else { return };
         let d = l.deltas.remove(i);
         if result.is_ok() {
-            result = add_product(&mut l.weight, &d);
+            result = add_product(&l.weight, &d);
         }
     });
     result
 }
 
-/// W += s·B·A, the product in f32 (or the weight's own type).
-fn add_product(w: &mut Param, d: &LowRank) -> Result<()> {
+/// W += s·B·A in place, summed in f32 (or the weight's own type).
+fn add_product(w: &Param, d: &LowRank) -> Result<()> {
     let sum = widen(&w.value)?.copy()?;
     matmul_add(&sum, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value))?;
-    w.set(&sum)
+    w.overwrite(&sum)
 }
 
 /// Names of all adapters on the model, sorted.

@@ -1,9 +1,9 @@
 //! Named parameters, whether they train, and the one road that their gradients take.
 
 use crate::error::Result;
-use crate::ops::Weight;
 use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, add_, matmul_add};
+use crate::ops::{Weight, overwrite};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,12 +36,10 @@ impl Param {
         self.rounded.as_ref().unwrap_or(&self.value)
     }
 
-    /// Replaces the value, in the type that it has.
-    pub fn set(&mut self, value: &Tensor) -> Result<()> {
-        let dtype = self.compute().dtype();
-        self.value = value.to_dtype(self.value.dtype())?;
-        self.rounded = rounded(&self.value, dtype)?;
-        Ok(())
+    /// Overwrites the value, in the type that it has; every clone of the parameter sees it.
+    pub fn overwrite(&self, value: &Tensor) -> Result<()> {
+        overwrite(&self.value, value)?;
+        self.rounded.iter().try_for_each(|rounded| overwrite(rounded, value))
     }
 
     /// The optimizer's view: the value, and the copy that an update has to keep up with it.

@@ -153,6 +153,11 @@ pub fn kept_or(kept: Option<Tensor>, needed: bool, again: impl FnOnce() -> Resul
     }
 }
 
+/// Numbers a row of the outputs that are kept of these widths, where backward `needs` them.
+pub fn outputs_per_row(needs: [bool; 3], widths: [usize; 3]) -> usize {
+    needs.iter().zip(widths).filter(|(needed, _)| **needed).map(|(_, width)| width).sum()
+}
+
 /// Bytes of a number in sums and statistics beside activations of `dtype`.
 pub fn sum_bytes(dtype: DType) -> usize {
     dtype.size_in_bytes().max(DType::F32.size_in_bytes())

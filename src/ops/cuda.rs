@@ -11,7 +11,7 @@ use crate::bail;
 use crate::error::{Context, Error, Result};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, DevicePtr, DriverError, LaunchConfig, PushKernelArg, result, sys,
+    CudaFunction, CudaModule, DevicePtr, DriverError, LaunchConfig, PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -20,13 +20,13 @@ use candle_core::{DType, Device, Shape, Storage, Tensor};
 use half::bf16;
 use libraries::Library;
 use std::collections::BTreeMap;
-use std::sync::{LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 /// Machine code of each file under `kernels/`, by its name without ending.
 static MODULES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 /// The toolkit that this binary was built with, as (major, minor).
-const BUILT_WITH: (&str, &str) = (env!("ADFREEZE_CUDA_MAJOR"), env!("ADFREEZE_CUDA_MINOR"));
+pub const BUILT_WITH: (i32, i32) = include!(concat!(env!("OUT_DIR"), "/version.rs"));
 
 /// Opens the GPU `ordinal`. Errors tell apart: no driver, one that is too old, no such GPU, one that is too old, a missing
 /// library; they say what was looked for and where.
@@ -35,9 +35,10 @@ pub fn open(ordinal: usize) -> Result<Device> {
     result::init().map_err(|e| told("the CUDA driver does not start", e))?;
     let version = driver_version()?;
     let (major, minor) = (version / 1000, version % 1000 / 10);
-    if major < BUILT_WITH.0.parse().unwrap_or(0) {
+    // candle's kernels are PTX, which a driver older than the toolkit refuses, even of the same major version.
+    if (major, minor) < BUILT_WITH {
         bail!("the driver speaks CUDA {major}.{minor}, this binary was built with CUDA {}.{}", BUILT_WITH.0, BUILT_WITH.1;
-            "update the driver, or build with a toolkit of CUDA {major}")
+            "update the driver, or build with a toolkit of CUDA {major}.{minor} or before")
     }
     let names = names()?;
     if ordinal >= names.len() {
@@ -65,7 +66,7 @@ pub fn driver_present() -> bool {
 }
 
 /// Names of the GPUs that the driver shows.
-pub fn names() -> Result<Vec<String>> {
+fn names() -> Result<Vec<String>> {
     let failed = |e| told("the GPUs cannot be counted", e);
     let n = result::device::get_count().map_err(failed)?;
     (0..n).map(|i| result::device::get_name(result::device::get(i).map_err(failed)?).map_err(failed)).collect()
@@ -131,29 +132,34 @@ fn pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, DriverError> {
     Ok(pool)
 }
 
-/// Functions by GPU and name, each with the bytes of dynamic shared memory that it may take.
-type Functions = BTreeMap<(usize, String), (CudaFunction, u32)>;
+/// What was loaded, by GPU and name.
+#[derive(Default)]
+struct Loaded {
+    modules: BTreeMap<(usize, String), Arc<CudaModule>>,
+    /// Each with the bytes of dynamic shared memory that it was allowed.
+    functions: BTreeMap<(usize, String), (CudaFunction, u32)>,
+}
 
-/// Functions that were loaded.
-static FUNCTIONS: LazyLock<Mutex<Functions>> = LazyLock::new(Mutex::default);
-
-/// Shared memory that every kernel may take without asking.
-const SHARED: u32 = 48 * 1024;
+static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
 
 fn function(device: &CudaDevice, module: &str, kernel: &str, shared: u32) -> Result<CudaFunction> {
     let stream = device.cuda_stream();
     let context = stream.context();
     let failed = |e| told(kernel, e);
-    let mut all = FUNCTIONS.lock().map_err(|_| Error::new("a thread stopped while it loaded a kernel"))?;
-    let key = (context.ordinal(), kernel.to_string());
-    if !all.contains_key(&key) {
-        let Some((_, code)) = MODULES.iter().find(|(name, _)| *name == module) else {
-            bail!("{kernel}: this binary has no kernels called {module}")
-        };
-        let module = context.load_module(Ptx::from_binary(code.to_vec())).map_err(failed)?;
-        all.insert(key.clone(), (module.load_function(kernel).map_err(failed)?, SHARED));
+    let mut loaded = LOADED.lock().map_err(|_| Error::new("a thread stopped while it loaded a kernel"))?;
+    let (key, file) = ((context.ordinal(), kernel.to_string()), (context.ordinal(), module.to_string()));
+    if !loaded.functions.contains_key(&key) {
+        if !loaded.modules.contains_key(&file) {
+            let Some((_, code)) = MODULES.iter().find(|(name, _)| *name == module) else {
+                bail!("{kernel}: this binary has no kernels called {module}")
+            };
+            let module = context.load_module(Ptx::from_binary(code.to_vec())).map_err(failed)?;
+            loaded.modules.insert(file.clone(), module);
+        }
+        let function = loaded.modules[&file].load_function(kernel).map_err(failed)?;
+        loaded.functions.insert(key.clone(), (function, 0));
     }
-    let Some((function, allowed)) = all.get_mut(&key) else { bail!("{kernel} was not loaded") };
+    let Some((function, allowed)) = loaded.functions.get_mut(&key) else { bail!("{kernel} was not loaded") };
     if shared > *allowed {
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
         function.set_attribute(MAX_SHARED, shared as i32).map_err(failed)?;

@@ -212,6 +212,14 @@ impl Weight {
     }
 }
 
+/// Writes the elements of `new`, in `t`'s type and on its device, over those of `t`; every clone of `t` sees them. `new` must be
+/// a tensor of its own.
+pub(crate) fn overwrite(t: &Tensor, new: &Tensor) -> Result<()> {
+    #[allow(clippy::disallowed_methods, reason = "an update in place, of which no graph may know")]
+    t.slice_set(&new.to_device(t.device())?.to_dtype(t.dtype())?, 0, 0)?;
+    Ok(())
+}
+
 /// Bytes of a tensor's elements.
 pub(crate) fn bytes(t: &Tensor) -> usize {
     t.elem_count() * t.dtype().size_in_bytes()

@@ -15,7 +15,7 @@ use super::inplace::{Mean, Square, Update};
 use super::schedule::Schedule;
 use crate::bail;
 use crate::error::{Context, Result};
-use crate::ops::Weight;
+use crate::ops::{Weight, overwrite};
 use crate::recipe::schema;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
@@ -96,9 +96,9 @@ impl AdamW {
         self.groups.list().iter().map(|g| g.lr * self.schedule.factor(step)).collect()
     }
 
-    /// Updates, in place, every parameter that has a gradient. `params` and `grads` by name, f32 (or f64) (a GPU's are updated by the host),
-    /// each gradient of its parameter's shape and dtype; rounded copies follow. Nothing is changed when a gradient is missing its parameter,
-    /// misshaped, NaN or infinite: the error names it.
+    /// Updates, in place, every parameter that has a gradient; rounded copies follow. `params` and `grads` by name, f32 (or
+    /// f64), each gradient of its parameter's shape and dtype; what a GPU holds is updated on the host and written back.
+    /// Nothing is changed when a gradient is missing its parameter, misshaped, NaN or infinite: the error names it.
     pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
         let mut squares = vec![0.0; self.groups.list().len()];
         for (name, grad) in grads {
@@ -120,7 +120,7 @@ impl AdamW {
             let lr = lrs[member.group];
             moments.update(&param.value, grad, &self.hyper, lr, member.weight_decay, clip).with_context(|| name)?;
             param.round()?;
-            overwrite(&params[name], param)?;
+            write_back(&params[name], param)?;
         }
         let report = |((g, lr), s): ((&Group, &f64), &f64)| GroupReport {
             name: g.name.clone(),
@@ -216,17 +216,13 @@ fn on_host(w: &Weight) -> Result<Weight> {
     Ok(Weight { value: host(&w.value)?, rounded: w.rounded.as_ref().map(host).transpose()? })
 }
 
-/// Writes an updated copy back to the GPU; every clone of the weight sees it.
-fn overwrite(w: &Weight, updated: &Weight) -> Result<()> {
+/// Writes an updated copy back to the GPU.
+fn write_back(w: &Weight, updated: &Weight) -> Result<()> {
     if w.value.device().is_cpu() {
         return Ok(());
     }
-    let pairs = [(Some(&w.value), Some(&updated.value)), (w.rounded.as_ref(), updated.rounded.as_ref())];
-    for (old, new) in pairs.into_iter().filter_map(|(old, new)| old.zip(new)) {
-        #[allow(clippy::disallowed_methods, reason = "an update in place, of which no graph may know")]
-        old.slice_set(&new.to_device(old.device())?, 0, 0)?;
-    }
-    Ok(())
+    overwrite(&w.value, &updated.value)?;
+    w.rounded.iter().zip(&updated.rounded).try_for_each(|(old, new)| overwrite(old, new))
 }
 
 impl Moments {

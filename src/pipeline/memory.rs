@@ -71,8 +71,8 @@ fn step_bytes(vlm: &Vlm, load: Load, kept: Kept) -> Result<u64> {
     Ok((vlm.kept_bytes(load, kept)? + 2 * vlm.largest_layer(load)?) as u64)
 }
 
-/// Free memory of a device in bytes; on a GPU what the driver and the pool have left, on the CPU what the system calls available, or what is left up to the lowest limit of this
-/// process's cgroups. None where the system does not tell.
+/// Free memory of a device in bytes: on a GPU what the driver and the pool have left; on the CPU what the system calls
+/// available, or what is left up to the lowest limit of this process's cgroups. None where the system does not tell.
 pub fn free_memory(device: &Device) -> Result<Option<u64>> {
     match device {
         #[cfg(feature = "cuda")]

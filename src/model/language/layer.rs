@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
-use crate::model::segment::{Kept, Segment, Side, kept_or, sum_bytes};
+use crate::model::segment::{Kept, Segment, Side, kept_or, outputs_per_row, sum_bytes};
 use crate::ops::activation::{swiglu, swiglu_backward};
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
@@ -137,13 +137,7 @@ impl Segment for Layer {
             all += l.saved_bytes()?;
         }
         if kept == Kept::All {
-            all += self
-                .needs()
-                .iter()
-                .zip([d, d, m])
-                .filter(|(needed, _)| **needed)
-                .map(|(_, width)| e * width)
-                .sum::<usize>();
+            all += e * outputs_per_row(self.needs(), [d, d, m]);
         }
         Ok(all)
     }

@@ -159,7 +159,8 @@ impl Tower {
         out
     }
 
-    /// `pixels` `[B, C, S, S]` of any type on any device → features `[B·tokens_per_image, D]`; keeps what backward needs if the tower is reached.
+    /// `pixels` `[B, C, S, S]` of any type on any device → features `[B·tokens_per_image, D]`; keeps what backward needs if
+    /// the tower is reached.
     pub fn forward(
         &self,
         pixels: &Tensor,

@@ -13,9 +13,7 @@ use crate::error::Result;
 pub(crate) enum Library {
     Driver,
     Blas,
-    BlasLt,
     Random,
-    Compiler,
 }
 
 impl Library {
@@ -24,9 +22,7 @@ impl Library {
         match self {
             Self::Driver => "the NVIDIA driver's library",
             Self::Blas => "cuBLAS",
-            Self::BlasLt => "cuBLASLt",
             Self::Random => "cuRAND",
-            Self::Compiler => "NVRTC",
         }
     }
 }
@@ -56,19 +52,16 @@ mod jumps {
     use std::sync::atomic::{AtomicPtr, Ordering};
 
     /// In the order of their numbers in the slots.
-    const ALL: [Library; 5] = [Library::Driver, Library::Blas, Library::BlasLt, Library::Random, Library::Compiler];
+    const ALL: [Library; 3] = [Library::Driver, Library::Blas, Library::Random];
 
     impl Library {
         /// File names, the version that this binary was built for first.
         fn files(self) -> [String; 2] {
-            let major = crate::ops::cuda::BUILT_WITH.0;
             let versioned = |name: &str, version: &str| [format!("lib{name}.so.{version}"), format!("lib{name}.so")];
             match self {
                 Self::Driver => versioned("cuda", "1"),
-                Self::Blas => versioned("cublas", major),
-                Self::BlasLt => versioned("cublasLt", major),
+                Self::Blas => versioned("cublas", &crate::ops::cuda::BUILT_WITH.0.to_string()),
                 Self::Random => versioned("curand", "10"),
-                Self::Compiler => versioned("nvrtc", major),
             }
         }
 
@@ -78,7 +71,7 @@ mod jumps {
             extern "C" fn no_device() -> i32 {
                 100
             }
-            /// `CUBLAS_STATUS_NOT_INITIALIZED`, and no success in the others' words either.
+            /// `CUBLAS_STATUS_NOT_INITIALIZED`.
             extern "C" fn not_initialised() -> i32 {
                 1
             }
@@ -89,7 +82,7 @@ mod jumps {
             match self {
                 Self::Driver => no_device as *const c_void,
                 Self::Random => failed as *const c_void,
-                Self::Blas | Self::BlasLt | Self::Compiler => not_initialised as *const c_void,
+                Self::Blas => not_initialised as *const c_void,
             }
         }
     }
@@ -104,7 +97,7 @@ mod jumps {
 
     /// The library, or what was tried in vain.
     pub(super) fn opened(library: Library) -> Result<&'static Opened, &'static [String]> {
-        static OPENED: [OnceLock<Result<Opened, Vec<String>>>; 5] = [const { OnceLock::new() }; 5];
+        static OPENED: [OnceLock<Result<Opened, Vec<String>>>; 3] = [const { OnceLock::new() }; 3];
         OPENED[library as usize].get_or_init(|| open(library)).as_ref().map_err(Vec::as_slice)
     }
 
@@ -206,6 +199,6 @@ mod jumps {
             cuStreamDestroy_v2 cuStreamIsCapturing cuStreamSynchronize cuStreamWaitEvent;
         1: cublasCreate_v2 cublasDestroy_v2 cublasDgemmStridedBatched cublasGemmStridedBatchedEx
             cublasSetStream_v2;
-        3: curandCreateGenerator curandDestroyGenerator curandSetPseudoRandomGeneratorSeed curandSetStream;
+        2: curandCreateGenerator curandDestroyGenerator curandSetPseudoRandomGeneratorSeed curandSetStream;
     }
 }
