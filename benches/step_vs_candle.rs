@@ -152,8 +152,8 @@ fn child(engine: &str, task: &str) {
             let groups = Groups::resolve(&[], LR, 0.0, &shapes).unwrap();
             let schedule =
                 Schedule::new(&Scheduler::Constant(Warmup { warmup_ratio: None, warmup_steps: Some(0) }), WARM + STEPS);
-            let hyper = schema::AdamW { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0 };
-            let mut optimizer = AdamW::new(hyper, groups, schedule, 1e9);
+            let hyper = schema::AdamW::default();
+            let mut optimizer = AdamW::new(hyper, groups, schedule, 1e9, Key::new(1, "noise"));
             let kept = if engine == "adfreeze" { Kept::Minimal } else { Kept::Input };
             Box::new(move || {
                 let (lp, saved) = vlm.forward(&batch, Mode { record: true, kept, ..Mode::default() }).unwrap();

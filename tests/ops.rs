@@ -92,7 +92,7 @@ fn wrong_shapes_are_errors_not_panics() {
     assert!(matmul_add(&t(2, 2), 1.0, Mat::N(&t(2, 3)), Mat::N(&t(3, 4))).is_err());
     assert!(adfreeze::ops::embedding::gather(&t(2, 3), &[2]).unwrap_err().to_string().contains("index 2"));
     let cfg = Config { heads: 1, kv_heads: 1, head_dim: 3, causal: true };
-    let skip = |from, keys| vec![Segment { q: 0..2, k: 0..4, skip: Some(Skip { from, keys }) }];
+    let skip = |from, keys| vec![Segment { q: 0..2, k: 0..4, skip: Some(Skip { from, keys }) }].into();
     for segments in [skip(0, 2..5), skip(3, 1..2)] {
         let e = forward(cfg, &segments, &t(2, 3), &t(4, 3), &t(4, 3)).unwrap_err();
         assert!(e.to_string().contains("skips keys"), "{e}");

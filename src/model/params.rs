@@ -117,6 +117,21 @@ pub trait Module {
         result
     }
 
+    /// Leaves the parameters that train and that `which` picks in the type that they are computed with alone.
+    fn drop_masters(&mut self, which: impl Fn(&str) -> bool) -> Result<()>
+    where
+        Self: Sized,
+    {
+        let mut set: BTreeMap<String, Weight> = BTreeMap::new();
+        let mut result = Ok(());
+        self.visit(&mut |p| {
+            if let (Ok(()), true, Some(rounded)) = (&result, p.trainable && which(&p.name), p.rounded.clone()) {
+                result = replace(p, &mut set, || Ok(rounded));
+            }
+        });
+        result
+    }
+
     /// Trains exactly the named parameters.
     fn set_trainable(&mut self, names: &BTreeSet<String>) {
         self.visit(&mut |p| p.trainable = names.contains(&p.name));

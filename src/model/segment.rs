@@ -24,7 +24,7 @@ pub enum Kept {
 #[derive(Debug, Clone)]
 pub struct Side {
     /// The sequences that are packed into the rows.
-    pub sequences: Vec<attention::Segment>,
+    pub sequences: attention::Sequences,
     /// Cosines and sines of each row's position, `[N, hd/2]`; language model only.
     pub rope: Option<(Tensor, Tensor)>,
     /// Key of this pass's dropout masks; none outside training.
@@ -42,7 +42,7 @@ impl Side {
             sequences.push(attention::Segment::new(at..at + n, at..at + n));
             at += n;
         }
-        Self { sequences, rope: None, dropout: None, adapters_off: false }
+        Self { sequences: sequences.into(), rope: None, dropout: None, adapters_off: false }
     }
 
     /// Is this update left out of the pass?

@@ -11,6 +11,9 @@
 pub mod blockwise;
 mod flash;
 mod reference;
+mod sequences;
+
+pub use sequences::Sequences;
 
 use super::launch::{Path, empty, narrow, path, widen};
 use super::{dims2, dispatch};
@@ -96,16 +99,16 @@ impl Config {
 
 /// `q` `[N, heads·hd]`, `k`, `v` `[M, kv_heads·hd]` → o `[N, heads·hd]` and log-sum-exp `[N, heads]`, which is f32 where
 /// the rest is bf16. Rows outside every segment are zero.
-pub fn forward(cfg: Config, segments: &[Segment], q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-    check(cfg, segments, q, k, v)?;
+pub fn forward(cfg: Config, sequences: &Sequences, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    check(cfg, sequences, q, k, v)?;
     match path("attention", q)? {
-        Path::Kernel if flash::fits(cfg, &[q, k, v]) => flash::forward(cfg, segments, q, k, v),
-        Path::Kernel => blockwise::forward(cfg, segments, q, k, v),
+        Path::Kernel if flash::fits(cfg, &[q, k, v]) => flash::forward(cfg, sequences, q, k, v),
+        Path::Kernel => blockwise::forward(cfg, sequences, q, k, v),
         Path::Widened => {
-            let (o, lse) = forward(cfg, segments, &widen(q)?, &widen(k)?, &widen(v)?)?;
+            let (o, lse) = forward(cfg, sequences, &widen(q)?, &widen(k)?, &widen(v)?)?;
             Ok((narrow(&o)?, lse))
         }
-        Path::Reference => dispatch!(q, "attention", T => reference::forward::<T>(cfg, segments, q, k, v)),
+        Path::Reference => dispatch!(q, "attention", T => reference::forward::<T>(cfg, sequences, q, k, v)),
     }
 }
 
@@ -124,18 +127,18 @@ pub struct Saved<'a> {
 }
 
 /// (dq, dk, dv) of the shapes of q, k, v.
-pub fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
-    check(cfg, segments, s.q, s.k, s.v)?;
+pub fn backward(cfg: Config, sequences: &Sequences, s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    check(cfg, sequences, s.q, s.k, s.v)?;
     match path("attention backward", s.q)? {
-        Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => flash::backward(cfg, segments, s, d_o),
-        Path::Kernel => blockwise::backward(cfg, segments, s, d_o),
+        Path::Kernel if flash::fits(cfg, &[s.q, s.k, s.v, s.o, d_o]) => flash::backward(cfg, sequences, s, d_o),
+        Path::Kernel => blockwise::backward(cfg, sequences, s, d_o),
         Path::Widened => {
             let [q, k, v, o] = [widen(s.q)?, widen(s.k)?, widen(s.v)?, widen(s.o)?];
             let saved = Saved { q: &q, k: &k, v: &v, o: &o, lse: s.lse };
-            let (dq, dk, dv) = backward(cfg, segments, saved, &widen(d_o)?)?;
+            let (dq, dk, dv) = backward(cfg, sequences, saved, &widen(d_o)?)?;
             Ok((narrow(&dq)?, narrow(&dk)?, narrow(&dv)?))
         }
-        Path::Reference => dispatch!(s.q, "attention backward", T => reference::backward::<T>(cfg, segments, s, d_o)),
+        Path::Reference => dispatch!(s.q, "attention backward", T => reference::backward::<T>(cfg, sequences, s, d_o)),
     }
 }
 

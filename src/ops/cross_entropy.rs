@@ -133,7 +133,7 @@ fn weighted(logits: &Tensor, targets: &[u32], coefs: &[f64]) -> Result<()> {
     let (n, v) = dims2(logits, "cross-entropy")?;
     if path("cross-entropy", logits)? == Path::Kernel {
         let coefs: Vec<f32> = coefs.iter().map(|c| *c as f32).collect();
-        return kernel(logits, targets, Some(&upload(logits, &coefs, n)?), None, true);
+        return kernel(logits, targets, Some(&upload(logits.device(), &coefs, n)?), None, true);
     }
     softmax_minus(logits, targets, true)?;
     dispatch!(logits, "cross-entropy", T => {
@@ -152,7 +152,7 @@ fn kernel(
     overwrite: bool,
 ) -> Result<()> {
     let (n, v) = dims2(logits, "cross-entropy")?;
-    let targets = upload(logits, targets, n)?;
+    let targets = upload(logits.device(), targets, n)?;
     let inputs = [if overwrite { Arg::Out(logits) } else { Arg::In(logits) }, Arg::In(&targets), Arg::maybe(coefs)];
     let outputs = out.map_or([Arg::Null; 2], |out| out.map(Arg::Out));
     let rest = [Arg::len(v)?, Arg::flag(overwrite), Arg::flag(wide(v, &[Some(logits)]))];

@@ -174,6 +174,7 @@ enum Value {
     U32(u32),
     I32(i32),
     F32(f32),
+    F64(f64),
 }
 
 /// Launches a kernel; all tensors must be contiguous and on `device`.
@@ -188,6 +189,7 @@ pub(super) fn launch(device: &CudaDevice, module: &str, kernel: &str, grid: Grid
             Arg::I32(v) => Value::I32(*v),
             Arg::U32(v) => Value::U32(*v),
             Arg::F32(v) => Value::F32(*v),
+            Arg::F64(v) => Value::F64(*v),
             Arg::U64(v) => Value::U64(*v),
         });
     }
@@ -200,6 +202,7 @@ pub(super) fn launch(device: &CudaDevice, module: &str, kernel: &str, grid: Grid
             Value::U32(v) => builder.arg(v),
             Value::I32(v) => builder.arg(v),
             Value::F32(v) => builder.arg(v),
+            Value::F64(v) => builder.arg(v),
         };
     }
     let [gx, gy, gz] = grid.grid;
@@ -212,7 +215,7 @@ pub(super) fn launch(device: &CudaDevice, module: &str, kernel: &str, grid: Grid
 }
 
 /// Where a contiguous tensor's first element lies on `device`.
-fn address(t: &Tensor, device: &CudaDevice) -> Result<u64> {
+pub(super) fn address(t: &Tensor, device: &CudaDevice) -> Result<u64> {
     let Some((begin, _)) = t.layout().contiguous_offsets() else {
         bail!("a kernel needs contiguous tensors; this one has {:?}", t.layout())
     };
@@ -230,7 +233,8 @@ fn address(t: &Tensor, device: &CudaDevice) -> Result<u64> {
         CudaStorageSlice::U32(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::U8(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::I64(s) => s.device_ptr(&stream).0,
-        _ => bail!("kernels take f32, bf16, u32, i64 and u8, not {:?}", t.dtype()),
+        CudaStorageSlice::F64(s) => s.device_ptr(&stream).0,
+        _ => bail!("kernels take f32, bf16, f64, u32, i64 and u8, not {:?}", t.dtype()),
     };
     Ok(base + (begin * t.dtype().size_in_bytes()) as u64)
 }
@@ -245,7 +249,8 @@ pub(super) fn empty(device: &CudaDevice, dtype: DType, shape: Shape) -> Result<T
             DType::F32 => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
             DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(n)?, device.clone()),
             DType::U32 => CudaStorage::wrap_cuda_slice(device.alloc::<u32>(n)?, device.clone()),
-            other => bail!("kernels write f32, bf16 and u32, not {other:?}"),
+            DType::F64 => CudaStorage::wrap_cuda_slice(device.alloc::<f64>(n)?, device.clone()),
+            other => bail!("kernels write f32, bf16, u32 and f64, not {other:?}"),
         }
     };
     let t = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);

@@ -84,7 +84,7 @@ fn check(table: &Tensor, ids: &[u32], rows: &Tensor) -> Result<usize> {
 fn kernel_gather(table: &Tensor, ids: &[u32], d: usize) -> Result<Tensor> {
     let (n, out) = (ids.len(), empty(table, table.dtype(), (ids.len(), d))?);
     let wide = wide(d, &[Some(table)]);
-    let index = upload(table, ids, n)?;
+    let index = upload(table.device(), ids, n)?;
     let args = [Arg::In(table), Arg::In(&index), Arg::Out(&out), Arg::len(n)?, Arg::len(d)?, Arg::flag(wide)];
     launch("elementwise", "gather", table.dtype(), Grid::rows(n, d, pack(&[Some(table)])), &args)?;
     Ok(out)
@@ -92,7 +92,7 @@ fn kernel_gather(table: &Tensor, ids: &[u32], d: usize) -> Result<Tensor> {
 
 fn kernel_scatter(table: &Tensor, ids: &[u32], rows: &Tensor, d: usize) -> Result<()> {
     let (n, wide) = (ids.len(), wide(d, &[Some(table), Some(rows)]));
-    let index = upload(table, ids, n)?;
+    let index = upload(table.device(), ids, n)?;
     let args = [Arg::Out(table), Arg::In(&index), Arg::In(rows), Arg::len(n)?, Arg::len(d)?, Arg::flag(wide)];
     launch("elementwise", "scatter", table.dtype(), Grid::rows(n, d, pack(&[Some(table)])), &args)
 }
@@ -112,7 +112,11 @@ fn kernel_scatter_add(table: &Tensor, ids: &[u32], rows: &Tensor, d: usize) -> R
     }));
     let order: Vec<u32> = by_target.into_values().flatten().collect();
     let both = [Some(table), Some(rows)];
-    let index = [upload(table, &targets, n)?, upload(table, &offsets, n + 1)?, upload(table, &order, ids.len())?];
+    let index = [
+        upload(table.device(), &targets, n)?,
+        upload(table.device(), &offsets, n + 1)?,
+        upload(table.device(), &order, ids.len())?,
+    ];
     let [targets, offsets, order] = &index;
     let args = [Arg::Out(table), Arg::In(targets), Arg::In(offsets), Arg::In(order), Arg::In(rows)];
     let sizes = [Arg::len(n)?, Arg::len(d)?, Arg::flag(wide(d, &both))];

@@ -90,6 +90,7 @@ pub(crate) enum Arg<'a> {
     I32(i32),
     U32(u32),
     F32(f32),
+    F64(f64),
     U64(u64),
 }
 
@@ -218,6 +219,7 @@ fn host_arg(arg: &Arg) -> Result<HostArg> {
         Arg::I32(v) => scalar(v.to_ne_bytes()),
         Arg::U32(v) => scalar(v.to_ne_bytes()),
         Arg::F32(v) => scalar(v.to_ne_bytes()),
+        Arg::F64(v) => scalar(v.to_ne_bytes()),
         Arg::U64(v) => scalar(v.to_ne_bytes()),
         Arg::In(t) => memory(t, false)?,
         Arg::Out(t) => memory(t, true)?,
@@ -238,7 +240,8 @@ fn memory(t: &Tensor, written: bool) -> Result<HostArg> {
                 CpuStorage::U32(v) => v.as_mut_ptr().cast(),
                 CpuStorage::U8(v) => v.as_mut_ptr(),
                 CpuStorage::I64(v) => v.as_mut_ptr().cast(),
-                _ => candle_core::bail!("kernels take f32, bf16, u32, i64 and u8"),
+                CpuStorage::F64(v) => v.as_mut_ptr().cast(),
+                _ => candle_core::bail!("kernels take f32, bf16, f64, u32, i64 and u8"),
             };
             self.0.store(at, Ordering::Relaxed);
             Ok(())
@@ -255,6 +258,18 @@ fn memory(t: &Tensor, written: bool) -> Result<HostArg> {
     Ok(HostArg::Memory { at, bytes, offset, written })
 }
 
+/// Where a contiguous tensor's first element lies, for a table that a kernel reads.
+pub(crate) fn address(t: &Tensor) -> Result<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = t.device() {
+        return super::cuda::address(t, device);
+    }
+    match memory(t, false)? {
+        HostArg::Memory { at, .. } => Ok(at as u64),
+        _ => bail!("a tensor without memory"),
+    }
+}
+
 /// A tensor beside `like` that a kernel overwrites entirely. On the CPU it starts as NaN, so that a gap shows.
 pub(crate) fn empty(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
@@ -267,13 +282,14 @@ pub(crate) fn empty(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Res
         DType::F32 => Tensor::from_vec(vec![f32::NAN; n], shape, device)?,
         DType::BF16 => Tensor::from_vec(vec![bf16::NAN; n], shape, device)?,
         DType::U32 => Tensor::from_vec(vec![u32::MAX; n], shape, device)?,
-        other => bail!("kernels write f32, bf16 and u32, not {other:?}"),
+        DType::F64 => Tensor::from_vec(vec![f64::NAN; n], shape, device)?,
+        other => bail!("kernels write f32, bf16, u32 and f64, not {other:?}"),
     })
 }
 
-/// Numbers of the host, beside `like`.
-pub(crate) fn upload<T: candle_core::WithDType>(like: &Tensor, v: &[T], shape: impl Into<Shape>) -> Result<Tensor> {
-    Ok(Tensor::from_slice(v, shape, like.device())?)
+/// Numbers of the host, on a device.
+pub(crate) fn upload<T: candle_core::WithDType>(device: &Device, v: &[T], shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_slice(v, shape, device)?)
 }
 
 /// Can rows of `d` elements of these tensors be read [`pack`] elements at a time?

@@ -243,7 +243,7 @@ fn kernel_add(c: &Tensor, alpha: f64, x: &Tensor) -> Result<()> {
 fn kernel_scale_rows(x: &Tensor, s: &[f64]) -> Result<Tensor> {
     let ((n, d), y) = (dims2(x, "scale_rows")?, empty(x, x.dtype(), x.shape())?);
     let s: Vec<f32> = s.iter().map(|s| *s as f32).collect();
-    let s = upload(x, &s, n)?;
+    let s = upload(x.device(), &s, n)?;
     let args = [Arg::In(x), Arg::In(&s), Arg::Out(&y), Arg::len(n)?, Arg::len(d)?, Arg::flag(wide(d, &[Some(x)]))];
     launch("elementwise", "scale_rows", x.dtype(), Grid::rows(n, d, pack(&[Some(x)])), &args)?;
     Ok(y)

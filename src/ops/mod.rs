@@ -8,6 +8,7 @@
 //! Shapes: activations of all sequences of a micro-batch stand packed in rows, `[N, D]`; there is no padding.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 #[cfg(feature = "cuda")]

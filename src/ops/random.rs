@@ -47,6 +47,12 @@ impl Key {
 }
 
 impl Key {
+    /// A key that stands for this stream, for noise with counters of its own.
+    pub(super) fn pair(self) -> [u32; 2] {
+        let [a, b, ..] = self.words(0);
+        [a, b]
+    }
+
     /// Key, counter's high half and the words below which dropout zeroes, for a kernel that draws the mask itself.
     pub(super) fn stream(self, p: f64) -> (u64, u64, u32) {
         let pair = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;

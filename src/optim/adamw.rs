@@ -1,28 +1,29 @@
-//! AdamW with decoupled weight decay (Loshchilov & Hutter 2019), element for element as `torch.optim.AdamW` computes it:
+//! AdamW with decoupled weight decay (Loshchilov & Hutter 2019), element for element as `torch.optim.AdamW` computes it
+//! (`ops::adamw` has the arithmetic): which parameter gets which learning rate and decay, and the state between steps.
 //!
-//! ```text
-//! p ← p · (1 − lr·λ)        m ← m + (1 − β₁)(g − m)        v ← β₂·v + (1 − β₂)·g²
-//! p ← p − lr/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
-//! ```
-//!
-//! `g` is already clipped by the global norm. t counts the updates of the one parameter: like torch, a parameter that
-//! got no gradient in a step (the projector in a step of text only) is left alone, moments and decay included. Updates
+//! Gradients are clipped by their global norm. Updates of a parameter are counted by themselves: like torch, one that got
+//! no gradient in a step (the projector in a step of text only) is left alone, moments and decay included. Updates
 //! are in place, so every clone of a parameter tensor sees them.
 
-use super::clip;
 use super::groups::{Group, Groups, Member};
-use super::inplace::{Mean, Square, Update};
 use super::schedule::Schedule;
 use crate::bail;
-use crate::error::{Context, Result};
-use crate::ops::{Weight, overwrite};
-use crate::recipe::schema;
+use crate::error::{Context, Error, Result};
+use crate::ops::Weight;
+use crate::ops::adamw::{BLOCK, Codes, Gradient, Moments, Norms, Parameter, Plan, Rate, Step, step};
+use crate::ops::random::Key;
+use crate::recipe::schema::{self, MomentType};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
 const STEP: &str = "step";
 const EXP_AVG: &str = "exp_avg";
 const EXP_AVG_SQ: &str = "exp_avg_sq";
+/// Scales of 8-bit moments.
+const SCALE: &str = "_scale";
+
+/// Smaller parameters (norms, biases) keep f32 moments, as in Dettmers et al. 2022.
+const SMALLEST_EIGHT: usize = 4096;
 
 /// The optimizer of one stage: groups, schedule and state.
 #[derive(Debug)]
@@ -31,15 +32,18 @@ pub struct AdamW {
     schedule: Schedule,
     hyper: schema::AdamW,
     max_grad_norm: f64,
+    /// Stream of the noise that rounds bf16 parameters and 8-bit moments.
+    noise: Key,
     step: usize,
-    state: BTreeMap<String, Moments>,
+    state: BTreeMap<String, State>,
+    /// The kernels' tables.
+    plan: Option<Plan>,
 }
 
-/// State of one parameter, in the parameter's dtype and shape.
+/// State of one parameter.
 #[derive(Debug, Clone)]
-struct Moments {
-    mean: Tensor,
-    square: Tensor,
+struct State {
+    moments: Moments,
     updates: u32,
 }
 
@@ -54,6 +58,8 @@ pub struct StepReport {
     pub clip: f64,
     /// By group, in the order of [`Groups::list`].
     pub groups: Vec<GroupReport>,
+    /// Sum of squares of each parameter's gradient, before clipping.
+    pub squares: BTreeMap<String, f64>,
 }
 
 /// One group's share of a [`StepReport`].
@@ -68,17 +74,23 @@ pub struct GroupReport {
 }
 
 impl AdamW {
-    /// A fresh optimizer at step 0. `max_grad_norm` 0 switches clipping off.
-    pub fn new(hyper: schema::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64) -> Self {
-        Self { groups, schedule, hyper, max_grad_norm, step: 0, state: BTreeMap::new() }
+    /// A fresh optimizer at step 0. `max_grad_norm` 0 switches clipping off. `noise` rounds what is rounded stochastically.
+    pub fn new(hyper: schema::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64, noise: Key) -> Self {
+        Self { groups, schedule, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
     }
 
-    /// The optimizer of a stage of `total_steps` steps, for its trained parameters (name → shape).
-    pub fn of_stage(stage: &schema::Stage, total_steps: usize, trained: &BTreeMap<String, Vec<usize>>) -> Result<Self> {
+    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape).
+    pub fn of_stage(
+        stage: &schema::Stage,
+        name: &str,
+        total_steps: usize,
+        trained: &BTreeMap<String, Vec<usize>>,
+    ) -> Result<Self> {
         let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
         let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
-        Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm))
+        let noise = Key::new(stage.seed, &format!("rounding/{name}"));
+        Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise))
     }
 
     /// Steps made so far; also the index of the next one.
@@ -96,52 +108,116 @@ impl AdamW {
         self.groups.list().iter().map(|g| g.lr * self.schedule.factor(step)).collect()
     }
 
-    /// Updates, in place, every parameter that has a gradient; rounded copies follow. `params` and `grads` by name, f32 (or
-    /// f64), each gradient of its parameter's shape and dtype; what a GPU holds is updated on the host and written back.
-    /// Nothing is changed when a gradient is missing its parameter, misshaped, NaN or infinite: the error names it.
-    pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
-        let mut squares = vec![0.0; self.groups.list().len()];
-        for (name, grad) in grads {
-            let member = self.groups.member(name)?;
-            check(name, member, params.get(name).map(|w| &w.value), grad)?;
-            squares[member.group] += clip::finite_sum_of_squares(name, grad)?;
-        }
-        let grad_norm = squares.iter().sum::<f64>().sqrt();
-        let clip = clip::factor(grad_norm, self.max_grad_norm);
-        let lrs = self.lrs(self.step);
-        for (name, grad) in grads {
-            let (member, param) = (self.groups.member(name)?, &on_host(&params[name])?);
-            let grad = &grad.to_device(&Device::Cpu)?;
-            let moments = match self.state.get_mut(name) {
-                Some(m) => m,
-                None => self.state.entry(name.clone()).or_insert(Moments::zeros(grad)?),
-            };
-            moments.updates += 1;
-            let lr = lrs[member.group];
-            moments.update(&param.value, grad, &self.hyper, lr, member.weight_decay, clip).with_context(|| name)?;
-            param.round()?;
-            write_back(&params[name], param)?;
-        }
-        let report = |((g, lr), s): ((&Group, &f64), &f64)| GroupReport {
-            name: g.name.clone(),
-            lr: *lr,
-            grad_norm: f64::sqrt(*s),
+    /// Bytes of the moments that steps will still allocate.
+    pub fn bytes_to_come(&self) -> u64 {
+        let bytes = |m: &Member| {
+            let n = elements(m);
+            if self.eight(m) { 2 * (n + 4 * n.div_ceil(BLOCK)) } else { 8 * n }
         };
-        let groups = self.groups.list().iter().zip(&lrs).zip(&squares).map(report).collect();
-        let report = StepReport { step: self.step, grad_norm, clip, groups };
+        let fresh = self.groups.members().iter().filter(|(name, _)| !self.state.contains_key(*name));
+        fresh.map(|(_, m)| bytes(m) as u64).sum()
+    }
+
+    /// Updates, in place, every parameter that has a gradient; rounded copies follow. `params` (all that train) and `grads` by
+    /// name; each gradient has its parameter's shape, and its dtype, or f32 beside a bf16 parameter, which is rounded
+    /// stochastically. Nothing is changed when a gradient is misshaped, NaN or infinite: the error names it.
+    pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
+        for (name, grad) in grads {
+            let (member, weight) = (self.groups.member(name)?, find(name, params)?);
+            check(name, member, &weight.value, grad)?;
+            let (eight, device) = (self.eight(member), weight.value.device());
+            match self.state.get_mut(name) {
+                Some(s) => s.moments.to_device(device)?,
+                None => {
+                    let moments = Moments::zeros(grad, eight).with_context(|| name)?;
+                    self.state.insert(name.clone(), State { moments, updates: 0 });
+                }
+            }
+        }
+        let lrs = self.lrs(self.step);
+        let mut rows = Vec::with_capacity(params.len());
+        for (name, member) in self.groups.members() {
+            let update = match (grads.get(name), self.state.get(name)) {
+                (Some(grad), Some(s)) => Some(Gradient {
+                    grad,
+                    moments: &s.moments,
+                    rate: self.rate(member, lrs[member.group], s.updates + 1),
+                }),
+                _ => None,
+            };
+            rows.push(Parameter {
+                weight: find(name, params)?,
+                update,
+                eight: self.eight(member),
+                group: member.group,
+            });
+        }
+        let hyper = Step {
+            betas: self.hyper.betas,
+            eps: self.hyper.eps,
+            max_norm: self.max_grad_norm,
+            groups: self.groups.list().len(),
+            noise: self.noise,
+            index: self.step as u32,
+        };
+        let norms = step(&rows, &hyper, &mut self.plan)?;
+        if norms.skipped {
+            self.state.retain(|_, s| s.updates > 0);
+            return Err(self.not_finite(&norms));
+        }
+        self.state.iter_mut().filter(|(name, _)| grads.contains_key(*name)).for_each(|(_, s)| s.updates += 1);
+        let report =
+            |((g, lr), norm): ((&Group, &f64), &f64)| GroupReport { name: g.name.clone(), lr: *lr, grad_norm: *norm };
+        let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();
+        let squares = self.groups.members().keys().cloned().zip(norms.squares).collect();
+        let report = StepReport { step: self.step, grad_norm: norms.total, clip: norms.clip, groups, squares };
         self.step += 1;
         Ok(report)
     }
 
+    /// Are this parameter's moments stored in 8 bits?
+    fn eight(&self, member: &Member) -> bool {
+        self.hyper.moments == MomentType::Eight && elements(member) >= SMALLEST_EIGHT
+    }
+
+    /// The factors of a parameter's `t`-th update. Powers of a whole number of updates; torch computes them in f64 as well.
+    fn rate(&self, member: &Member, lr: f64, t: u32) -> Rate {
+        let [c1, c2] = self.hyper.betas.map(|beta| 1.0 - beta.powf(f64::from(t)));
+        Rate { keep: 1.0 - lr * member.weight_decay, size: lr / c1, correction: c2.sqrt() }
+    }
+
+    /// The error that names the first gradient that is not finite.
+    fn not_finite(&self, norms: &Norms) -> Error {
+        let bad = self.groups.members().keys().zip(&norms.squares).find(|(_, s)| !s.is_finite());
+        let (what, kind) = match bad {
+            Some((name, s)) => (format!("the gradient of `{name}`"), if s.is_nan() { "NaN" } else { "infinite" }),
+            None => ("the norm of all gradients".to_string(), "infinite"),
+        };
+        Error::new(format!("{what} is {kind}")).hint(
+            "lower `lr`, lengthen the warm-up, set `max_grad_norm = 1.0`; if it happens in the first steps, check the data and the weights",
+        )
+    }
+
     /// Everything a resumed run needs: `step` (number of steps made) and, by parameter, `NAME.exp_avg`,
-    /// `NAME.exp_avg_sq` and `NAME.step` (its number of updates). The moments share storage with the optimizer:
-    /// write them out before the next step.
+    /// `NAME.exp_avg_sq` and `NAME.step` (its number of updates); for 8-bit moments `NAME.exp_avg_scale` and
+    /// `NAME.exp_avg_sq_scale` too. The moments share storage with the optimizer: write them out before the next step.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut out = BTreeMap::from([(STEP.to_string(), counter(self.step as u32)?)]);
-        for (name, m) in &self.state {
-            out.insert(format!("{name}.{EXP_AVG}"), m.mean.clone());
-            out.insert(format!("{name}.{EXP_AVG_SQ}"), m.square.clone());
-            out.insert(format!("{name}.{STEP}"), counter(m.updates)?);
+        for (name, s) in &self.state {
+            let mut put = |what: &str, t: &Tensor| out.insert(format!("{name}.{what}"), t.clone());
+            match &s.moments {
+                Moments::Full { mean, square } => {
+                    put(EXP_AVG, mean);
+                    put(EXP_AVG_SQ, square);
+                }
+                Moments::Eight { mean, square } => {
+                    for (what, m) in [(EXP_AVG, mean), (EXP_AVG_SQ, square)] {
+                        put(what, &m.codes);
+                        put(&format!("{what}{SCALE}"), &m.scales);
+                    }
+                }
+            }
+            out.insert(format!("{name}.{STEP}"), counter(s.updates)?);
         }
         Ok(out)
     }
@@ -149,45 +225,57 @@ impl AdamW {
     /// Continues from a [`AdamW::state`] of the same parameters. Errors name a tensor that is unknown, missing or
     /// misshaped; the optimizer is then as before.
     pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let get = |key: String| match state.get(&key) {
+        let get = |key: &str| match state.get(key) {
             Some(t) => Ok(t),
             None => {
                 bail!("the optimizer state has no `{key}`"; "the checkpoint is incomplete; resume from an earlier one")
             }
         };
-        let step = count(STEP, get(STEP.into())?)?;
+        let done = count(STEP, get(STEP)?)?;
         let mut loaded = BTreeMap::new();
         for key in state.keys().filter(|k| k.as_str() != STEP) {
-            let Some((name, _)) = key.rsplit_once('.') else { bail!("the optimizer state has an unknown `{key}`") };
+            let Some((name, what)) = key.rsplit_once('.') else { bail!("the optimizer state has an unknown `{key}`") };
             let Some(member) = self.groups.members().get(name) else {
                 bail!(
                     "the optimizer state has `{key}`, but `{name}` is not trained now";
                     "the stage trained other parameters when the checkpoint was written; start the stage again or undo the change"
                 );
             };
-            match &key[name.len() + 1..] {
-                EXP_AVG => {
-                    let moment = |what| own_copy(name, what, member, get(format!("{name}.{what}"))?);
-                    let updates_key = format!("{name}.{STEP}");
-                    let updates = count(&updates_key, get(updates_key.clone())?)?;
-                    let moments = Moments { mean: moment(EXP_AVG)?, square: moment(EXP_AVG_SQ)?, updates };
-                    loaded.insert(name.to_string(), moments);
+            let of = |what: &str| format!("{name}.{what}");
+            match what.strip_suffix(SCALE).unwrap_or(what) {
+                EXP_AVG if what == EXP_AVG => {
+                    let eight = self.eight(member);
+                    let moments = moments(member, eight, |what| {
+                        let key = of(what);
+                        get(&key).map(|t| (key, t))
+                    })?;
+                    let updates = count(&of(STEP), get(&of(STEP))?)?;
+                    loaded.insert(name.to_string(), State { moments, updates });
                 }
-                EXP_AVG_SQ | STEP => {
-                    get(format!("{name}.{EXP_AVG}"))?;
-                }
+                EXP_AVG | EXP_AVG_SQ => drop(get(&of(EXP_AVG))?),
+                _ if what == STEP => drop(get(&of(EXP_AVG))?),
                 _ => bail!("the optimizer state has an unknown `{key}`"),
             }
         }
-        self.step = step as usize;
+        self.step = done as usize;
         self.state = loaded;
         Ok(())
     }
 }
 
+fn elements(member: &Member) -> usize {
+    member.shape.iter().product()
+}
+
+fn find<'a>(name: &str, params: &'a BTreeMap<String, Weight>) -> Result<&'a Weight> {
+    match params.get(name) {
+        Some(w) => Ok(w),
+        None => bail!("`{name}` is trained but not among the parameters"),
+    }
+}
+
 /// A gradient must fit its parameter, and both must be what the update can work on.
-fn check(name: &str, member: &Member, param: Option<&Tensor>, grad: &Tensor) -> Result<()> {
-    let Some(param) = param else { bail!("`{name}` has a gradient but is not among the parameters") };
+fn check(name: &str, member: &Member, param: &Tensor, grad: &Tensor) -> Result<()> {
     if param.dims() != member.shape || grad.dims() != member.shape {
         bail!(
             "`{name}`: the optimizer knows shape {:?}, the parameter has {:?}, its gradient {:?}",
@@ -196,65 +284,17 @@ fn check(name: &str, member: &Member, param: Option<&Tensor>, grad: &Tensor) -> 
             grad.dims()
         );
     }
-    if param.dtype() != grad.dtype() || !clip::is_supported(param.dtype()) {
+    if !matches!((param.dtype(), grad.dtype()), (DType::F32 | DType::BF16, DType::F32) | (DType::F64, DType::F64)) {
         bail!(
-            "`{name}`: parameter {:?} and gradient {:?} on {:?}; both must be f32 (or f64)",
+            "`{name}`: parameter {:?} and gradient {:?}; a gradient is f32 (or f64 for an f64 parameter)",
             param.dtype(),
-            grad.dtype(),
-            param.device()
+            grad.dtype()
         );
     }
     if !param.is_contiguous() {
         bail!("`{name}` is not contiguous in memory: {:?}", param.layout());
     }
     Ok(())
-}
-
-/// The weight itself, or a copy of one that a GPU holds: the update is computed on the host.
-fn on_host(w: &Weight) -> Result<Weight> {
-    let host = |t: &Tensor| t.to_device(&Device::Cpu);
-    Ok(Weight { value: host(&w.value)?, rounded: w.rounded.as_ref().map(host).transpose()? })
-}
-
-/// Writes an updated copy back to the GPU.
-fn write_back(w: &Weight, updated: &Weight) -> Result<()> {
-    if w.value.device().is_cpu() {
-        return Ok(());
-    }
-    overwrite(&w.value, &updated.value)?;
-    w.rounded.iter().zip(&updated.rounded).try_for_each(|(old, new)| overwrite(old, new))
-}
-
-impl Moments {
-    fn zeros(like: &Tensor) -> Result<Self> {
-        let zeros = || Tensor::zeros(like.dims(), like.dtype(), like.device());
-        Ok(Self { mean: zeros()?, square: zeros()?, updates: 0 })
-    }
-
-    /// One update of `param`; `self.updates` is t, already counting this one.
-    fn update(
-        &self,
-        param: &Tensor,
-        grad: &Tensor,
-        hyper: &schema::AdamW,
-        lr: f64,
-        decay: f64,
-        clip: f64,
-    ) -> Result<()> {
-        let [beta1, beta2] = hyper.betas;
-        // A power of a whole number of updates; torch computes it in f64 as well.
-        let correction = |beta: f64| 1.0 - beta.powf(f64::from(self.updates));
-        let grad = grad.contiguous()?;
-        self.mean.inplace_op2(&grad, &Mean { beta: beta1, clip })?;
-        self.square.inplace_op2(&grad, &Square { beta: beta2, clip })?;
-        let update = Update {
-            keep: 1.0 - lr * decay,
-            size: lr / correction(beta1),
-            correction: correction(beta2).sqrt(),
-            eps: hyper.eps,
-        };
-        Ok(param.inplace_op3(&self.mean, &self.square, &update)?)
-    }
 }
 
 fn counter(n: u32) -> Result<Tensor> {
@@ -269,16 +309,29 @@ fn count(key: &str, t: &Tensor) -> Result<u32> {
     }
 }
 
-fn own_copy(name: &str, what: &str, member: &Member, t: &Tensor) -> Result<Tensor> {
-    if t.dims() != member.shape || !clip::is_supported(t.dtype()) {
-        bail!(
-            "the optimizer state's `{name}.{what}` is {:?} {:?}, but the parameter has shape {:?}",
-            t.dtype(),
-            t.dims(),
-            member.shape
-        );
+/// Copies of a parameter's moments as they were saved; `get` gives a tensor and its key.
+fn moments<'a>(member: &Member, eight: bool, get: impl Fn(&str) -> Result<(String, &'a Tensor)>) -> Result<Moments> {
+    let own = |what: &str, shape: &[usize], types: &[DType]| {
+        let (key, t) = get(what)?;
+        if (t.dtype() == DType::U8) != types.contains(&DType::U8) {
+            let (found, wanted) = if eight { ("f32", "8bit") } else { ("8bit", "f32") };
+            bail!("the optimizer state's `{key}` is {:?}: its moments are {found}, the recipe says {wanted}", t.dtype();
+                "set `moments = \"{found}\"` again, or start the stage again")
+        }
+        if t.dims() != shape || !types.contains(&t.dtype()) {
+            bail!("the optimizer state's `{key}` is {:?} {:?}, not {:?} {shape:?}", t.dtype(), t.dims(), types[0]);
+        }
+        Ok(t.copy()?)
+    };
+    if !eight {
+        let moment = |what| own(what, &member.shape, &[DType::F32, DType::F64]);
+        return Ok(Moments::Full { mean: moment(EXP_AVG)?, square: moment(EXP_AVG_SQ)? });
     }
-    Ok(t.copy()?)
+    let moment = |what: &str| -> Result<Codes> {
+        let codes = own(what, &member.shape, &[DType::U8])?;
+        Ok(Codes { codes, scales: own(&format!("{what}{SCALE}"), &[elements(member).div_ceil(BLOCK)], &[DType::F32])? })
+    };
+    Ok(Moments::Eight { mean: moment(EXP_AVG)?, square: moment(EXP_AVG_SQ)? })
 }
 
 #[cfg(test)]

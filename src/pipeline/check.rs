@@ -97,7 +97,7 @@ impl<'a> Check<'a> {
         let data = dataset(self.recipe, stage, &self.assembly.encoder)?;
         check_reachable(&mut state, !data.images().is_empty())?;
         let (total, epoch) = step_counts(stage, data.items.len());
-        let optimizer = optimizer(stage, &mut state, total)?;
+        let optimizer = optimizer(stage, name, &mut state, total)?;
         writeln!(out)?;
         write!(out, "{}", groups(name, &optimizer).render())?;
         writeln!(out)?;

@@ -5,6 +5,7 @@ use super::state::{State, is_adapter};
 use crate::bail;
 use crate::error::Result;
 use crate::model::params::Module;
+use crate::ops::adamw::sum_of_squares;
 use crate::recipe::schema::Stage;
 use crate::report::Table;
 use candle_core::{DType, Tensor};
@@ -118,7 +119,7 @@ pub fn prove_frozen(state: &mut State, before: &BTreeMap<String, String>) -> Res
 pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
     let mut broken = Vec::new();
     for (name, t) in trained {
-        if !crate::optim::clip::sum_of_squares(t)?.is_finite() {
+        if !sum_of_squares(t)?.is_finite() {
             broken.push(name.as_str());
         }
     }
@@ -156,22 +157,9 @@ impl GradientWatch {
         Self { missing: trainable.into_iter().collect(), deadline: first + epoch.max(GRACE) }
     }
 
-    /// Notes the gradients of step `step` (from 0); an error names parameters that got none in a whole epoch.
-    pub fn see(&mut self, step: usize, grads: &BTreeMap<String, Tensor>) -> Result<()> {
-        if self.missing.is_empty() {
-            return Ok(());
-        }
-        let mut still = BTreeSet::new();
-        for name in std::mem::take(&mut self.missing) {
-            let seen = match grads.get(&name) {
-                Some(g) => crate::optim::clip::sum_of_squares(g)? != 0.0,
-                None => false,
-            };
-            if !seen {
-                still.insert(name);
-            }
-        }
-        self.missing = still;
+    /// Notes the squares of the gradients of step `step` (from 0); an error names parameters that got none in a whole epoch.
+    pub fn see(&mut self, step: usize, squares: &BTreeMap<String, f64>) -> Result<()> {
+        self.missing.retain(|name| squares.get(name).is_none_or(|s| *s == 0.0));
         if step + 1 >= self.deadline && !self.missing.is_empty() {
             let names: Vec<&str> = self.missing.iter().take(8).map(String::as_str).collect();
             bail!("{} trained parameters got no gradient in a whole epoch: {}", self.missing.len(), names.join(", ");

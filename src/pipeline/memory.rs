@@ -12,9 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-/// Bytes of gradient and moments beside each trained element, in f32.
-const TRAINING: u64 = 12;
-
 /// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens.
 pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize) -> Vec<Load> {
     let mut most: BTreeMap<usize, usize> = BTreeMap::new();
@@ -29,12 +26,13 @@ pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: 
     most.into_iter().map(|(pictures, tokens)| Load { pictures, tokens }).collect()
 }
 
-/// What a stage keeps, and for `auto` the line that says so. `trained` counts the elements that the stage trains.
+/// What a stage keeps, and for `auto` the line that says so. `training` counts the bytes of gradients and of moments that a step
+/// will allocate.
 pub fn choose(
     activations: Activations,
     vlm: &Vlm,
     loads: &[Load],
-    trained: u64,
+    training: u64,
     free: impl FnOnce() -> Result<Option<u64>>,
 ) -> Result<(Kept, Option<String>)> {
     Ok(match activations {
@@ -48,7 +46,7 @@ pub fn choose(
                 for load in loads {
                     *need = step_bytes(vlm, *load, *kept)?.max(*need);
                 }
-                *need += TRAINING * trained;
+                *need += training;
             }
             let Some(free) = free else {
                 return Ok((

@@ -182,7 +182,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
             state.enter(stage, name)?;
             let data = dataset(recipe, stage, &assembly.encoder)?;
             check_reachable(&mut state, !data.images().is_empty())?;
-            optimizer(stage, &mut state, step_counts(stage, data.items.len()).0)?;
+            optimizer(stage, name, &mut state, step_counts(stage, data.items.len()).0)?;
             pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
             Ok(())

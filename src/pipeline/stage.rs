@@ -7,7 +7,7 @@ use super::freeze::{self, GradientWatch};
 use super::memory;
 use super::run_dir::{Done, RunDir, hex, sha256_file};
 use super::signals::Signals;
-use super::state::{State, TRAINED};
+use super::state::{State, TRAINED, is_adapter};
 use crate::bail;
 use crate::checkpoint::atomic::{recover, write_bytes};
 use crate::checkpoint::safetensors;
@@ -17,7 +17,7 @@ use crate::model::params::Module;
 use crate::ops::random::Key;
 use crate::ops::tensor;
 use crate::optim::AdamW;
-use crate::recipe::schema::{Objective, Recipe, Reference, Stage};
+use crate::recipe::schema::{Objective, Optimizer, Recipe, Reference, Stage};
 use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics, peak_memory_bytes};
 use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
 use sha2::{Digest, Sha256};
@@ -54,9 +54,9 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
 }
 
 /// A fresh optimizer for what trains in an entered stage.
-pub fn optimizer(stage: &Stage, state: &mut State, total: usize) -> Result<AdamW> {
+pub fn optimizer(stage: &Stage, name: &str, state: &mut State, total: usize) -> Result<AdamW> {
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    AdamW::of_stage(stage, total, &shapes)
+    AdamW::of_stage(stage, name, total, &shapes)
 }
 
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a
@@ -69,14 +69,14 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     tidy(&dir)?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
     check_reachable(state, !data.images().is_empty()).with_context(|| format!("stage.{name}"))?;
-    state.vlm.make_masters()?;
+    masters(stage, state)?;
     let rows = freeze::rows(state, stage)?;
     write_bytes(&dir.join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
     run.reporter.table(&freeze::table(&format!("{name}: parameters"), &rows));
     let frozen = freeze::frozen_checksums(state)?;
 
     let (total, epoch) = step_counts(stage, data.items.len());
-    let mut optimizer = optimizer(stage, state, total).with_context(|| format!("stage.{name}"))?;
+    let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
     let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     let Some(loss) = steps(run, state, name, &data, &mut optimizer, &reference, (from, total, epoch), &dir)? else {
@@ -95,6 +95,16 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
     write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
     Ok(Some(done))
+}
+
+/// What trains in bf16 gets an f32 master; under stochastic rounding the backbones' parameters have none, while adapters and
+/// projector, which are small, keep theirs.
+fn masters(stage: &Stage, state: &mut State) -> Result<()> {
+    let Optimizer::Adamw(adamw) = &stage.optimizer;
+    if adamw.stochastic_rounding {
+        return state.vlm.drop_masters(|name| !is_adapter(name) && !name.starts_with("projector."));
+    }
+    state.vlm.make_masters()
 }
 
 /// Removes what a killed process had begun to write.
@@ -116,6 +126,9 @@ pub fn check_reachable(state: &mut State, pictures: bool) -> Result<()> {
         "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
 }
 
+/// Bytes of a gradient's element.
+const GRADIENT: u64 = 4;
+
 #[allow(clippy::too_many_arguments, reason = "all that a stage consists of")]
 fn steps(
     run: &Run,
@@ -132,10 +145,11 @@ fn steps(
     let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
     let micro = stage.batch.micro.unwrap_or(stage.batch.global);
     let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
-    let trained = params.values().map(|t| t.elem_count() as u64).sum();
+    let gradients = params.values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
     let loads = memory::loads(data, &plan, first..total, micro);
     let free = || memory::free_memory(state.vlm.language.device());
-    let (kept, told) = memory::choose(stage.activations, &state.vlm, &loads, trained, free)?;
+    let (kept, told) =
+        memory::choose(stage.activations, &state.vlm, &loads, gradients + optimizer.bytes_to_come(), free)?;
     told.iter().for_each(|line| run.reporter.info(line));
     let batches = (first..total).map(move |s| (s, plan.step(s)));
     let images = run.images.cloned().map(Arc::new);
@@ -158,8 +172,8 @@ fn steps(
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
         let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;
-        watch.see(step.step, done.grads.by_name()).with_context(at)?;
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
+        watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
         let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64());
         metrics.append(&line)?;

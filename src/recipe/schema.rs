@@ -434,11 +434,26 @@ pub struct AdamW {
     pub eps: f64,
     /// Decoupled; not applied to biases and norms unless a group says so.
     pub weight_decay: f64,
+    /// How moments are stored.
+    pub moments: MomentType,
+    /// Where the model computes in bf16: backbones train in bf16 alone, rounded stochastically, without an f32 master. Adapters
+    /// and projectors keep theirs. In f32 nothing is rounded.
+    pub stochastic_rounding: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MomentType {
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// 8 bits in blocks of 256; parameters of less than 4096 elements keep f32.
+    #[serde(rename = "8bit")]
+    Eight,
 }
 
 impl Default for AdamW {
     fn default() -> Self {
-        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0 }
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, moments: MomentType::F32, stochastic_rounding: false }
     }
 }
 

@@ -31,6 +31,43 @@ fn bf16_trains_f32_masters_and_resumes_to_the_same_bits() {
 }
 
 #[test]
+fn a_backbone_trains_without_masters_and_resumes_to_the_same_bits() {
+    let full =
+        ["--dtype", "bf16", "--set", "stage.sft.adapters=[]", "--set", "stage.dpo.train=['projector.*','language.*']"];
+    let full = [full.as_slice(), &["--set", "stage.sft.train=['projector.*','language.*']"]].concat();
+    let lean = "stage.sft.optimizer={adamw={moments='8bit',stochastic_rounding=true}}";
+    let lean = [full.as_slice(), &["--set", lean]].concat();
+    let (masters, whole, parts) = (Folder::with(THREE_STAGES), Folder::with(THREE_STAGES), Folder::with(THREE_STAGES));
+    masters.train(&full);
+    whole.train(&lean);
+    let mut child = parts.start(&lean);
+    parts.wait_for_step(&mut child, "sft", 5);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    parts.train(&lean);
+    assert_same(&figures(&whole.path("run")), &figures(&parts.path("run")));
+
+    let rows = fs::read_to_string(whole.path("run/02-sft/params.json")).unwrap();
+    let rows: serde_json::Value = serde_json::from_str(&rows).unwrap();
+    for row in rows.as_array().unwrap().iter().filter(|r| r["state"] == "trains") {
+        let projector = row["what"].as_str().unwrap().contains("projector");
+        assert_eq!(row["dtype"], if projector { "f32" } else { "bf16" }, "{row}");
+    }
+    let last = |f: &Folder| fs::metadata(f.path("run/02-sft/final/trained.safetensors")).unwrap().len();
+    assert!(last(&whole) * 10 < last(&masters) * 6, "{} {}", last(&whole), last(&masters));
+    // The same training but for the rounding.
+    let losses = |f: &Folder| -> Vec<f64> {
+        let lines = fs::read_to_string(f.path("run/metrics.jsonl")).unwrap();
+        let lines = lines.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+        lines.filter(|l| l["stage"] == "sft").map(|l| l["loss"].as_f64().unwrap()).collect()
+    };
+    let (rounded, exact) = (losses(&whole), losses(&masters));
+    assert_eq!(rounded[..2], exact[..2], "the first update has learning rate 0");
+    assert!(exact[9] < 0.9 * exact[0], "{exact:?}");
+    assert!((rounded[9] - exact[9]).abs() < 0.1 * (exact[0] - exact[9]), "{rounded:?} {exact:?}");
+}
+
+#[test]
 fn the_selftest_passes_here() {
     let f = Folder::new();
     let said = f.ok(["selftest", "--device", "cpu"]);

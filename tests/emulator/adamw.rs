@@ -1,15 +1,16 @@
-//! The optimizer's kernels (`kernels/adamw.cu`): the f32 form has the bits of `optim::AdamW`, stochastic rounding is exact
-//! over all random words, and neither chunks, threads nor their order change a bit.
+//! The optimizer's kernels (`kernels/adamw.cu`): every form has the bits of the CPU's reference through `optim::AdamW`, stochastic
+//! rounding is exact over all random words, and neither chunks, threads nor their order change a bit.
 
 use super::emulator::{ORDERS, OnCpu, Order};
 use adfreeze::ops::Weight;
-use adfreeze::ops::launch::{Emulator, Grid, HostArg};
+use adfreeze::ops::launch::{Emulator, Grid, HostArg, emulated};
 use adfreeze::ops::random::{Key, normal};
-use adfreeze::optim::{AdamW, Groups, Schedule};
-use adfreeze::recipe::schema::{self, ParamGroup, Scheduler, Warmup};
+use adfreeze::optim::{AdamW, Groups, Schedule, StepReport};
+use adfreeze::recipe::schema::{self, MomentType, ParamGroup, Scheduler, Warmup};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 const LENGTHS: [usize; 3] = [5, 4100, 300];
 const STEPS: u32 = 3;
@@ -167,11 +168,16 @@ fn run(cut: Cut, kernel: &str) -> (Vec<Parameter>, Vec<Clip>) {
 
 const PLAIN: Cut = Cut { chunk: 4096, threads: 64, order: Order::Forward };
 
-#[test]
-fn the_f32_form_has_the_bits_of_the_optimizer() {
-    let (ours, clips) = run(PLAIN, "adamw_f32");
-    let name = |i: usize| if i == 0 { "a".to_string() } else { format!("b{i}") };
-    let shapes: BTreeMap<String, Vec<usize>> = (0..3).map(|i| (name(i), vec![LENGTHS[i]])).collect();
+/// A form of the parameters: bf16 alone or an f32 value with a bf16 copy; moments in f32 or in 8 bits.
+type Form = (bool, MomentType);
+
+const FORMS: [Form; 4] =
+    [(false, MomentType::F32), (true, MomentType::F32), (false, MomentType::Eight), (true, MomentType::Eight)];
+
+const NAMES: [&str; 3] = ["a", "b1", "b2"];
+
+fn optimizer(moments: MomentType) -> AdamW {
+    let shapes: BTreeMap<String, Vec<usize>> = (0..3).map(|i| (NAMES[i].to_string(), shape(i))).collect();
     let group = |g: usize, pattern: &str| ParamGroup {
         name: None,
         r#match: vec![pattern.into()],
@@ -180,22 +186,103 @@ fn the_f32_form_has_the_bits_of_the_optimizer() {
     };
     let groups = Groups::resolve(&[group(0, "a"), group(1, "b*")], 1.0, 0.0, &shapes).unwrap();
     let schedule = Schedule::new(&Scheduler::Constant(Warmup::default()), STEPS as usize);
-    let hyper = schema::AdamW { betas: BETAS, eps: EPS, weight_decay: 0.0 };
-    let mut optimizer = AdamW::new(hyper, groups, schedule, MAX_NORM);
-    let tensor = |v: Vec<f32>| Tensor::new(v, &Device::Cpu).unwrap();
-    let theirs: BTreeMap<String, Tensor> =
-        start(false).into_iter().enumerate().map(|(i, p)| (name(i), tensor(p.master))).collect();
-    for s in 1..=STEPS {
-        let grads = (0..3).map(|i| (name(i), tensor(grad(s, i)))).collect();
-        let report = optimizer.step(&Weight::plain(&theirs), &grads).unwrap();
-        let clip = clips[s as usize - 1];
-        assert!((report.grad_norm - clip.norm).abs() < 1e-12 * clip.norm, "{report:?} {clip:?}");
-        assert!(report.clip < 1.0 && clip.skip == 0 && clip.scale == report.clip as f32, "{report:?} {clip:?}");
+    let hyper = schema::AdamW { betas: BETAS, eps: EPS, moments, ..Default::default() };
+    AdamW::new(hyper, groups, schedule, MAX_NORM, Key::new(7, "noise"))
+}
+
+/// The middle parameter is a matrix, and large enough for 8 bits.
+fn shape(i: usize) -> Vec<usize> {
+    if i == 1 { vec![LENGTHS[i] / 4, 4] } else { vec![LENGTHS[i]] }
+}
+
+fn weights(half: bool) -> BTreeMap<String, Weight> {
+    let weight = |(i, p): (usize, Parameter)| {
+        // Not at the beginning of its memory: the parameters' first bytes lie at no multiple of 16.
+        let n = LENGTHS[i];
+        let own = Tensor::new([vec![0.0; i], p.master].concat(), &Device::Cpu).unwrap();
+        let view = |t: &Tensor| t.narrow(0, i, n).unwrap().reshape(shape(i)).unwrap();
+        let rounded = own.to_dtype(DType::BF16).unwrap();
+        let w = if half {
+            Weight { value: view(&rounded), rounded: None }
+        } else {
+            Weight { value: view(&own), rounded: Some(view(&rounded)) }
+        };
+        (NAMES[i].to_string(), w)
+    };
+    start(false).into_iter().enumerate().map(weight).collect()
+}
+
+/// The last parameter gets none in the second step; the matrix's is the transposed of what lies in memory.
+fn grads(step: u32) -> BTreeMap<String, Tensor> {
+    let of = |i: usize| {
+        let g = Tensor::new(grad(step, i), &Device::Cpu).unwrap();
+        let g = if i == 1 { g.reshape((4, LENGTHS[i] / 4)).unwrap().t().unwrap() } else { g };
+        (NAMES[i].to_string(), g)
+    };
+    (0..3).filter(|i| (*i, step) != (2, 2)).map(of).collect()
+}
+
+/// Everything that three steps leave, and their reports; the reference's where `order` is none.
+fn train((half, moments): Form, order: Option<Order>) -> (BTreeMap<String, Tensor>, Vec<StepReport>) {
+    let (mut optimizer, weights) = (optimizer(moments), weights(half));
+    let mut step = |s| optimizer.step(&weights, &grads(s)).unwrap();
+    let mut run = |s| match order {
+        Some(o) => emulated(Rc::new(OnCpu::new(o)), || step(s)),
+        None => step(s),
+    };
+    let reports = (1..=STEPS).map(&mut run).collect();
+    let mut all = optimizer.state().unwrap();
+    for (name, w) in weights {
+        all.extend(w.rounded.map(|r| (format!("{name}.rounded"), r)));
+        all.insert(name, w.value);
     }
-    for (i, p) in ours.iter().enumerate() {
-        let expected: Vec<f32> = theirs[&name(i)].to_vec1().unwrap();
-        assert!(p.master.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "parameter {i}");
-        assert!(p.shadow.iter().zip(&p.master).all(|(s, m)| *s == bf16::from_f32(*m)), "shadow {i}");
+    (all, reports)
+}
+
+fn bits(t: &Tensor) -> Vec<u64> {
+    let t = t.flatten_all().unwrap();
+    match t.dtype() {
+        DType::F32 => t.to_vec1::<f32>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
+        DType::BF16 => t.to_vec1::<bf16>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
+        DType::U8 => t.to_vec1::<u8>().unwrap().into_iter().map(u64::from).collect(),
+        _ => t.to_vec1::<u32>().unwrap().into_iter().map(u64::from).collect(),
+    }
+}
+
+#[test]
+fn every_form_has_the_bits_of_the_reference() {
+    for form in FORMS {
+        let (reference, told) = train(form, None);
+        assert!(told.iter().any(|r| r.clip < 1.0), "{told:?}");
+        assert_eq!(reference.contains_key("b1.exp_avg_scale"), form.1 == MomentType::Eight, "{form:?}");
+        assert_eq!(bits(&reference["b2.step"]), [u64::from(STEPS) - 1]);
+        for order in ORDERS {
+            let (ours, reports) = train(form, Some(order));
+            assert!(ours.keys().eq(reference.keys()), "{form:?}");
+            for (name, t) in &ours {
+                assert_eq!(bits(t), bits(&reference[name]), "{form:?} {order:?} {name}");
+            }
+            // The kernels know the factor of clipping in f32.
+            let rounded = |r: &StepReport| StepReport { clip: f64::from(r.clip as f32), ..r.clone() };
+            assert_eq!(reports, told.iter().map(rounded).collect::<Vec<_>>(), "{form:?} {order:?}");
+        }
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing_and_is_named() {
+    for form in FORMS {
+        let (mut optimizer, weights) = (optimizer(form.1), weights(form.0));
+        let before: Vec<Vec<u64>> = weights.values().map(|w| bits(&w.value)).collect();
+        for (bad, kind) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "infinite")] {
+            let mut grads = grads(1);
+            grads.insert("b2".into(), Tensor::full(bad, LENGTHS[2], &Device::Cpu).unwrap());
+            let run = || optimizer.step(&weights, &grads);
+            let e = emulated(Rc::new(OnCpu::new(Order::Forward)), run).unwrap_err();
+            assert_eq!(e.cause(), format!("the gradient of `b2` is {kind}"));
+        }
+        assert_eq!(weights.values().map(|w| bits(&w.value)).collect::<Vec<_>>(), before, "{form:?}");
+        assert_eq!(optimizer.state().unwrap().len(), 1, "{form:?}");
     }
 }
 

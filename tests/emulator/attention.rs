@@ -3,7 +3,7 @@
 
 use super::emulator::{OnCpu, Order};
 use adfreeze::error::Result;
-use adfreeze::ops::attention::{Config, Saved, Segment, backward, blockwise, forward};
+use adfreeze::ops::attention::{Config, Saved, Segment, Sequences, backward, blockwise, forward};
 use adfreeze::ops::launch::emulated;
 use adfreeze::ops::random::{Key, normal};
 use adfreeze::ops::registry::verify::distance;
@@ -34,24 +34,24 @@ fn draw(cfg: Config, n: usize, m: usize, dtype: DType) -> [Tensor; 4] {
     })
 }
 
-fn values(way: Way, cfg: Config, segments: &[Segment], [q, k, v, d_o]: &[Tensor; 4]) -> Values {
+fn values(way: Way, cfg: Config, sequences: &Sequences, [q, k, v, d_o]: &[Tensor; 4]) -> Values {
     let run = || -> Result<Values> {
         let (o, lse) = match way {
-            Way::Chosen => forward(cfg, segments, q, k, v)?,
-            Way::ByBlocks => blockwise::forward(cfg, segments, q, k, v)?,
+            Way::Chosen => forward(cfg, sequences, q, k, v)?,
+            Way::ByBlocks => blockwise::forward(cfg, sequences, q, k, v)?,
         };
         let saved = Saved { q, k, v, o: &o, lse: &lse };
         let (dq, dk, dv) = match way {
-            Way::Chosen => backward(cfg, segments, saved, d_o)?,
-            Way::ByBlocks => blockwise::backward(cfg, segments, saved, d_o)?,
+            Way::Chosen => backward(cfg, sequences, saved, d_o)?,
+            Way::ByBlocks => blockwise::backward(cfg, sequences, saved, d_o)?,
         };
         Ok([o, dq, dk, dv, lse])
     };
     run().unwrap_or_else(|e| panic!("{cfg:?}: {}", e.report()))
 }
 
-fn on_kernels(way: Way, cfg: Config, segments: &[Segment], x: &[Tensor; 4]) -> Values {
-    emulated(Rc::new(OnCpu::new(Order::Forward)), || values(way, cfg, segments, x))
+fn on_kernels(way: Way, cfg: Config, sequences: &Sequences, x: &[Tensor; 4]) -> Values {
+    emulated(Rc::new(OnCpu::new(Order::Forward)), || values(way, cfg, sequences, x))
 }
 
 fn to(x: &[Tensor; 4], dtype: DType) -> [Tensor; 4] {
@@ -93,7 +93,7 @@ fn plain_bf16(causal: bool, x: &[Tensor; 4]) -> [Tensor; 4] {
 fn kernels_on_tensor_cores_and_by_blocks_err_no_more_than_plain_bf16() {
     for (head_dim, n, m, causal) in [(64, 150, 150, true), (128, 70, 200, false), (80, 90, 131, true)] {
         let cfg = Config { heads: 1, kv_heads: 1, head_dim, causal };
-        let segments = [Segment::new(0..n, 0..m)];
+        let segments = Sequences::from(vec![Segment::new(0..n, 0..m)]);
         let x = draw(cfg, n, m, DType::BF16);
         let truth = values(Way::Chosen, cfg, &segments, &to(&x, DType::F64));
         let plain = plain_bf16(causal, &x);
@@ -123,12 +123,12 @@ fn two_answers_behind_one_prompt_are_two_sequences() {
         [(DType::F64, 40, false, 1e-13), (DType::F32, 40, true, 2e-6), (DType::BF16, 64, true, 6e-3)]
     {
         let cfg = Config { heads: 2, kv_heads: 1, head_dim, causal: true };
-        let run = |segments: &[Segment], x: &[Tensor; 4]| match kernels {
-            true => on_kernels(Way::Chosen, cfg, segments, x),
-            false => values(Way::Chosen, cfg, segments, x),
+        let run = |segments: Vec<Segment>, x: &[Tensor; 4]| match kernels {
+            true => on_kernels(Way::Chosen, cfg, &segments.into(), x),
+            false => values(Way::Chosen, cfg, &segments.into(), x),
         };
         let x = draw(cfg, total, total, dtype);
-        let shared = run(&[Segment::two_answers(0, prompt, first, second)], &x);
+        let shared = run(vec![Segment::two_answers(0, prompt, first, second)], &x);
         // The prompt once more before the second answer, there without a gradient.
         let mut apart = x
             .each_ref()
@@ -136,7 +136,7 @@ fn two_answers_behind_one_prompt_are_two_sequences() {
         let none = rows(&x[3], 0, prompt).zeros_like().unwrap();
         apart[3] = stacked(&[rows(&x[3], 0, prompt + first), none, rows(&x[3], prompt + first, second)]);
         let (one, two) = (0..prompt + first, prompt + first..prompt + total);
-        let apart = run(&[Segment::new(one.clone(), one), Segment::new(two.clone(), two)], &apart);
+        let apart = run(vec![Segment::new(one.clone(), one), Segment::new(two.clone(), two)], &apart);
         for (what, (shared, apart)) in ["o", "dq", "dk", "dv", "lse"].iter().zip(shared.iter().zip(&apart)) {
             let mut head = rows(apart, 0, prompt);
             let again = rows(apart, prompt + first, prompt);

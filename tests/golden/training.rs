@@ -129,8 +129,8 @@ fn optimizer(want: &Value, vlm: &mut Vlm) -> AdamW {
     let warmup = Warmup { warmup_ratio: None, warmup_steps: Some(hyper["warmup_steps"].as_u64().unwrap() as usize) };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), hyper["steps"].as_u64().unwrap() as usize);
     let beta = |i: usize| hyper["betas"][i].as_f64().unwrap();
-    let adamw = schema::AdamW { betas: [beta(0), beta(1)], eps: hyper["eps"].as_f64().unwrap(), weight_decay: 0.0 };
-    AdamW::new(adamw, groups, schedule, hyper["max_grad_norm"].as_f64().unwrap())
+    let adamw = schema::AdamW { betas: [beta(0), beta(1)], eps: hyper["eps"].as_f64().unwrap(), ..Default::default() };
+    AdamW::new(adamw, groups, schedule, hyper["max_grad_norm"].as_f64().unwrap(), Key::new(1, "noise"))
 }
 
 fn final_weights(g: &Golden, name: &str, vlm: &mut Vlm, want: &BTreeMap<String, Tensor>) {

@@ -78,9 +78,9 @@ fn auto_keeps_the_most_that_fits() {
     let loads = [Load { pictures: 0, tokens: 900 }, Load { pictures: 4, tokens: 500 }];
     let need = |kept| {
         let of = |l: &Load| vlm.kept_bytes(*l, kept).unwrap() + 2 * vlm.largest_layer(*l).unwrap();
-        (loads.iter().map(of).max().unwrap() + 12 * 1000) as u64
+        (loads.iter().map(of).max().unwrap() + 12_000) as u64
     };
-    let pick = |activations, free| choose(activations, &vlm, &loads, 1000, || Ok(free)).unwrap();
+    let pick = |activations, free| choose(activations, &vlm, &loads, 12_000, || Ok(free)).unwrap();
     // Nine tenths of what is free must do.
     let least = |kept| (need(kept)..).find(|free| free - free / 10 >= need(kept)).unwrap();
     for (free, kept, name) in [
@@ -100,7 +100,7 @@ fn auto_keeps_the_most_that_fits() {
     for (activations, kept) in
         [(Activations::None, Kept::All), (Activations::Minimal, Kept::Minimal), (Activations::Recompute, Kept::Input)]
     {
-        let untold = choose(activations, &vlm, &loads, 1000, || panic!("it is said already")).unwrap();
+        let untold = choose(activations, &vlm, &loads, 12_000, || panic!("it is said already")).unwrap();
         assert_eq!(untold, (kept, None));
     }
 }

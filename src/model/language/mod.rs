@@ -203,7 +203,7 @@ impl Language {
     pub fn extend(&self, mut x: Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let (n, seen) = (x.dim(0)?, cache.seen);
         let mut side = Side::packed(&[n]);
-        side.sequences[0].k = 0..seen + n;
+        side.sequences = vec![attention::Segment::new(0..n, 0..seen + n)].into();
         let positions: Vec<usize> = (seen..seen + n).collect();
         side.rope = Some(self.rope.angles(&positions, self.dtype(), self.device())?);
         for (layer, c) in self.layers.iter().zip(&mut cache.layers) {

@@ -1,17 +1,13 @@
 //! Launches of the attention kernels (`kernels/attention_forward.cu`, `kernels/attention_backward.cu`): bf16, on tensor
 //! cores, without a matrix of scores.
 
-use super::super::launch::{Arg, Grid, empty, launch, upload};
-use super::{Config, Saved, Segment, output};
+use super::super::launch::{Arg, Grid, empty, launch};
+use super::{Config, Saved, Sequences, output};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
-use std::ops::Range;
 
 /// Widths of a head that there are kernels for.
 const WIDTHS: [usize; 5] = [32, 64, 80, 96, 128];
-/// Queries of a block of the forward kernel, rows of a block of the backward ones.
-const FORWARD: usize = 128;
-const BACKWARD: usize = 64;
 
 /// Can the kernels compute this attention? Their rows begin at multiples of 16 bytes.
 pub(super) fn fits(cfg: Config, tensors: &[&Tensor]) -> bool {
@@ -22,26 +18,26 @@ pub(super) fn fits(cfg: Config, tensors: &[&Tensor]) -> bool {
 /// (o, lse) of [`super::forward`].
 pub(super) fn forward(
     cfg: Config,
-    segments: &[Segment],
+    sequences: &Sequences,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let n = q.dim(0)?;
-    let o = output(q, DType::BF16, (n, cfg.heads * cfg.head_dim), segments, |s| &s.q)?;
-    let lse = output(q, DType::F32, (n, cfg.heads), segments, |s| &s.q)?;
-    let table = segment_table(q, segments)?;
-    let (tiles, count) = tile_table(q, segments, |s| &s.q, FORWARD)?;
-    let tensors = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::Out(&o), Arg::Out(&lse), Arg::In(&table), Arg::In(&tiles)];
+    let o = output(q, DType::BF16, (n, cfg.heads * cfg.head_dim), sequences, |s| &s.q)?;
+    let lse = output(q, DType::F32, (n, cfg.heads), sequences, |s| &s.q)?;
+    let tables = sequences.tables(q.device())?;
+    let (table, tiles) = (Arg::In(&tables.segments), Arg::In(&tables.forward.table));
+    let tensors = [Arg::In(q), Arg::In(k), Arg::In(v), Arg::Out(&o), Arg::Out(&lse), table, tiles];
     let strides = [Arg::len(cfg.group())?, stride(q)?, stride(k)?, stride(v)?, stride(&o)?];
     let args = [tensors.as_slice(), &strides, &scalars(cfg)].concat();
-    let grid = grid(count, cfg.heads, 640 * cfg.head_dim);
+    let grid = grid(tables.forward.count, cfg.heads, 640 * cfg.head_dim);
     launch("attention_forward", &format!("attention_forward_d{}", cfg.head_dim), q.dtype(), grid, &args)?;
     Ok((o, lse))
 }
 
 /// (dq, dk, dv) of [`super::backward`].
-pub(super) fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+pub(super) fn backward(cfg: Config, sequences: &Sequences, s: Saved, d_o: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
     let (n, m, hd) = (s.q.dim(0)?, s.k.dim(0)?, cfg.head_dim);
     let run = |kernel: &str, grid, args: &[Arg]| {
         launch("attention_backward", &format!("attention_{kernel}_d{hd}"), s.q.dtype(), grid, args)
@@ -53,22 +49,21 @@ pub(super) fn backward(cfg: Config, segments: &[Segment], s: Saved, d_o: &Tensor
     let args = [[Arg::In(s.o), Arg::In(d_o), Arg::In(s.lse), Arg::Out(&stats)], sizes].concat();
     run("rows", Grid::line((n * cfg.heads * across).div_ceil(256), 256), &args)?;
 
-    let dq = output(s.q, DType::BF16, s.q.dims2()?, segments, |s| &s.q)?;
-    let dk = output(s.k, DType::BF16, (m, cfg.kv_heads * hd), segments, |s| &s.k)?;
-    let dv = output(s.v, DType::BF16, (m, cfg.kv_heads * hd), segments, |s| &s.k)?;
-    let table = segment_table(s.q, segments)?;
+    let dq = output(s.q, DType::BF16, s.q.dims2()?, sequences, |s| &s.q)?;
+    let dk = output(s.k, DType::BF16, (m, cfg.kv_heads * hd), sequences, |s| &s.k)?;
+    let dv = output(s.v, DType::BF16, (m, cfg.kv_heads * hd), sequences, |s| &s.k)?;
+    let tables = sequences.tables(s.q.device())?;
+    let table = Arg::In(&tables.segments);
     let inputs = [Arg::In(s.q), Arg::In(s.k), Arg::In(s.v), Arg::In(d_o), Arg::In(&stats)];
     let strides = [stride(s.q)?, stride(s.k)?, stride(s.v)?, stride(d_o)?];
 
-    let (tiles, count) = tile_table(s.q, segments, |s| &s.k, BACKWARD)?;
-    let outputs = [Arg::Out(&dk), Arg::Out(&dv), Arg::In(&table), Arg::In(&tiles), Arg::len(cfg.heads)?];
+    let outputs = [Arg::Out(&dk), Arg::Out(&dv), table, Arg::In(&tables.keys.table), Arg::len(cfg.heads)?];
     let args = [inputs.as_slice(), &outputs, &strides, &[stride(&dk)?, stride(&dv)?], &scalars(cfg)].concat();
-    run("keys", grid(count, cfg.kv_heads, 768 * hd + 1024), &args)?;
+    run("keys", grid(tables.keys.count, cfg.kv_heads, 768 * hd + 1024), &args)?;
 
-    let (tiles, count) = tile_table(s.q, segments, |s| &s.q, BACKWARD)?;
-    let outputs = [Arg::Out(&dq), Arg::In(&table), Arg::In(&tiles), Arg::len(cfg.group())?];
+    let outputs = [Arg::Out(&dq), table, Arg::In(&tables.queries.table), Arg::len(cfg.group())?];
     let args = [inputs.as_slice(), &outputs, &strides, &[stride(&dq)?], &scalars(cfg)].concat();
-    run("queries", grid(count, cfg.heads, 512 * hd), &args)?;
+    run("queries", grid(tables.queries.count, cfg.heads, 512 * hd), &args)?;
     Ok((dq, dk, dv))
 }
 
@@ -82,30 +77,4 @@ fn stride(t: &Tensor) -> Result<Arg<'static>> {
 
 fn scalars(cfg: Config) -> [Arg<'static>; 2] {
     [Arg::F32(cfg.scale() as f32), Arg::flag(cfg.causal)]
-}
-
-/// `[S, 8]`: rows of queries and of keys (begin, length), and a range of keys that queries skip from one on.
-fn segment_table(like: &Tensor, segments: &[Segment]) -> Result<Tensor> {
-    let row = |s: &Segment| {
-        let (from, keys) = s.skip.as_ref().map_or((0, 0..0), |skip| (skip.from, skip.keys.clone()));
-        [s.q.start, s.q.len(), s.k.start, s.k.len(), from, keys.start, keys.end, 0].map(|x| x as u32)
-    };
-    upload(like, &segments.iter().flat_map(row).collect::<Vec<_>>(), (segments.len(), 8))
-}
-
-/// `[W, 2]` and W: every block of `size` rows of every segment, those of a segment that see most keys first.
-fn tile_table(
-    like: &Tensor,
-    segments: &[Segment],
-    rows: impl Fn(&Segment) -> &Range<usize>,
-    size: usize,
-) -> Result<(Tensor, usize)> {
-    let mut tiles: Vec<u32> = Vec::new();
-    for (i, s) in segments.iter().enumerate().filter(|(_, s)| !s.k.is_empty()) {
-        for block in (0..rows(s).len().div_ceil(size)).rev() {
-            tiles.extend([i as u32, block as u32]);
-        }
-    }
-    let count = tiles.len() / 2;
-    Ok((upload(like, &tiles, (count, 2))?, count))
 }

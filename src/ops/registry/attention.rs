@@ -1,6 +1,6 @@
 //! Cases of attention.
 
-use super::super::attention::{self, Config, Saved, Segment, Skip};
+use super::super::attention::{self, Config, Saved, Segment, Sequences, Skip};
 use super::super::tensor;
 use super::Case;
 use crate::error::Result;
@@ -83,7 +83,8 @@ fn case(cfg: Config, name: &str, segments: Vec<Segment>) -> Case {
     let spare = usize::from(covered < end(|s| &s.q));
     let (n, m) = (end(|s| &s.q) + spare, end(|s| &s.k) + spare);
     let (qw, kw) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
-    let (s1, s2) = (segments.clone(), segments.clone());
+    let sequences = Sequences::from(segments.clone());
+    let again = sequences.clone();
     Case {
         op: "attention",
         label: format!(
@@ -94,14 +95,14 @@ fn case(cfg: Config, name: &str, segments: Vec<Segment>) -> Case {
             if cfg.causal { " causal" } else { "" }
         ),
         inputs: vec![vec![n, qw], vec![m, kw], vec![m, kw]],
-        forward: Box::new(move |t| Ok(attention::forward(cfg, &segments, &t[0], &t[1], &t[2])?.0)),
+        forward: Box::new(move |t| Ok(attention::forward(cfg, &sequences, &t[0], &t[1], &t[2])?.0)),
         backward: Box::new(move |t, dy| {
-            let (o, lse) = attention::forward(cfg, &s1, &t[0], &t[1], &t[2])?;
+            let (o, lse) = attention::forward(cfg, &again, &t[0], &t[1], &t[2])?;
             let saved = Saved { q: &t[0], k: &t[1], v: &t[2], o: &o, lse: &lse };
-            let (dq, dk, dv) = attention::backward(cfg, &s1, saved, dy)?;
+            let (dq, dk, dv) = attention::backward(cfg, &again, saved, dy)?;
             Ok(vec![Some(dq), Some(dk), Some(dv)])
         }),
-        oracle: Box::new(move |t| composed(cfg, &s2, &t[0], &t[1], &t[2])),
+        oracle: Box::new(move |t| composed(cfg, &segments, &t[0], &t[1], &t[2])),
     }
 }
 

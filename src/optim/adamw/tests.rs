@@ -28,8 +28,8 @@ fn optimizer(run: &Value) -> AdamW {
     let groups = Groups::resolve(&[b, a], 5e-3, 0.1, &shapes).unwrap();
     let warmup = Warmup { warmup_steps: Some(2), warmup_ratio: None };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), 6);
-    let hyper = schema::AdamW { betas: [0.9, 0.95], eps: 1e-6, weight_decay: 0.1 };
-    AdamW::new(hyper, groups, schedule, 1.0)
+    let hyper = schema::AdamW { betas: [0.9, 0.95], eps: 1e-6, weight_decay: 0.1, ..Default::default() };
+    AdamW::new(hyper, groups, schedule, 1.0, Key::new(1, "noise"))
 }
 
 fn worst(a: &Tensors, b: &Tensors) -> f64 {
@@ -82,8 +82,8 @@ fn follows_the_formula() {
     let shapes = BTreeMap::from([("w".to_string(), vec![1, 1])]);
     let groups = Groups::resolve(&[], lr, decay, &shapes).unwrap();
     let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 10);
-    let hyper = schema::AdamW { betas: [b1, b2], eps, weight_decay: decay };
-    let mut opt = AdamW::new(hyper, groups, constant, 0.0);
+    let hyper = schema::AdamW { betas: [b1, b2], eps, weight_decay: decay, ..Default::default() };
+    let mut opt = AdamW::new(hyper, groups, constant, 0.0, Key::new(1, "noise"));
     let w = Tensor::new(&[[0.7f64]], &Device::Cpu).unwrap();
     let params = Tensors::from([("w".to_string(), w.clone())]);
     let (mut p, mut m, mut v) = (0.7f64, 0.0, 0.0);
@@ -176,4 +176,71 @@ fn a_state_that_does_not_fit_is_refused() {
     refuse(&|s| drop(s.insert("z.exp_avg".into(), vector())), "`z` is not trained now");
     refuse(&|s| drop(s.insert("a.weight.max".into(), vector())), "unknown `a.weight.max`");
     refuse(&|s| drop(s.insert("b.bias.step".into(), vector())), "not one number");
+}
+
+/// A constant gradient moves each weight by lr a step: 1e-4, where bf16 has a step of 8e-3 at 1.
+#[test]
+fn stochastic_rounding_moves_weights_on_the_average_by_steps_below_a_place() {
+    const N: usize = 4096;
+    let shapes = BTreeMap::from([("w".to_string(), vec![N])]);
+    for moments in [MomentType::F32, MomentType::Eight] {
+        let groups = Groups::resolve(&[], 1e-4, 0.0, &shapes).unwrap();
+        let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 50);
+        let hyper = schema::AdamW { moments, ..Default::default() };
+        let mut opt = AdamW::new(hyper, groups, constant, 0.0, Key::new(1, "noise"));
+        let w = Tensor::full(half::bf16::from_f32(1.25), N, &Device::Cpu).unwrap();
+        let params = Weight::plain(&Tensors::from([("w".to_string(), w.clone())]));
+        let grads = Tensors::from([("w".to_string(), Tensor::full(0.3f32, N, &Device::Cpu).unwrap())]);
+        for _ in 0..50 {
+            opt.step(&params, &grads).unwrap();
+        }
+        let mean = w.to_dtype(DType::F64).unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap();
+        // 50 steps of 1e-4; a mean of 4096 roundings of ±4e-3 · √(50 · 0.013) deviates by about 1e-5.
+        assert!((mean - 1.245).abs() < 1e-4, "{moments:?}: {mean}");
+    }
+}
+
+#[test]
+fn eight_bit_moments_resume_to_the_bit_and_are_not_taken_for_f32() {
+    const N: usize = 5000;
+    let shapes = BTreeMap::from([("small".to_string(), vec![7]), ("w".to_string(), vec![N])]);
+    let optimizer = |moments| {
+        let groups = Groups::resolve(&[], 1e-2, 0.0, &shapes).unwrap();
+        let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 6);
+        AdamW::new(schema::AdamW { moments, ..Default::default() }, groups, constant, 1.0, Key::new(1, "noise"))
+    };
+    let draw = |what: &str, n: usize| crate::ops::random::normal(Key::new(2, what), &[n], 1.0, DType::F32).unwrap();
+    let grads = |s: usize| {
+        let of = |(name, shape): (&String, &Vec<usize>)| (name.clone(), draw(&format!("{name}{s}"), shape[0]));
+        shapes.iter().map(of).collect::<Tensors>()
+    };
+    let params: Tensors = shapes.iter().map(|(n, s)| (n.clone(), draw(n, s[0]))).collect();
+    let mut unbroken = optimizer(MomentType::Eight);
+    assert_eq!(unbroken.bytes_to_come(), 7 * 8 + 2 * (5000 + 4 * 20));
+    for s in 0..3 {
+        unbroken.step(&Weight::plain(&params), &grads(s)).unwrap();
+    }
+    assert_eq!(unbroken.bytes_to_come(), 0);
+    let state = unbroken.state().unwrap();
+    assert_eq!((state["w.exp_avg"].dtype(), state["small.exp_avg"].dtype()), (DType::U8, DType::F32));
+    let copy: Tensors = params.iter().map(|(n, t)| (n.clone(), t.copy().unwrap())).collect();
+    let mut resumed = optimizer(MomentType::Eight);
+    resumed.load_state(&state).unwrap();
+    for s in 3..6 {
+        let a = unbroken.step(&Weight::plain(&params), &grads(s)).unwrap();
+        assert_eq!(a, resumed.step(&Weight::plain(&copy), &grads(s)).unwrap());
+    }
+    assert_eq!(worst(&params, &copy), 0.0);
+    assert_eq!(worst(&unbroken.state().unwrap(), &resumed.state().unwrap()), 0.0);
+
+    let e = optimizer(MomentType::F32).load_state(&state).unwrap_err();
+    assert!(e.cause().contains("`w.exp_avg` is U8: its moments are 8bit, the recipe says f32"), "{e}");
+    let mut f32_state = state.clone();
+    f32_state.insert("w.exp_avg".into(), draw("m", N));
+    let e = optimizer(MomentType::Eight).load_state(&f32_state).unwrap_err();
+    assert!(e.cause().contains("its moments are f32, the recipe says 8bit"), "{e}");
+    f32_state.remove("w.exp_avg_sq_scale");
+    f32_state.insert("w.exp_avg".into(), state["w.exp_avg"].clone());
+    let e = optimizer(MomentType::Eight).load_state(&f32_state).unwrap_err();
+    assert!(e.cause().contains("no `w.exp_avg_sq_scale`"), "{e}");
 }
