@@ -289,6 +289,11 @@ pub(crate) fn empty(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Res
 
 /// Numbers of the host, on a device.
 pub(crate) fn upload<T: candle_core::WithDType>(device: &Device, v: &[T], shape: impl Into<Shape>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda(device), true) = (device, v.is_empty()) {
+        // The driver gives no memory of no size.
+        return super::cuda::empty(device, T::DTYPE, shape.into());
+    }
     Ok(Tensor::from_slice(v, shape, device)?)
 }
 

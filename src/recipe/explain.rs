@@ -28,7 +28,12 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
         if path.last() != Some(&Step::Key(field.into())) {
             path.push(Step::Key(field.into()));
         }
-        return Error::new(format!("{}: unknown key", place(&path, sources))).hint(suggestion(field, &known));
+        let shown = show_path(&path);
+        let hint = match MOVED.iter().find(|(old, _)| *old == shown) {
+            Some((_, new)) => format!("it is `{new}` now"),
+            None => suggestion(field, &known),
+        };
+        return Error::new(format!("{}: unknown key", place(&path, sources))).hint(hint);
     }
     if let Some((value, known)) = named(message, "unknown variant ") {
         drop_variant(&mut path, recipe);
@@ -55,6 +60,9 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
         _ => error.hint("see the recipes under recipes/ for the form of each key"),
     }
 }
+
+/// Keys that have another place than they had.
+const MOVED: [(&str, &str); 1] = [("model.language.dtype", "model.dtype")];
 
 /// What other trainers call a key of ours.
 const ALIASES: [(&str, &str); 5] = [

@@ -171,6 +171,8 @@ fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
         "--set stage.sft.batch.mirco=2: stage.sft.batch.mirco: unknown key\n\n\
          hint: did you mean `micro`? known: `global`, `micro`, `group_by`"
     );
+    let moved = setting("model.language.dtype='bf16'");
+    assert!(moved.ends_with("model.language.dtype: unknown key\n\nhint: it is `model.dtype` now"), "{moved}");
 }
 
 #[test]
