@@ -7,10 +7,10 @@ use crate::model::config::{LlamaConfig, VisionConfig};
 use serde::Serialize;
 
 /// The formula, as it is printed.
-pub const FORMULA: &str = "linear layers of the language model 4·N a token (forward 2·N, dX 2·N; if nothing below trains, without \
-    dX of the first q, k, v); low-rank updates 6·r·(in + out) a token; attention 14·heads·width a pair of tokens that see each \
-    other and layer (forward 4, backward 10); head 4·V·D a label; tower forward only; projector 6 a weight and visual token, its \
-    first layer 4";
+pub const FORMULA: &str = "linear layers of the language model 4·N a token (forward 2·N, dX 2·N, frozen: no dW), without dX of the \
+    first q, k, v if nothing below trains; low-rank updates 6·r·(in + out) a token; attention 14·heads·width a layer and pair of \
+    tokens that see each other (forward 4, backward 10); head 4·V·D a label; tower forward only; projector 6 a weight and \
+    visual token, 4 in its first layer, 2 where it is frozen";
 
 /// One step's batch and what trains.
 #[derive(Debug, Clone)]

@@ -105,8 +105,11 @@ struct Record<'a> {
 
 /// Steps of each kind, each told as it is measured.
 pub fn run(bench: &mut Bench, o: &Options) -> Result<()> {
-    if o.steps == 0 || o.micro == Some(0) || o.rank == Some(0) {
-        bail!("--steps, --micro or --rank is 0"; "they count from 1")
+    if o.steps == 0 || o.micro == Some(0) || o.rank == Some(0) || o.peak.is_some_and(|p| p.is_nan() || p <= 0.0) {
+        bail!("--steps, --micro, --rank or --peak is not above 0"; "leave it out for the default")
+    }
+    if !bench.out.json {
+        writeln!(bench.out.to, "\nFLOPs of a step:\n  {}", FORMULA.replace("; ", "\n  "))?;
     }
     let mut vlm = o.preset.build(&mut Noise::new(&bench.place))?;
     let rank = o.rank.unwrap_or(o.preset.rank);
@@ -360,7 +363,6 @@ fn lines(r: &Record, peak: Option<f64>) -> String {
     ];
     let parts: Vec<String> = parts.iter().map(|(name, n)| format!("{name} {}", scaled(*n as f64))).collect();
     line("FLOPs of a step", format!("{} = {}", scaled(r.flops as f64), parts.join(" + ")));
-    line("  formula", r.flops_formula.to_string());
     line("peak memory", r.peak_memory_bytes.map_or("unknown".to_string(), human::bytes));
     let whole: f64 = r.parts_s.values().sum();
     for name in PARTS.iter().chain(&["rest"]) {

@@ -39,7 +39,8 @@ struct Kernels {
     /// Only kernels whose name holds this.
     #[arg(long, value_name = "SUBSTRING")]
     only: Option<String>,
-    /// Small shapes, as on a CPU; the others are those of LLaVA-1.5-7B at 16,384 rows.
+    /// Small shapes, as on a CPU, of which some fit in its caches: a copy may then seem faster than its floor. The others are
+    /// those of LLaVA-1.5-7B at 16,384 rows.
     #[arg(long)]
     small: bool,
 }

@@ -103,8 +103,15 @@ fn what_a_step_is_made_of_can_be_chosen() {
     assert_eq!((&r["samples"], &r["tokens"], &r["activations"]), (&3.into(), &72.into(), &"recompute".into()));
     assert_eq!(r["mfu_peak"], Value::Null);
     let text = Folder::new().ok(["bench"].iter().chain(&args).chain(&["--peak", "1.5"])).stdout;
-    for what in ["sft of tiny, 2 × 32 tokens", "tokens/s", "MFU", "of 1.50 TFLOP/s", "language backward", "peak memory"]
-    {
+    for what in [
+        "sft of tiny, 2 × 32 tokens",
+        "tokens/s",
+        "4·N a token",
+        "MFU",
+        "of 1.50 TFLOP/s",
+        "language backward",
+        "peak memory",
+    ] {
         assert!(text.contains(what), "{what} in:\n{text}");
     }
 }
@@ -118,7 +125,8 @@ fn what_cannot_be_measured_is_said() {
     fails(&["--preset", "tiny"], &["random weights", "--random-init"]);
     fails(&["--preset", "large", "--random-init"], &["`large`", "llava-1.5-7b, smollm2-135m-dinov2-s, tiny"]);
     fails(&["--preset", "tiny", "--random-init", "--seq", "18"], &["align: --seq 18", "16 tokens", "19 or more"]);
-    fails(&["--preset", "tiny", "--random-init", "--micro", "0"], &["--micro", "from 1"]);
+    fails(&["--preset", "tiny", "--random-init", "--micro", "0"], &["--micro", "above 0"]);
+    fails(&["--preset", "tiny", "--random-init", "--peak", "0"], &["--peak", "above 0"]);
     let said = Folder::new()
         .adfreeze(["bench", "step", "--preset", "tiny", "--random-init", "--work", "sft,rl"])
         .output()
