@@ -15,6 +15,9 @@ use serde::Serialize;
 /// What is timed again and again.
 type Run = Box<dyn FnMut() -> Result<()>>;
 
+/// Makes the operands of a run.
+type Make = Box<dyn Fn(&mut Noise) -> Result<Run>>;
+
 /// One op at one shape.
 pub struct Item {
     /// Its name in `ops::registry`, or that of what is not an op there.
@@ -25,7 +28,7 @@ pub struct Item {
     pub shape: String,
     /// What it has to do.
     pub work: Work,
-    make: Box<dyn Fn(&mut Noise) -> Result<Run>>,
+    make: Make,
 }
 
 /// What must be done in any case.
@@ -70,7 +73,7 @@ pub struct Shapes {
     pub labels: usize,
     /// Rank of low-rank updates.
     pub rank: usize,
-    /// Pictures, and the edges of a picture and of a patch in pixels.
+    /// Pictures of a micro-batch.
     pub pictures: usize,
     /// Pixels along an edge of a picture.
     pub edge: usize,

@@ -17,7 +17,7 @@ use crate::model::vlm::{Load, Vlm};
 use crate::ops::random::{Key, normal};
 use crate::pipeline::memory;
 use crate::recipe::schema::{self, Activations, DpoLoss, Reference};
-use crate::report::{human, peak_memory_bytes};
+use crate::report::{human, peak_memory_bytes, reset_peak_memory};
 use crate::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -97,7 +97,7 @@ struct Record<'a> {
     mfu_measured: f64,
     /// FLOP/s over what `--peak` says.
     mfu_peak: Option<f64>,
-    /// Most that was in use: of the GPU's pool in these steps, or of the process so far.
+    /// Most that was in use in these steps: of the GPU's pool, or resident of the process.
     peak_memory_bytes: Option<u64>,
     /// In a step that waits after each part; `rest` is what no part holds.
     parts_s: BTreeMap<&'static str, f64>,
@@ -316,13 +316,17 @@ fn kept_name(kept: Kept) -> &'static str {
     }
 }
 
-/// Lets a GPU's peak count anew; that of a process cannot.
+/// Lets the peak count from what is in use now.
 fn reset_peak(device: &Device) -> Result<()> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(d) => crate::ops::cuda::meter::reset_peak(d),
-        _ => Ok(()),
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(d) = device {
+        return crate::ops::cuda::meter::reset_peak(d);
     }
+    // Where a process cannot, the figure is its peak so far.
+    if device.is_cpu() {
+        reset_peak_memory();
+    }
+    Ok(())
 }
 
 fn peak_memory(device: &Device) -> Result<Option<u64>> {
