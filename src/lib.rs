@@ -3,12 +3,13 @@
 //!
 //! The rooms of this house, in the direction in which data flows:
 //!
-//! `cli` → `pipeline` → { `recipe`, `train`, `report`, `checkpoint` } → { `adapters`, `model`, `data`, `optim` } → `ops`
+//! `cli` → `bench` → `pipeline` → { `recipe`, `train`, `report`, `checkpoint` } → { `adapters`, `model`, `data`, `optim` } → `ops`
 //!
 //! | room | what is in it |
 //! |---|---|
 //! | [`cli`] | one file per command |
 //! | [`recipe`] | what the user writes: structs, loading, patterns, errors with a hint |
+//! | [`bench`] | how fast kernels and steps are on this machine, beside their floors |
 //! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume |
 //! | [`train`] | a stage: the step, the objectives, evaluation, generation |
 //! | [`report`] | console and JSON lines |
@@ -36,6 +37,8 @@
 
 #[warn(missing_docs)]
 pub mod adapters;
+#[warn(missing_docs)]
+pub mod bench;
 #[warn(missing_docs)]
 pub mod checkpoint;
 pub mod cli;

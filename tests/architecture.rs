@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 /// From the top down. Rooms of one layer do not know each other.
-const LAYERS: [&[&str]; 5] = [
+const LAYERS: [&[&str]; 6] = [
     &["cli"],
+    &["bench"],
     &["pipeline"],
     &["recipe", "train", "report", "checkpoint"],
     &["adapters", "model", "data", "optim"],

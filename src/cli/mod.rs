@@ -1,5 +1,6 @@
 //! Commands: arguments in, exit code out. One file per command.
 
+mod bench;
 mod check;
 mod device;
 mod generate;
@@ -49,6 +50,8 @@ enum Command {
     Synth(synth::Args),
     /// Compute every op on this machine and compare it with f64.
     Selftest(selftest::Args),
+    /// Measure kernels and training steps on this machine.
+    Bench(bench::Args),
 }
 
 /// Runs the command line; errors go to stderr as cause, blank line, hint. Exit codes: 0 done, 1 an error, 2 wrong
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Score(a) => score::run(&a, &reporter).map(done),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, &reporter),
+        Command::Bench(a) => bench::run(&a).map(done),
     };
     match result {
         Ok(code) => code,

@@ -15,6 +15,7 @@ use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
+use tracing::debug_span;
 
 /// Tower and projector may be absent: then it is a language model.
 #[derive(Debug, Clone)]
@@ -156,9 +157,9 @@ impl Vlm {
         let (Some(dx), Some(tape), Some(projected)) = (dx, projector, projected) else { return Ok(()) };
         let dtokens = projected.zeros_like()?;
         scatter_add_(&dtokens, &feature_rows, &gather(&dx, &image_rows)?)?;
-        let dfeatures = island::backward(tape, &dtokens, grads)?;
+        let dfeatures = debug_span!("projector backward").in_scope(|| island::backward(tape, &dtokens, grads))?;
         if let (Some(tower), Some(saved), Some(d)) = (&self.vision, vision, dfeatures) {
-            tower.backward(saved, d, grads)?;
+            debug_span!("tower backward").in_scope(|| tower.backward(saved, d, grads))?;
         }
         Ok(())
     }
@@ -168,9 +169,11 @@ impl Vlm {
         let (Some(pixels), Some(tower), Some(projector)) = (&batch.pixels, &self.vision, &self.projector) else {
             return Ok(None);
         };
-        let (features, saved) = tower.forward(pixels, mode.dropout, mode.adapters_off, mode.kept, mode.record)?;
+        let (features, saved) = debug_span!("tower")
+            .in_scope(|| tower.forward(pixels, mode.dropout, mode.adapters_off, mode.kept, mode.record))?;
         let trains = mode.record && self.projector_trains;
-        let (tokens, tape) = island::forward(projector, trains, &features, saved.is_some())?;
+        let (tokens, tape) =
+            debug_span!("projector").in_scope(|| island::forward(projector, trains, &features, saved.is_some()))?;
         Ok(Some(Visual { tokens, tape, saved }))
     }
 

@@ -3,6 +3,7 @@
 
 mod gemm;
 pub(crate) mod libraries;
+pub mod meter;
 
 pub(super) use gemm::gemm;
 

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
 use crate::recipe::schema::Activations;
-use crate::report::human;
+use crate::report::{human, peak_memory_bytes, reset_peak_memory};
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -77,6 +77,28 @@ pub fn free_memory(device: &Device) -> Result<Option<u64>> {
         Device::Cuda(d) => Ok(Some(crate::ops::cuda::free_memory(d)?)),
         Device::Cpu => Ok(free_on_host(Path::new("/"))),
         _ => Ok(None),
+    }
+}
+
+/// The most memory in bytes that was in use since [`reset_peak`], or since the process began: of a GPU's pool; on the CPU resident
+/// of the process. None where the system does not tell.
+pub fn peak(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => Ok(Some(crate::ops::cuda::meter::peak_memory(d)?)),
+        _ => Ok(peak_memory_bytes()),
+    }
+}
+
+/// Lets [`peak`] count from what is in use now, where the system does so.
+pub fn reset_peak(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => crate::ops::cuda::meter::reset_peak(d),
+        _ => {
+            reset_peak_memory();
+            Ok(())
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::ops::random::Key;
 use crate::ops::tensor;
 use crate::optim::AdamW;
 use crate::recipe::schema::{Objective, Optimizer, Recipe, Reference, Stage};
-use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics, peak_memory_bytes};
+use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics};
 use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -175,7 +175,8 @@ fn steps(
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
-        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64());
+        let peak = memory::peak(state.vlm.language.device())?;
+        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), peak);
         metrics.append(&line)?;
         run.reporter.step(&line);
         let n = step.step + 1;
@@ -203,6 +204,7 @@ fn metrics_line(
     done: &Computed,
     report: &crate::optim::StepReport,
     seconds: f64,
+    peak_memory_bytes: Option<u64>,
 ) -> StepMetrics {
     StepMetrics {
         step: step + 1,
@@ -214,7 +216,7 @@ fn metrics_line(
         label_tokens: done.label_tokens,
         tokens_per_s: done.tokens as f64 / seconds,
         samples_per_s: done.samples as f64 / seconds,
-        peak_memory_bytes: peak_memory_bytes(),
+        peak_memory_bytes,
         preference: done.dpo.map(|m| PreferenceMetrics {
             reward_chosen: m.reward_chosen,
             reward_rejected: m.reward_rejected,

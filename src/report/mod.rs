@@ -8,5 +8,7 @@ mod metrics;
 mod table;
 
 pub use console::{LogFormat, Reporter};
-pub use metrics::{MetricsFile, PreferenceMetrics, StepMetrics, TIMING_FIELDS, peak_memory_bytes, without_timing};
+pub use metrics::{
+    MetricsFile, PreferenceMetrics, StepMetrics, TIMING_FIELDS, peak_memory_bytes, reset_peak_memory, without_timing,
+};
 pub use table::Table;

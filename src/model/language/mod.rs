@@ -22,6 +22,7 @@ use crate::ops::{attention, random};
 use candle_core::{DType, Device, Tensor};
 use layer::{Cache, Layer};
 use rope::Rope;
+use tracing::debug_span;
 
 /// The language model.
 #[derive(Debug, Clone)]
@@ -149,7 +150,8 @@ impl Language {
         record: bool,
     ) -> Result<(LogProbs, Option<Saved>)> {
         let frontier = if record { self.frontier } else { self.layers.len() };
-        let (y, tape) = segment::forward(&self.layers, x, side, frontier, kept)?;
+        let (y, tape) = debug_span!("language").in_scope(|| segment::forward(&self.layers, x, side, frontier, kept))?;
+        let _span = debug_span!("head").entered();
         let (rows, ids): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
         let total_rows = y.dim(0)?;
         let x = gather(&y, &rows)?;
@@ -172,6 +174,7 @@ impl Language {
     ) -> Result<Option<Tensor>> {
         let Saved { tape, head } = saved;
         let Some(head) = head else { bail!("backward without a recorded forward pass") };
+        let span = debug_span!("head backward").entered();
         if self.lm_head.trainable {
             let h = self.norm.rebuild(&head.x, &head.stats)?;
             add_weight_grad(grads.slot(&self.lm_head)?, &h, self.lm_head.compute(), &head.targets, coefs)?;
@@ -186,6 +189,8 @@ impl Language {
         }
         let dy = Tensor::zeros((head.total_rows, self.config.hidden_size), dx.dtype(), dx.device())?;
         scatter_add_(&dy, &head.rows, &dx)?;
+        drop(span);
+        let _span = debug_span!("language backward").entered();
         let dx = segment::backward(&self.layers, tape, dy, side, grads, self.below)?;
         if let (true, Some(dx)) = (self.embed_tokens.trainable, &dx) {
             // Rows that visual features took the place of belong to the projector.

@@ -196,6 +196,8 @@ fn full<P: Stored>(tensors: [&Tensor; 3], u: &Gradient, s: &Step, clip: f64, noi
 const NEGLIGIBLE: f32 = 1e-30;
 const M_TOP: f32 = 127.0 * 127.0 * 127.0 * 127.0;
 const V_TOP: f32 = 255.0 * 255.0;
+/// Added to a small f32, it leaves the nearest whole number in the low bits.
+const ROUND: f32 = 12_582_912.0;
 /// Squares of what is larger overflow.
 const LARGEST_ROOT: f32 = 1.8e19;
 
@@ -270,17 +272,18 @@ fn block<P: Stored<Wide = f32>>(
 fn encode_mean(m: f32, per: f32, random: u32) -> u8 {
     let c = (m.abs() * per).sqrt().sqrt();
     let dither = (random as f32 - 15.5) * (1.0 / 32.0);
-    (c + dither).clamp(0.0, 127.0).copysign(m).round_ties_even() as i8 as u8
+    ((c + dither).clamp(0.0, 127.0).copysign(m) + ROUND).to_bits() as u8
 }
 
 /// The code c of √v = scale·(c / 255)², rounded with eleven random bits such that v keeps its mean; `per` is 255² / scale. What
 /// is above 0 never gets code 0.
 fn encode_root(root: f32, per: f32, random: u32) -> u8 {
     let t = root * per;
-    let a = (t.sqrt() - 0.5).max(if root > 0.0 { 1.0 } else { 0.0 }).min(254.0).round_ties_even();
+    let low = (t.sqrt() - 0.5).max(if root > 0.0 { 1.0 } else { 0.0 }).min(254.0) + ROUND;
+    let a = low - ROUND;
     let (a2, step) = (a * a, 2.0 * a + 1.0);
     // (a + 1)⁴ − a⁴, and what v has above a⁴.
     let (gap, above) = (step * (2.0 * a2 + step), (t - a2) * (t + a2));
     let threshold = (random as f32 + 0.5) * (1.0 / 2048.0);
-    a as u8 + u8::from(threshold * gap < above)
+    low.to_bits() as u8 + u8::from(threshold * gap < above)
 }

@@ -1,0 +1,358 @@
+//! Whole training steps at a real model's shape with random weights: the pipeline's own step (`train::step`) and optimizer on
+//! made-up samples. What is told of a speed comes from steps without a wait in between; the parts from other ones.
+
+use super::flops::{FORMULA, Flops, Pass};
+use super::noise::Noise;
+use super::parts::{PARTS, by_part};
+use super::preset::Preset;
+use super::timer::Times;
+use super::{Bench, constant_optimizer, scaled, time, type_name};
+use crate::adapters::lora;
+use crate::bail;
+use crate::data::{IGNORE, ImageRef, Item, Pixels, Sample};
+use crate::error::{Context, Result};
+use crate::model::params::Module;
+use crate::model::segment::Kept;
+use crate::model::vlm::{Load, Vlm};
+use crate::ops::random::{Key, normal};
+use crate::pipeline::memory;
+use crate::recipe::schema::{self, Activations, DpoLoss, Reference};
+use crate::report::human;
+use crate::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
+use candle_core::DType;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A stage of the usual pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Work {
+    /// The projector alone, on a picture and its caption.
+    Align,
+    /// The projector and low-rank updates of the language model, on answers.
+    Sft,
+    /// The low-rank updates, on pairs of answers; the reference's log-probabilities are given.
+    Dpo,
+}
+
+impl Work {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Align => "align",
+            Self::Sft => "sft",
+            Self::Dpo => "dpo",
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The model's shape.
+    pub preset: Preset,
+    /// Which steps; run in the order of the pipeline.
+    pub works: BTreeSet<Work>,
+    /// Samples (pairs) of a step, which is one micro-batch; default: the preset's.
+    pub micro: Option<usize>,
+    /// Tokens of a sequence; default: the preset's.
+    pub sequence: Option<usize>,
+    /// Timed steps.
+    pub steps: usize,
+    /// Rank of the low-rank updates; default: the preset's.
+    pub rank: Option<usize>,
+    /// What a pass keeps.
+    pub activations: Activations,
+    /// FLOP/s that the device's data sheet promises.
+    pub peak: Option<f64>,
+}
+
+/// What a step took and did.
+#[derive(Serialize)]
+struct Record<'a> {
+    what: &'static str,
+    work: &'static str,
+    preset: &'static str,
+    shape: String,
+    dtype: &'static str,
+    device: &'a str,
+    activations: &'static str,
+    #[serde(flatten)]
+    times: Times,
+    samples: usize,
+    /// Through the language model.
+    tokens: usize,
+    label_tokens: usize,
+    tokens_per_s: f64,
+    samples_per_s: f64,
+    trained: u64,
+    loss: f64,
+    /// Of a step.
+    flops: u64,
+    flops_by_part: Flops,
+    flops_formula: &'static str,
+    flops_per_s: f64,
+    /// The step at the measured rate of a large product.
+    floor_s: f64,
+    /// FLOP/s over that rate.
+    mfu_measured: f64,
+    /// FLOP/s over what `--peak` says.
+    mfu_peak: Option<f64>,
+    /// Most that was in use in these steps: of the GPU's pool, or resident of the process.
+    peak_memory_bytes: Option<u64>,
+    /// In a step that waits after each part; `rest` is what no part holds.
+    parts_s: BTreeMap<&'static str, f64>,
+}
+
+/// Steps of each kind, each told as it is measured.
+pub fn run(bench: &mut Bench, o: &Options) -> Result<()> {
+    if o.steps == 0 || o.micro == Some(0) || o.rank == Some(0) || o.peak.is_some_and(|p| p.is_nan() || p <= 0.0) {
+        bail!("--steps, --micro, --rank or --peak is not above 0"; "leave it out for the default")
+    }
+    if !bench.out.json {
+        writeln!(bench.out.to, "\nFLOPs of a step:\n  {}", FORMULA.replace("; ", "\n  "))?;
+    }
+    let mut vlm = o.preset.build(&mut Noise::new(&bench.place))?;
+    let rank = o.rank.unwrap_or(o.preset.rank);
+    for work in &o.works {
+        let trains = prepare(&mut vlm, *work, o.preset.dropout, rank)?;
+        one(bench, o, *work, &vlm, trains, rank).with_context(|| work.name())?;
+    }
+    Ok(())
+}
+
+/// Lets train what the work trains; returns its weights as the optimizer sees them.
+fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTreeMap<String, crate::ops::Weight>> {
+    if work != Work::Align && lora::names(vlm).is_empty() {
+        let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
+        let alpha = 2.0 * rank as f64;
+        let cfg = schema::Lora { name: None, rank, alpha, dropout, target, rslora: false, freeze: false };
+        lora::attach(vlm, &cfg, "sft", Key::new(1, "lora"))?;
+    }
+    let trains = |n: &String| match work {
+        Work::Align => n.starts_with("projector."),
+        Work::Sft => n.starts_with("projector.") || n.contains(".lora_"),
+        Work::Dpo => n.contains(".lora_"),
+    };
+    let names = vlm.params().into_keys().filter(trains).collect();
+    vlm.train_only(&names);
+    Ok(vlm.weights())
+}
+
+fn one(
+    bench: &mut Bench,
+    o: &Options,
+    work: Work,
+    vlm: &Vlm,
+    weights: BTreeMap<String, crate::ops::Weight>,
+    rank: usize,
+) -> Result<()> {
+    let micro = o.micro.unwrap_or(o.preset.micro[work as usize]);
+    let batch = Batch::new(&o.preset, vlm, work, micro, o.sequence)?;
+    let pass = batch.pass(work, rank);
+    let items: Vec<(usize, &Item)> = batch.items.iter().enumerate().collect();
+    let trained = weights.values().map(|w| w.value.elem_count() as u64).sum::<u64>();
+    let load = Load { pictures: pass.pictures, tokens: pass.sequences * pass.length };
+    let shapes = weights.iter().map(|(n, w)| (n.clone(), w.value.dims().to_vec())).collect();
+    let mut optimizer = constant_optimizer(&shapes, 1e-5, schema::AdamW::default())?;
+    let free = || memory::free_memory(&bench.place.device);
+    let (kept, _) = memory::choose(o.activations, vlm, &[load], 4 * trained + optimizer.bytes_to_come(), free)?;
+    let settings = schema::Dpo { beta: 0.1, loss: DpoLoss::Sigmoid, reference: Reference::Start, label_smoothing: 0.0 };
+    let reference = match work {
+        Work::Dpo => pair_logps(vlm, &items, &batch.pixels, false)?,
+        _ => ReferenceTable::new(),
+    };
+    let task = match work {
+        Work::Dpo => Task::Dpo { settings: &settings, reference: &reference },
+        _ => Task::Sft,
+    };
+    let (dropout, mut count) = (Key::new(1, "dropout"), 0);
+    let mut step = || -> Result<f64> {
+        let cfg = StepConfig { micro, kept, dropout: dropout.index(count) };
+        count += 1;
+        let done = compute(vlm, &task, &items, &batch.pixels, cfg)?;
+        let _span = tracing::debug_span!("optimizer").entered();
+        optimizer.step(&weights, done.grads.by_name())?;
+        Ok(done.loss)
+    };
+
+    for _ in 0..WARM {
+        step()?;
+    }
+    bench.clock.wait()?;
+    memory::reset_peak(&bench.place.device)?;
+    let mut loss = f64::NAN;
+    let mut marks = vec![bench.clock.mark()?];
+    for _ in 0..o.steps {
+        loss = step()?;
+        marks.push(bench.clock.mark()?);
+    }
+    let times = Times::between(&marks)?;
+    let peak_memory_bytes = memory::peak(&bench.place.device)?;
+    let parts_s = parts(bench, &mut step)?;
+
+    let flops_by_part = Flops::of(&o.preset, &pass);
+    let (flops, tokens) = (flops_by_part.total(), load.tokens);
+    let flops_per_s = flops as f64 / times.median;
+    let sides = pass.sequences / micro;
+    let record = Record {
+        what: "step",
+        work: work.name(),
+        preset: o.preset.name,
+        shape: format!("{} × {}{}", micro, if sides == 2 { "2 × " } else { "" }, pass.length),
+        dtype: type_name(bench.place.dtype),
+        device: &bench.machine.device,
+        activations: kept_name(kept),
+        times,
+        samples: micro,
+        tokens,
+        label_tokens: pass.labels,
+        tokens_per_s: tokens as f64 / times.median,
+        samples_per_s: micro as f64 / times.median,
+        trained,
+        loss,
+        flops,
+        flops_by_part,
+        flops_formula: FORMULA,
+        flops_per_s,
+        floor_s: flops as f64 / bench.machine.matmul_flops_per_s,
+        mfu_measured: flops_per_s / bench.machine.matmul_flops_per_s,
+        mfu_peak: o.peak.map(|peak| flops_per_s / peak),
+        peak_memory_bytes,
+        parts_s,
+    };
+    bench.out.record(&record, || lines(&record, o.peak))
+}
+
+/// Steps before the first timed one: kernels are loaded, memory is found, moments are made.
+const WARM: usize = 2;
+
+/// Seconds of each part of one step, and of the rest.
+fn parts(bench: &Bench, step: &mut dyn FnMut() -> Result<f64>) -> Result<BTreeMap<&'static str, f64>> {
+    let (mut begin, mut end) = (None, None);
+    let mut parts = by_part(&bench.place.device, || {
+        bench.clock.wait()?;
+        begin = Some(bench.clock.mark()?);
+        step()?;
+        end = Some(bench.clock.mark()?);
+        Ok(())
+    })?;
+    if let (Some(begin), Some(end)) = (begin, end) {
+        let whole = Times::between(&[begin, end])?.median;
+        parts.insert("rest", (whole - parts.values().sum::<f64>()).max(0.0));
+    }
+    Ok(parts)
+}
+
+/// Made-up samples.
+struct Batch {
+    items: Vec<Item>,
+    pixels: Pixels,
+    length: usize,
+    labels: usize,
+}
+
+impl Batch {
+    /// A picture in front, then text: captions are labelled whole; of a conversation the second half, the answer.
+    fn new(preset: &Preset, vlm: &Vlm, work: Work, micro: usize, sequence: Option<usize>) -> Result<Self> {
+        let visual = vlm.tokens_per_image();
+        let usual = if work == Work::Align { visual + preset.caption } else { preset.sequence };
+        let length = sequence.unwrap_or(usual);
+        if length < visual + 3 {
+            bail!("--seq {length} has no room for a picture of {visual} tokens and a text"; "take {} or more", visual + 3)
+        }
+        let text = length - 1 - visual;
+        let prompt = if work == Work::Align { 0 } else { text / 2 };
+        let words = preset.language.vocab_size as u64;
+        let sample = |i: usize, side: u64| {
+            let word = |t: usize| {
+                // The prompt is the same on both sides of a pair.
+                let draw = Key::new(1, "text").index(i as u64).index(if t < prompt { 0 } else { side });
+                let id = (draw.uniform(t as u64) * words as f64) as u32;
+                if id == preset.image_token { id.saturating_sub(1) } else { id }
+            };
+            let mut ids = vec![1];
+            ids.extend(vec![preset.image_token; visual]);
+            ids.extend((0..text).map(word));
+            let first = 1 + visual + prompt;
+            let labels = ids.iter().enumerate().map(|(t, id)| if t < first { IGNORE } else { *id as i32 }).collect();
+            let image =
+                ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default() };
+            let id = format!("sample {i}");
+            Sample { id, ids, labels, images: vec![image], category: None, absent: Vec::new() }
+        };
+        let item = |i: usize| match work {
+            Work::Dpo => Item::Pair(sample(i, 1), sample(i, 2)),
+            _ => Item::Sample(sample(i, 1)),
+        };
+        let items: Vec<Item> = (0..micro).map(item).collect();
+        let (edge, mut pixels) = (preset.vision.image_size, Pixels::new());
+        for (i, image) in items.iter().flat_map(Item::images).enumerate() {
+            if !pixels.contains_key(image) {
+                let values = normal(Key::new(1, "pixels").index(i as u64), &[3 * edge * edge], 1.0, DType::F32)?;
+                pixels.insert(image.clone(), Arc::new(values.to_vec1()?));
+            }
+        }
+        let labels = items.iter().flat_map(Item::samples).map(Sample::targets).sum();
+        Ok(Self { items, pixels, length, labels })
+    }
+
+    fn pass(&self, work: Work, rank: usize) -> Pass {
+        Pass {
+            pictures: self.pixels.len(),
+            sequences: self.items.iter().flat_map(Item::samples).count(),
+            length: self.length,
+            labels: self.labels,
+            projector: work != Work::Dpo,
+            rank: (work != Work::Align).then_some(rank),
+        }
+    }
+}
+
+fn kept_name(kept: Kept) -> &'static str {
+    match kept {
+        Kept::All => "none",
+        Kept::Minimal => "minimal",
+        Kept::Input => "recompute",
+    }
+}
+
+/// A record for people.
+fn lines(r: &Record, peak: Option<f64>) -> String {
+    let share = human::percent;
+    let mut out = format!(
+        "\n{} of {}, {} tokens, activations {}, {} parameters train\n",
+        r.work,
+        r.preset,
+        r.shape,
+        r.activations,
+        human::thousands(r.trained)
+    );
+    let mut line = |what: &str, text: String| out += &format!("  {what:<20}{text}\n");
+    line("step", format!("{} (fastest {}, {} runs)", time(r.times.median), time(r.times.min), r.times.runs));
+    line("tokens/s", format!("{} ({} a step, {} labelled)", scaled(r.tokens_per_s), r.tokens, r.label_tokens));
+    line("samples/s", scaled(r.samples_per_s));
+    line("MFU", format!("{} of the measured rate, {}FLOP/s", share(r.mfu_measured), scaled(r.flops_per_s)));
+    if let (Some(mfu), Some(peak)) = (r.mfu_peak, peak) {
+        line("", format!("{} of {}FLOP/s", share(mfu), scaled(peak)));
+    }
+    let f = &r.flops_by_part;
+    let parts = [
+        ("linears", f.linears),
+        ("updates", f.updates),
+        ("attention", f.attention),
+        ("head", f.head),
+        ("tower", f.tower),
+        ("projector", f.projector),
+    ];
+    let parts: Vec<String> = parts.iter().map(|(name, n)| format!("{name} {}", scaled(*n as f64))).collect();
+    line("FLOPs of a step", format!("{} = {}", scaled(r.flops as f64), parts.join(" + ")));
+    line("peak memory", r.peak_memory_bytes.map_or("unknown".to_string(), human::bytes));
+    let whole: f64 = r.parts_s.values().sum();
+    for name in PARTS.iter().chain(&["rest"]) {
+        if let Some(s) = r.parts_s.get(name) {
+            line(name, format!("{:>8}  {:>6}", time(*s), share(s / whole)));
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out
+}

@@ -1,0 +1,154 @@
+//! `adfreeze bench`.
+
+use super::{device, stdout};
+use crate::bail;
+use crate::bench::preset::{NAMES, Preset};
+use crate::bench::{Bench, Output, kernels, step};
+use crate::error::Result;
+use crate::model::init::Place;
+use crate::recipe::schema::{Activations, DType};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Every op of training beside its floor: bytes at the measured bandwidth of a copy, or FLOPs at the measured rate of a
+    /// large matrix product.
+    Kernels(Kernels),
+    /// Training steps at a model's shape: tokens/s, share of the possible FLOPs, memory, time by part.
+    Step(Step),
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    #[command(flatten)]
+    compute: device::Args,
+    /// One JSON object a line, the machine first.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Kernels {
+    #[command(flatten)]
+    common: Common,
+    /// Only kernels whose name holds this.
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Option<String>,
+    /// Small shapes, as on a CPU, of which some fit in its caches: a copy may then seem faster than its floor. The others are
+    /// those of LLaVA-1.5-7B at 16,384 rows.
+    #[arg(long)]
+    small: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Step {
+    #[command(flatten)]
+    common: Common,
+    /// The model's shape: llava-1.5-7b, smollm2-135m-dinov2-s or tiny.
+    #[arg(long)]
+    preset: String,
+    /// Fill it with random weights.
+    #[arg(long)]
+    random_init: bool,
+    /// Which steps to measure.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "align,sft,dpo")]
+    work: Vec<Work>,
+    /// Samples (pairs) of a step, in one micro-batch; default: the preset's.
+    #[arg(long)]
+    micro: Option<usize>,
+    /// Tokens of a sequence, the picture's among them; default: the preset's.
+    #[arg(long)]
+    seq: Option<usize>,
+    /// Timed steps.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// Rank of the low-rank updates; default: the preset's.
+    #[arg(long)]
+    rank: Option<usize>,
+    /// What a forward pass keeps, as in a recipe.
+    #[arg(long, value_enum, default_value = "auto")]
+    activations: Kept,
+    /// TFLOP/s of the device by its data sheet (H100 and H200, bf16: 990), to compare with.
+    #[arg(long, value_name = "TFLOPS")]
+    peak: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Work {
+    /// The projector, on captions.
+    Align,
+    /// Projector and low-rank updates, on answers.
+    Sft,
+    /// Low-rank updates, on pairs of answers.
+    Dpo,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Kept {
+    Auto,
+    None,
+    Minimal,
+    Recompute,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    match &args.what {
+        What::Kernels(a) => a.run(),
+        What::Step(a) => a.run(),
+    }
+}
+
+impl Common {
+    /// Measures the machine and hands on to `f`.
+    fn with(&self, f: impl FnOnce(&mut Bench, &Place) -> Result<()>) -> Result<()> {
+        let place = Place::new(self.compute.open()?, self.compute.dtype().unwrap_or(DType::Auto));
+        let mut to = stdout::Stdout::lock();
+        let mut bench = Bench::new(place.clone(), Output { to: &mut to, json: self.json })?;
+        f(&mut bench, &place)
+    }
+}
+
+impl Kernels {
+    fn run(&self) -> Result<()> {
+        self.common.with(|bench, place| {
+            let small = self.small || place.device.is_cpu();
+            let shapes = if small { kernels::Shapes::SMALL } else { kernels::Shapes::LLAVA };
+            kernels::run(bench, shapes, self.only.as_deref())
+        })
+    }
+}
+
+impl Step {
+    fn run(&self) -> Result<()> {
+        let preset = Preset::named(&self.preset)?;
+        if !self.random_init {
+            bail!("a step is measured on random weights only"; "say so with --random-init; presets: {}", NAMES.join(", "))
+        }
+        let work = |w: &Work| match w {
+            Work::Align => step::Work::Align,
+            Work::Sft => step::Work::Sft,
+            Work::Dpo => step::Work::Dpo,
+        };
+        let options = step::Options {
+            preset,
+            works: self.work.iter().map(work).collect(),
+            micro: self.micro,
+            sequence: self.seq,
+            steps: self.steps,
+            rank: self.rank,
+            activations: match self.activations {
+                Kept::Auto => Activations::Auto,
+                Kept::None => Activations::None,
+                Kept::Minimal => Activations::Minimal,
+                Kept::Recompute => Activations::Recompute,
+            },
+            peak: self.peak.map(|tera| tera * 1e12),
+        };
+        self.common.with(|bench, _| step::run(bench, &options))
+    }
+}

@@ -1,0 +1,136 @@
+//! `bench kernels` and `bench step` on the CPU, in small.
+
+use super::folder::Folder;
+use serde_json::Value;
+
+/// What a bench wrote with `--json`: the machine, and the records behind it.
+fn records(args: &[&str]) -> (Value, Vec<Value>) {
+    let said = Folder::new().ok(["bench"].iter().chain(args).chain(&["--json", "--device", "cpu"]));
+    let mut all: Vec<Value> = said.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let machine = all.remove(0);
+    assert_eq!(machine["what"], "machine");
+    assert_eq!(machine["version"], env!("CARGO_PKG_VERSION"));
+    for rate in ["copy_bytes_per_s", "matmul_flops_per_s"] {
+        assert!(positive(&machine[rate]), "{machine}");
+    }
+    for r in &all {
+        assert_eq!((&r["device"], &r["dtype"]), (&machine["device"], &machine["dtype"]), "{r}");
+        assert!(["median_s", "min_s", "runs", "floor_s"].iter().all(|k| positive(&r[k])), "{r}");
+        assert!(r["min_s"].as_f64() <= r["median_s"].as_f64(), "{r}");
+    }
+    (machine, all)
+}
+
+fn positive(v: &Value) -> bool {
+    v.as_f64().is_some_and(|v| v.is_finite() && v > 0.0)
+}
+
+#[test]
+fn kernels_are_measured_beside_their_floors() {
+    for dtype in ["f32", "bf16"] {
+        let (machine, all) = records(&["kernels", "--small", "--dtype", dtype]);
+        assert_eq!(machine["dtype"], dtype);
+        assert!(all.len() > 40, "{}", all.len());
+        for r in &all {
+            let number = |v: &Value, k: &str| v[k].as_f64().unwrap();
+            let moving = number(r, "bytes") / number(&machine, "copy_bytes_per_s");
+            let computing = number(r, "flops") / number(&machine, "matmul_flops_per_s");
+            let floor = number(r, "floor_s");
+            assert!((floor / moving.max(computing) - 1.0).abs() < 1e-9, "{r}");
+            assert!((number(r, "share_of_floor") * number(r, "median_s") / floor - 1.0).abs() < 1e-9, "{r}");
+        }
+        // Strided products of bf16 are a GPU's.
+        let bordered = all.iter().any(|r| r["what"] == "adapted layer, bordered weight");
+        assert_eq!(bordered, dtype == "f32");
+    }
+}
+
+#[test]
+fn a_part_of_the_kernels_is_chosen_by_name() {
+    let (_, all) = records(&["kernels", "--only", "attention, causal"]);
+    let names: Vec<&str> = all.iter().map(|r| r["what"].as_str().unwrap()).collect();
+    assert_eq!(names, ["attention, causal, forward", "attention, causal, backward"]);
+    Folder::new().fails(&["bench", "kernels", "--only", "no such thing"], &["no such thing", "swiglu, forward"]);
+    let text = Folder::new().ok(["bench", "kernels", "--device", "cpu", "--only", "rope"]).stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(
+        lines[0].contains("copies") && lines[1].starts_with("kernel ") && lines[2].starts_with("rope, q and k"),
+        "{text}"
+    );
+}
+
+#[test]
+fn steps_are_measured_by_part() {
+    let (machine, all) = records(&["step", "--preset", "tiny", "--random-init", "--steps", "2", "--peak", "2"]);
+    let works: Vec<&str> = all.iter().map(|r| r["work"].as_str().unwrap()).collect();
+    assert_eq!(works, ["align", "sft", "dpo"]);
+    let number = |r: &Value, k: &str| r[k].as_f64().unwrap();
+    for r in &all {
+        let (median, flops) = (number(r, "median_s"), number(r, "flops"));
+        assert!((number(r, "tokens_per_s") * median - number(r, "tokens")).abs() < 1e-6, "{r}");
+        assert!((number(r, "samples_per_s") * median - number(r, "samples")).abs() < 1e-6, "{r}");
+        let rate = number(&machine, "matmul_flops_per_s");
+        assert!((number(r, "mfu_measured") * rate * median / flops - 1.0).abs() < 1e-9, "{r}");
+        assert!((number(r, "mfu_peak") * 2e12 * median / flops - 1.0).abs() < 1e-9, "{r}");
+        assert!(number(r, "loss").is_finite() && number(r, "runs") == 2.0, "{r}");
+        let flops_by_part = r["flops_by_part"].as_object().unwrap().values();
+        assert_eq!(flops_by_part.map(|f| f.as_f64().unwrap()).sum::<f64>(), flops);
+        assert!(r["flops_formula"].as_str().unwrap().contains("4·N"), "{r}");
+        assert_eq!(cfg!(target_os = "linux"), positive(&r["peak_memory_bytes"]), "{r}");
+    }
+    let parts = |i: usize| -> Vec<&str> {
+        let parts = all[i]["parts_s"].as_object().unwrap();
+        assert!(parts.iter().all(|(k, s)| positive(s) || k == "rest"), "{parts:?}");
+        parts.keys().map(String::as_str).collect()
+    };
+    let forward = ["head", "head backward", "language", "language backward", "optimizer", "projector"];
+    assert_eq!(parts(0), [&forward[..], &["projector backward", "rest", "tower"]].concat());
+    assert_eq!(parts(1), parts(0));
+    assert_eq!(parts(2), [&forward[..], &["rest", "tower"]].concat());
+    // Two samples of 32 tokens: the beginning, 16 of a picture, 7 of a prompt, 8 of an answer. Pairs are two sequences each.
+    assert_eq!((&all[1]["tokens"], &all[2]["tokens"]), (&64.into(), &128.into()));
+    assert_eq!((number(&all[1], "label_tokens"), number(&all[2], "label_tokens")), (16.0, 32.0));
+}
+
+#[test]
+fn what_a_step_is_made_of_can_be_chosen() {
+    let args = ["step", "--preset", "tiny", "--random-init", "--steps", "1", "--work", "sft"];
+    let more = ["--micro", "3", "--seq", "24", "--rank", "2", "--activations", "recompute", "--dtype", "bf16"];
+    let (machine, all) = records(&[args.as_slice(), &more].concat());
+    assert_eq!((all.len(), &machine["dtype"]), (1, &"bf16".into()));
+    let r = &all[0];
+    assert_eq!((&r["samples"], &r["tokens"], &r["activations"]), (&3.into(), &72.into(), &"recompute".into()));
+    assert_eq!(r["mfu_peak"], Value::Null);
+    let text = Folder::new().ok(["bench"].iter().chain(&args).chain(&["--peak", "1.5"])).stdout;
+    for what in [
+        "sft of tiny, 2 × 32 tokens",
+        "tokens/s",
+        "4·N a token",
+        "MFU",
+        "of 1.50 TFLOP/s",
+        "language backward",
+        "peak memory",
+    ] {
+        assert!(text.contains(what), "{what} in:\n{text}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_said() {
+    let fails = |args: &[&str], what: &[&str]| {
+        let all = [["bench", "step"].as_slice(), args].concat();
+        Folder::new().fails(&all, what);
+    };
+    fails(&["--preset", "tiny"], &["random weights", "--random-init"]);
+    fails(&["--preset", "large", "--random-init"], &["`large`", "llava-1.5-7b, smollm2-135m-dinov2-s, tiny"]);
+    fails(&["--preset", "tiny", "--random-init", "--seq", "18"], &["align: --seq 18", "16 tokens", "19 or more"]);
+    fails(&["--preset", "tiny", "--random-init", "--micro", "0"], &["--micro", "above 0"]);
+    fails(&["--preset", "tiny", "--random-init", "--peak", "0"], &["--peak", "above 0"]);
+    let said = Folder::new()
+        .adfreeze(["bench", "step", "--preset", "tiny", "--random-init", "--work", "sft,rl"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8(said.stderr).unwrap();
+    assert!(said.status.code() == Some(2) && told.contains("'rl'") && told.contains("align, sft, dpo"), "{told}");
+}
