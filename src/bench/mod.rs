@@ -10,6 +10,7 @@ pub mod machine;
 pub mod noise;
 pub mod parts;
 pub mod preset;
+mod samples;
 pub mod step;
 pub mod timer;
 

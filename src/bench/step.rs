@@ -5,24 +5,24 @@ use super::flops::{FORMULA, Flops, Pass};
 use super::noise::Noise;
 use super::parts::{PARTS, by_part};
 use super::preset::Preset;
+use super::samples::Batch;
 use super::timer::Times;
 use super::{Bench, constant_optimizer, scaled, time, type_name};
 use crate::adapters::lora;
 use crate::bail;
-use crate::data::{IGNORE, ImageRef, Item, Pixels, Sample};
+use crate::data::Item;
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
-use crate::ops::random::{Key, normal};
+use crate::ops::Weight;
+use crate::ops::random::Key;
 use crate::pipeline::memory;
 use crate::recipe::schema::{self, Activations, DpoLoss, Reference};
 use crate::report::human;
 use crate::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
-use candle_core::DType;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 /// A stage of the usual pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,7 +77,7 @@ struct Record<'a> {
     device: &'a str,
     activations: &'static str,
     #[serde(flatten)]
-    times: Times,
+    measured: Measured,
     samples: usize,
     /// Through the language model.
     tokens: usize,
@@ -85,7 +85,6 @@ struct Record<'a> {
     tokens_per_s: f64,
     samples_per_s: f64,
     trained: u64,
-    loss: f64,
     /// Of a step.
     flops: u64,
     flops_by_part: Flops,
@@ -97,6 +96,15 @@ struct Record<'a> {
     mfu_measured: f64,
     /// FLOP/s over what `--peak` says.
     mfu_peak: Option<f64>,
+}
+
+/// What was seen of the steps.
+#[derive(Serialize)]
+struct Measured {
+    #[serde(flatten)]
+    times: Times,
+    /// Of the last timed step.
+    loss: f64,
     /// Most that was in use in these steps: of the GPU's pool, or resident of the process.
     peak_memory_bytes: Option<u64>,
     /// In a step that waits after each part; `rest` is what no part holds.
@@ -121,7 +129,7 @@ pub fn run(bench: &mut Bench, o: &Options) -> Result<()> {
 }
 
 /// Lets train what the work trains; returns its weights as the optimizer sees them.
-fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTreeMap<String, crate::ops::Weight>> {
+fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTreeMap<String, Weight>> {
     if work != Work::Align && lora::names(vlm).is_empty() {
         let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
         let alpha = 2.0 * rank as f64;
@@ -138,12 +146,13 @@ fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTree
     Ok(vlm.weights())
 }
 
+/// Makes samples, chooses what is kept, and measures one kind of step.
 fn one(
     bench: &mut Bench,
     o: &Options,
     work: Work,
     vlm: &Vlm,
-    weights: BTreeMap<String, crate::ops::Weight>,
+    weights: BTreeMap<String, Weight>,
     rank: usize,
 ) -> Result<()> {
     let micro = o.micro.unwrap_or(o.preset.micro[work as usize]);
@@ -174,7 +183,56 @@ fn one(
         optimizer.step(&weights, done.grads.by_name())?;
         Ok(done.loss)
     };
+    let measured = measure(bench, o.steps, &mut step)?;
+    tell(bench, o, work, &pass, kept, trained, measured)
+}
 
+fn tell(
+    bench: &mut Bench,
+    o: &Options,
+    work: Work,
+    pass: &Pass,
+    kept: Kept,
+    trained: u64,
+    measured: Measured,
+) -> Result<()> {
+    let (flops_by_part, median) = (Flops::of(&o.preset, pass), measured.times.median);
+    let (flops, tokens) = (flops_by_part.total(), pass.sequences * pass.length);
+    let (flops_per_s, possible) = (flops as f64 / median, bench.machine.matmul_flops_per_s);
+    // Every sample or pair shows a picture of its own.
+    let samples = pass.pictures;
+    let sides = if pass.sequences > samples { "2 × " } else { "" };
+    let record = Record {
+        what: "step",
+        work: work.name(),
+        preset: o.preset.name,
+        shape: format!("{samples} × {sides}{}", pass.length),
+        dtype: type_name(bench.place.dtype),
+        device: &bench.machine.device,
+        activations: kept_name(kept),
+        measured,
+        samples,
+        tokens,
+        label_tokens: pass.labels,
+        tokens_per_s: tokens as f64 / median,
+        samples_per_s: samples as f64 / median,
+        trained,
+        flops,
+        flops_by_part,
+        flops_formula: FORMULA,
+        flops_per_s,
+        floor_s: flops as f64 / possible,
+        mfu_measured: flops_per_s / possible,
+        mfu_peak: o.peak.map(|peak| flops_per_s / peak),
+    };
+    bench.out.record(&record, || lines(&record, o.peak))
+}
+
+/// Steps before the first timed one: kernels are loaded, memory is found, moments are made.
+const WARM: usize = 2;
+
+/// Times `steps` steps, and the parts of one more.
+fn measure(bench: &Bench, steps: usize, step: &mut dyn FnMut() -> Result<f64>) -> Result<Measured> {
     for _ in 0..WARM {
         step()?;
     }
@@ -182,49 +240,14 @@ fn one(
     memory::reset_peak(&bench.place.device)?;
     let mut loss = f64::NAN;
     let mut marks = vec![bench.clock.mark()?];
-    for _ in 0..o.steps {
+    for _ in 0..steps {
         loss = step()?;
         marks.push(bench.clock.mark()?);
     }
     let times = Times::between(&marks)?;
     let peak_memory_bytes = memory::peak(&bench.place.device)?;
-    let parts_s = parts(bench, &mut step)?;
-
-    let flops_by_part = Flops::of(&o.preset, &pass);
-    let (flops, tokens) = (flops_by_part.total(), load.tokens);
-    let flops_per_s = flops as f64 / times.median;
-    let sides = pass.sequences / micro;
-    let record = Record {
-        what: "step",
-        work: work.name(),
-        preset: o.preset.name,
-        shape: format!("{} × {}{}", micro, if sides == 2 { "2 × " } else { "" }, pass.length),
-        dtype: type_name(bench.place.dtype),
-        device: &bench.machine.device,
-        activations: kept_name(kept),
-        times,
-        samples: micro,
-        tokens,
-        label_tokens: pass.labels,
-        tokens_per_s: tokens as f64 / times.median,
-        samples_per_s: micro as f64 / times.median,
-        trained,
-        loss,
-        flops,
-        flops_by_part,
-        flops_formula: FORMULA,
-        flops_per_s,
-        floor_s: flops as f64 / bench.machine.matmul_flops_per_s,
-        mfu_measured: flops_per_s / bench.machine.matmul_flops_per_s,
-        mfu_peak: o.peak.map(|peak| flops_per_s / peak),
-        peak_memory_bytes,
-        parts_s,
-    };
-    bench.out.record(&record, || lines(&record, o.peak))
+    Ok(Measured { times, loss, peak_memory_bytes, parts_s: parts(bench, step)? })
 }
-
-/// Steps before the first timed one: kernels are loaded, memory is found, moments are made.
-const WARM: usize = 2;
 
 /// Seconds of each part of one step, and of the rest.
 fn parts(bench: &Bench, step: &mut dyn FnMut() -> Result<f64>) -> Result<BTreeMap<&'static str, f64>> {
@@ -243,71 +266,6 @@ fn parts(bench: &Bench, step: &mut dyn FnMut() -> Result<f64>) -> Result<BTreeMa
     Ok(parts)
 }
 
-/// Made-up samples.
-struct Batch {
-    items: Vec<Item>,
-    pixels: Pixels,
-    length: usize,
-    labels: usize,
-}
-
-impl Batch {
-    /// A picture in front, then text: captions are labelled whole; of a conversation the second half, the answer.
-    fn new(preset: &Preset, vlm: &Vlm, work: Work, micro: usize, sequence: Option<usize>) -> Result<Self> {
-        let visual = vlm.tokens_per_image();
-        let usual = if work == Work::Align { visual + preset.caption } else { preset.sequence };
-        let length = sequence.unwrap_or(usual);
-        if length < visual + 3 {
-            bail!("--seq {length} has no room for a picture of {visual} tokens and a text"; "take {} or more", visual + 3)
-        }
-        let text = length - 1 - visual;
-        let prompt = if work == Work::Align { 0 } else { text / 2 };
-        let words = preset.language.vocab_size as u64;
-        let sample = |i: usize, side: u64| {
-            let word = |t: usize| {
-                // The prompt is the same on both sides of a pair.
-                let draw = Key::new(1, "text").index(i as u64).index(if t < prompt { 0 } else { side });
-                let id = (draw.uniform(t as u64) * words as f64) as u32;
-                if id == preset.image_token { id.saturating_sub(1) } else { id }
-            };
-            let mut ids = vec![1];
-            ids.extend(vec![preset.image_token; visual]);
-            ids.extend((0..text).map(word));
-            let first = 1 + visual + prompt;
-            let labels = ids.iter().enumerate().map(|(t, id)| if t < first { IGNORE } else { *id as i32 }).collect();
-            let image =
-                ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default() };
-            let id = format!("sample {i}");
-            Sample { id, ids, labels, images: vec![image], category: None, absent: Vec::new() }
-        };
-        let item = |i: usize| match work {
-            Work::Dpo => Item::Pair(sample(i, 1), sample(i, 2)),
-            _ => Item::Sample(sample(i, 1)),
-        };
-        let items: Vec<Item> = (0..micro).map(item).collect();
-        let (edge, mut pixels) = (preset.vision.image_size, Pixels::new());
-        for (i, image) in items.iter().flat_map(Item::images).enumerate() {
-            if !pixels.contains_key(image) {
-                let values = normal(Key::new(1, "pixels").index(i as u64), &[3 * edge * edge], 1.0, DType::F32)?;
-                pixels.insert(image.clone(), Arc::new(values.to_vec1()?));
-            }
-        }
-        let labels = items.iter().flat_map(Item::samples).map(Sample::targets).sum();
-        Ok(Self { items, pixels, length, labels })
-    }
-
-    fn pass(&self, work: Work, rank: usize) -> Pass {
-        Pass {
-            pictures: self.pixels.len(),
-            sequences: self.items.iter().flat_map(Item::samples).count(),
-            length: self.length,
-            labels: self.labels,
-            projector: work != Work::Dpo,
-            rank: (work != Work::Align).then_some(rank),
-        }
-    }
-}
-
 fn kept_name(kept: Kept) -> &'static str {
     match kept {
         Kept::All => "none",
@@ -318,7 +276,7 @@ fn kept_name(kept: Kept) -> &'static str {
 
 /// A record for people.
 fn lines(r: &Record, peak: Option<f64>) -> String {
-    let share = human::percent;
+    let (share, m) = (human::percent, &r.measured);
     let mut out = format!(
         "\n{} of {}, {} tokens, activations {}, {} parameters train\n",
         r.work,
@@ -328,7 +286,7 @@ fn lines(r: &Record, peak: Option<f64>) -> String {
         human::thousands(r.trained)
     );
     let mut line = |what: &str, text: String| out += &format!("  {what:<20}{text}\n");
-    line("step", format!("{} (fastest {}, {} runs)", time(r.times.median), time(r.times.min), r.times.runs));
+    line("step", format!("{} (fastest {}, {} runs)", time(m.times.median), time(m.times.min), m.times.runs));
     line("tokens/s", format!("{} ({} a step, {} labelled)", scaled(r.tokens_per_s), r.tokens, r.label_tokens));
     line("samples/s", scaled(r.samples_per_s));
     line("MFU", format!("{} of the measured rate, {}FLOP/s", share(r.mfu_measured), scaled(r.flops_per_s)));
@@ -346,10 +304,10 @@ fn lines(r: &Record, peak: Option<f64>) -> String {
     ];
     let parts: Vec<String> = parts.iter().map(|(name, n)| format!("{name} {}", scaled(*n as f64))).collect();
     line("FLOPs of a step", format!("{} = {}", scaled(r.flops as f64), parts.join(" + ")));
-    line("peak memory", r.peak_memory_bytes.map_or("unknown".to_string(), human::bytes));
-    let whole: f64 = r.parts_s.values().sum();
+    line("peak memory", m.peak_memory_bytes.map_or("unknown".to_string(), human::bytes));
+    let whole: f64 = m.parts_s.values().sum();
     for name in PARTS.iter().chain(&["rest"]) {
-        if let Some(s) = r.parts_s.get(name) {
+        if let Some(s) = m.parts_s.get(name) {
             line(name, format!("{:>8}  {:>6}", time(*s), share(s / whole)));
         }
     }
