@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Reads what tools/gpu.sh measures. Python's standard library alone.
+
+    gpu_figures.py quickstart RUN      are a quickstart's figures those of the README?
+    gpu_figures.py table [FILE]        records of `adfreeze bench … --json` as a Markdown table
+    gpu_figures.py sizes FILE WORK     arguments that make benches/peers/llava.py do the same work as our last record of it
+    gpu_figures.py peers FILE          both engines side by side; exit code 1 if a work is slower than the peer, or missing
+"""
+
+import json
+import sys
+
+# Stage, set, figure, the README's value, and how far another rounding may lead. The README gives three: f32, f32 with other
+# sums, and bf16.
+QUICKSTART = [
+    ("align", "captions", "loss", 0.233, 0.005),
+    ("align", "seen", "exact_match", 0.381, 0.10),
+    ("sft", "seen", "exact_match", 0.955, 0.03),
+    ("sft", "seen", "exact_match/blank", 0.135, 0.10),
+    ("sft", "seen", "exact_match/shuffled", 0.326, 0.10),
+    ("sft", "unseen", "exact_match", 0.701, 0.10),
+    ("sft", "hallucination", "hallucination", 0.988, 0.05),
+    ("dpo", "seen", "exact_match", 0.920, 0.05),
+    ("dpo", "unseen", "exact_match", 0.658, 0.10),
+    ("dpo", "hallucination", "hallucination", 0.219, 0.10),
+    ("dpo", "preference", "preference", 0.816, 0.10),
+]
+WORKS = ("align", "sft", "dpo")
+OURS, PEER = "adfreeze", "pytorch+peft"
+# The issue's gate and goal: how much faster than the peer.
+GATE, GOAL = 1.0, 1.3
+
+
+def quickstart(run):
+    with open(f"{run}/results.json") as f:
+        results = json.load(f)
+    good = True
+    print("| stage | set | figure | README | within | here | |\n|---|---|---|---|---|---|---|")
+    for stage, name, figure, expected, room in QUICKSTART:
+        found = results.get(stage, {}).get(name, {}).get("values", {}).get(figure)
+        holds = isinstance(found, (int, float)) and abs(found - expected) <= room
+        good &= holds
+        here = f"{found:.3f}" if isinstance(found, (int, float)) else "missing"
+        print(f"| {stage} | {name} | {figure} | {expected:.3f} | ± {room} | {here} | {'ok' if holds else 'NOT SO'} |")
+    return good
+
+
+def records(lines):
+    """JSON objects; a last line that was cut off is no record."""
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [r for r in found if isinstance(r, dict)]
+
+
+def read(path):
+    with open(path) as f:
+        return records(f)
+
+
+def short(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(path=None):
+    """Records with the same keys stand in one table; what is no number or word (lists, parts) is left to the file."""
+    groups = {}
+    for r in read(path) if path else records(sys.stdin):
+        plain = {k: v for k, v in r.items() if isinstance(v, (int, float, str))}
+        groups.setdefault(tuple(plain), []).append(plain)
+    for keys, rows in groups.items():
+        # What all rows share stands above.
+        same = {k: rows[0][k] for k in keys if len(rows) > 1 and all(r[k] == rows[0][k] for r in rows)}
+        shown = [k for k in keys if k not in same]
+        if same:
+            print(", ".join(f"{k} {short(v)}" for k, v in same.items()) + "\n")
+        if len(rows) == 1:
+            print("\n".join(f"- {k}: {short(rows[0][k])}" for k in shown) + "\n")
+            continue
+        print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
+        for r in rows:
+            print("| " + " | ".join(short(r[k]).replace("|", "/") for k in shown) + " |")
+        print()
+    return True
+
+
+def of(all_records, work, engine):
+    return [r for r in all_records if r.get("what") == work and r.get("engine") == engine]
+
+
+def sequences(work, r):
+    """Sequences of a step: a pair is two."""
+    return r["micro"] * (2 if work == "dpo" else 1)
+
+
+def sizes(path, work):
+    ours = of(read(path), work, OURS)
+    if not ours:
+        sys.exit(f"{path} has no record of {work} by {OURS} to go by")
+    r = ours[-1]
+    print(f"--micro {r['micro']} --seq {r['seq']} --labels {r['label_tokens'] // sequences(work, r)}")
+    return True
+
+
+def peers(path):
+    """A step of the same samples, by its median. Of our two runs the slower counts."""
+    everything, good = read(path), True
+    print("| work | step: ours, first and again | peer | ratio | peak memory: ours | peer | gate: no slower | goal: "
+          f"{GOAL}× |\n|---|---|---|---|---|---|---|---|")
+    for work in WORKS:
+        ours, theirs = of(everything, work, OURS), of(everything, work, PEER)
+        if len(ours) < 2 or not theirs:
+            print(f"| {work} | {len(ours)} of 2 runs | {len(theirs)} of 1 | | | | NOT SHOWN | |")
+            good = False
+            continue
+        ours, theirs = ours[-2:], theirs[-1]
+        for key in ("micro", "label_tokens", "dtype"):
+            if any(r[key] != theirs[key] for r in ours):
+                print(f"{work}: {key} differs, {[r[key] for r in ours]} and {theirs[key]}: not the same work", file=sys.stderr)
+                good = False
+        ratio = theirs["step_ms"] / max(r["step_ms"] for r in ours)
+        good &= ratio >= GATE
+        gib = [f"{r['peak_bytes'] / 2**30:.1f} GiB" for r in (ours[0], theirs)]
+        print(f"| {work} | {ours[0]['step_ms']:.1f}, {ours[1]['step_ms']:.1f} ms | {theirs['step_ms']:.1f} ms | {ratio:.2f}× "
+              f"| {gib[0]} | {gib[1]} | {'ok' if ratio >= GATE else 'FAILED'} | {'reached' if ratio >= GOAL else 'not reached'} |")
+    return good
+
+
+def main():
+    commands = {"quickstart": quickstart, "table": table, "sizes": sizes, "peers": peers}
+    command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command is None:
+        sys.exit(__doc__)
+    sys.exit(0 if command(*sys.argv[2:]) else 1)
+
+
+if __name__ == "__main__":
+    main()
