@@ -55,7 +55,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 if [[ -z "$commit" ]]; then
     commit="$(git -C "$root" rev-parse --short=9 HEAD 2>/dev/null || cat "$root/COMMIT" 2>/dev/null || echo unknown)"
-    [[ -z "$(git -C "$root" status --porcelain 2>/dev/null)" ]] || commit+="-changed"
+    [[ -z "$(git -C "$root" status --porcelain -- . ':!benches/results' 2>/dev/null)" ]] || commit+="-changed"
 fi
 commit="$(tr -cd 'A-Za-z0-9._-' <<< "$commit")"
 if [[ -n "$rehearse" ]]; then
@@ -74,7 +74,8 @@ page="$results/$mode.md" figures="$results/$mode.jsonl"
 
 # Lines for the page: no path of this machine in them.
 write() {
-    sed -e "s|$scratch|SCRATCH|g; s|$binary|adfreeze|g; s|$root/||g; s|$root|.|g; s|$python|python|g" | tee -a "$page"
+    sed -e "s|$scratch|SCRATCH|g; s|$binary|adfreeze|g; s|$root/||g; s|$root|.|g; s|\(/[^ ]*\)*/compute-sanitizer|compute-sanitizer|g" \
+        -e "s|^$python |python3 |; s| $python | python3 |g" | tee -a "$page"
     [[ -z "${OUT:-}" ]] || { mkdir -p "$OUT/${results##*/}" && cp "$results/$mode".* "$OUT/${results##*/}/"; }
 }
 
@@ -120,7 +121,7 @@ leave() {
 # item NAME SECONDS COMMAND…: runs it in the scratch folder; what it says goes to the page, and with records=1 its standard
 # output to the file of figures.
 item() {
-    local name="$1" limit="$2" rest=$((total - SECONDS)) log="$scratch/log" begun=$SECONDS out code=0 verdict lines
+    local name="$1" limit="$2" rest=$((total - SECONDS)) log="$scratch/log" begun=$SECONDS out code=0 verdict lines fence
     shift 2
     wanted "$name" || return 0
     if [[ "$rest" -lt 10 ]]; then
@@ -140,14 +141,16 @@ item() {
     esac
     {
         printf '\n## %s\n\n`%s`\n\n%s, %d s\n' "$name" "$*" "$verdict" "$((SECONDS - begun))"
+        # What is a Markdown table stays one.
         if [[ -s "$log" ]]; then
-            printf '\n```\n'
+            [[ "$(head -c 2 "$log")" == "| " ]] && fence="" || fence='```'
+            printf '\n%s\n' "$fence"
             tr '\r' '\n' < "$log" | awk -v most=160 '
                 NR <= most / 2 { print; next }
                 { tail[NR % (most / 2)] = $0 }
                 END { if (NR > most) print "… " NR - most " lines …"
                       for (i = (NR > most ? NR - most / 2 : most / 2) + 1; i <= NR; i++) print tail[i % (most / 2)] }'
-            printf '```\n'
+            printf '%s\n' "$fence"
         fi
         if [[ -n "${records:-}" && -s "$figures" ]]; then
             echo
@@ -175,8 +178,19 @@ resumed() {
     diff <(sums whole) <(sums stopped)
     echo "$(sums whole | wc -l) files of both runs have the same SHA-256 sums"
 }
-export -f resumed
-export binary root device
+# The README's first command, and its figures; a rehearsal makes too few steps to have any.
+quickstart() {
+    local run=("$binary" train "$root/recipes/quickstart.toml" --device "$device")
+    if [[ -n "$rehearse" ]]; then
+        "${run[@]}" --set synth.shapes.n=64 --set stage.align.max_steps=2 --set stage.sft.max_steps=2 --set stage.dpo.max_steps=2
+        return
+    fi
+    "${run[@]}"
+    python3 "$root/tools/gpu_figures.py" quickstart runs/quickstart >&2
+}
+
+export -f resumed quickstart
+export binary root device rehearse
 
 # steps WORK: the command of `bench step`; the shapes are the preset's.
 steps() { bench=("$binary" bench step --preset "$preset" --random-init --work "$1" --device "$device" --json); }
@@ -197,14 +211,7 @@ case "$mode" in
         item selftest 120 "$binary" selftest --device "$device"
         item poison 120 env ADFREEZE_POISON=1 "$binary" selftest --device "$device"
         item resume 120 resumed
-        if [[ -z "$rehearse" ]]; then
-            item quickstart 300 "$binary" train "$root/recipes/quickstart.toml" --device "$device"
-            item figures 20 python3 "$root/tools/gpu_figures.py" quickstart "$scratch/runs/quickstart"
-        else
-            item quickstart 120 "$binary" train "$root/recipes/quickstart.toml" --device "$device" --set synth.shapes.n=64 \
-                --set stage.align.max_steps=2 --set stage.sft.max_steps=2 --set stage.dpo.max_steps=2
-            leave figures "a rehearsal makes too few steps"
-        fi
+        item quickstart 300 quickstart
         # cuBLAS's own kernels are left out of the search for races; memory is watched in all.
         check=("$SANITIZER" --error-exitcode 9)
         for tool in memcheck racecheck; do

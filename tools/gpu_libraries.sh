@@ -71,7 +71,6 @@ find_all() {
                 break
             fi
         done <<< "$all"
-        # The driver's comes from the driver alone.
         if [[ -z "$found" ]]; then
             echo "$library: not found" >&2
             missing=1
@@ -80,7 +79,7 @@ find_all() {
         echo "$library: $found" >&2
         [[ " ${chosen[*]-} " == *" $found "* ]] || chosen+=("$found")
     done
-    printf 'export ADFREEZE_CUDA_LIBS=%q\n' "$(IFS=:; echo "${chosen[*]-}")"
+    [[ ${#chosen[@]} -eq 0 ]] || printf 'export ADFREEZE_CUDA_LIBS=%q\n' "$(IFS=:; echo "${chosen[*]}")"
     if tool="$(sanitizer <<< "$all")"; then
         echo "compute-sanitizer: $tool" >&2
         printf 'SANITIZER=%q\n' "$tool"

@@ -41,24 +41,29 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
+# The shapes of `adfreeze bench step`. Of each work: samples a step, tokens of a sequence, labelled ones at its end.
 PRESETS = {
     "llava-1.5-7b": dict(
         vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                    image_size=336, patch_size=14, projection_dim=768),
+                    image_size=336, patch_size=14),
         text=dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                  num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        image_token=32000, select_layer=-2, rank=128,
-        # samples a step, tokens of each sequence, labelled ones at its end
-        align=(32, 620, 44), sft=(8, 2048, 1024), dpo=(4, 1024, 256),
-    ),
+                  num_attention_heads=32, num_key_value_heads=32),
+        select_layer=-2, image_token=32000, rank=128, dropout=0.05,
+        align=(16, 620, 43), sft=(8, 2048, 1024), dpo=(4, 2048, 1024)),
+    "smollm2-135m-dinov2-s": dict(
+        vision=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
+                    image_size=112, patch_size=14, hidden_act="gelu"),
+        text=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
+        select_layer=-1, image_token=4, rank=16, dropout=0.0,
+        align=(8, 88, 23), sft=(8, 104, 39), dpo=(4, 104, 39)),
     "tiny": dict(
-        vision=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                    image_size=48, patch_size=12, projection_dim=96),
-        text=dict(vocab_size=64, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
-                  num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=256, rms_norm_eps=1e-5),
-        image_token=60, select_layer=-2, rank=8,
-        align=(4, 24, 7), sft=(4, 48, 24), dpo=(2, 40, 12),
-    ),
+        vision=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                    image_size=16, patch_size=4),
+        text=dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2),
+        select_layer=-2, image_token=95, rank=4, dropout=0.1,
+        align=(4, 22, 5), sft=(2, 32, 15), dpo=(2, 32, 15)),
 }
 LR = {"align": 1e-3, "sft": 2e-4, "dpo": 5e-7}
 BETA = 0.1
@@ -119,8 +124,10 @@ class Step:
         """The model in its type on its device; what the work trains requires a gradient, in `--adapters`' type."""
         p = self.preset
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**p["vision"]), text_config=LlamaConfig(**p["text"]),
-            image_token_index=p["image_token"], vision_feature_layer=p["select_layer"],
+            vision_config=CLIPVisionConfig(**p["vision"]),
+            text_config=LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, **p["text"]),
+            image_token_index=p["image_token"],
+            tie_word_embeddings=p["text"].get("tie_word_embeddings", False), vision_feature_layer=p["select_layer"],
             vision_feature_select_strategy="default", projector_hidden_act="gelu")
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[self.args.dtype]
         with self.device:
@@ -131,7 +138,7 @@ class Step:
         wide = self.args.adapters == "f32"
         if self.work != "align":
             layers = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-            lora = peft.LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.05, target_modules=layers)
+            lora = peft.LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=p["dropout"], target_modules=layers)
             model = peft.get_peft_model(model, lora, autocast_adapter_dtype=wide)
         for name, module in model.named_modules():
             if name.endswith("multi_modal_projector"):
@@ -146,14 +153,14 @@ class Step:
         if self.seq < 1 + picture + self.labels:
             sys.exit(f"--seq {self.seq} is too short for {picture} tokens of a picture and {self.labels} labels")
         rng = torch.Generator().manual_seed(11)
-        text = torch.randint(4, min(t["vocab_size"], image), (self.micro, self.seq), generator=rng)
+        words = lambda *shape: torch.randint(5, min(t["vocab_size"], 32000) - 1, shape, generator=rng)
+        text = words(self.micro, self.seq)
         text[:, 0] = 1
         text[:, 1:1 + picture] = image
         pixels = torch.randn(self.micro, 3, v["image_size"], v["image_size"], generator=rng)
         if self.work == "dpo":
             rejected = text.clone()
-            shape = (self.micro, self.labels)
-            rejected[:, -self.labels:] = torch.randint(4, min(t["vocab_size"], image), shape, generator=rng)
+            rejected[:, -self.labels:] = words(self.micro, self.labels)
             text, pixels = torch.cat([text, rejected]), torch.cat([pixels, pixels])
         pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
         return text.to(self.device), pixels
