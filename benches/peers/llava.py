@@ -5,7 +5,7 @@
 
 align   tower and language model frozen, the projector trains
 sft     PEFT LoRA on the seven linear layers of every language layer, and the projector
-dpo     the same parameters; chosen and rejected in one concatenated batch, each with its picture, as TRL runs it; reference
+dpo     the LoRA alone; chosen and rejected in one concatenated batch, each with its picture, as TRL runs it; reference
         log-probabilities given; sigmoid loss
 
 One JSON object a work goes to stdout; keys that `adfreeze bench step --json` has too mean the same. All else goes to stderr.
@@ -49,21 +49,21 @@ PRESETS = {
         text=dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32),
         select_layer=-2, image_token=32000, rank=128, dropout=0.05,
-        align=(16, 620, 43), sft=(8, 2048, 1024), dpo=(4, 2048, 1024)),
+        align=(16, 620, 43), sft=(8, 2048, 736), dpo=(4, 2048, 736)),
     "smollm2-135m-dinov2-s": dict(
         vision=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
                     image_size=112, patch_size=14, hidden_act="gelu"),
         text=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                   num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
         select_layer=-1, image_token=4, rank=16, dropout=0.0,
-        align=(8, 88, 23), sft=(8, 104, 39), dpo=(4, 104, 39)),
+        align=(8, 88, 23), sft=(8, 104, 20), dpo=(4, 104, 20)),
     "tiny": dict(
         vision=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
                     image_size=16, patch_size=4),
         text=dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
                   num_attention_heads=4, num_key_value_heads=2),
         select_layer=-2, image_token=95, rank=4, dropout=0.1,
-        align=(4, 22, 5), sft=(2, 32, 15), dpo=(2, 32, 15)),
+        align=(4, 22, 5), sft=(2, 32, 8), dpo=(2, 32, 8)),
 }
 LR = {"align": 1e-3, "sft": 2e-4, "dpo": 5e-7}
 BETA = 0.1
@@ -140,9 +140,9 @@ class Step:
             layers = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
             lora = peft.LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=p["dropout"], target_modules=layers)
             model = peft.get_peft_model(model, lora, autocast_adapter_dtype=wide)
-        for name, module in model.named_modules():
-            if name.endswith("multi_modal_projector"):
-                module.to(torch.float32 if wide else dtype).requires_grad_(True)
+        if self.work != "dpo":
+            projector = next(m for n, m in model.named_modules() if n.endswith("multi_modal_projector"))
+            projector.to(torch.float32 if wide else dtype).requires_grad_(True)
         return model.train()
 
     def samples(self):
@@ -238,7 +238,7 @@ class Step:
             self.model = torch.compile(self.model)
         cuda = self.device.type == "cuda"
         wait = torch.cuda.synchronize if cuda else lambda: None
-        names = torch.cuda.get_device_name(self.device) if cuda else "cpu"
+        name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         say(f"{self.work}: attention {self.attention}, {len(self.trained)} tensors train")
         adapted = self.args.adapters == "f32" and self.work != "align"
         with disable_input_dtype_casting(self.model) if adapted else contextlib.nullcontext():
@@ -260,14 +260,14 @@ class Step:
             sys.exit(f"{self.work}: a loss is not a number: {losses}")
         median, rows = statistics.median(times), len(self.batch[0])
         return dict(
-            what=self.work, engine="pytorch+peft", preset=self.args.preset, step_ms=1e3 * median, step_ms_min=1e3 * min(times),
-            steps=len(times), samples_per_s=self.micro / median, tokens_per_s=rows * self.seq / median,
-            tokens=rows * self.seq, label_tokens=rows * self.labels, micro=self.micro, passes=passes,
-            checkpointing=recompute, peak_bytes=torch.cuda.max_memory_allocated() if cuda else resident_peak(),
-            device=names, dtype=self.args.dtype, adapters=self.args.adapters, attention=self.attention,
-            compiled=self.args.compile, trains=sum(p.numel() for p in self.trained.values()), losses=losses,
-            versions=dict(torch=torch.__version__, cuda=torch.version.cuda, transformers=transformers.__version__,
-                          peft=peft.__version__))
+            what="step", work=self.work, engine="pytorch+peft", preset=self.args.preset, dtype=self.args.dtype, device=name,
+            median_s=median, min_s=min(times), runs=len(times), samples=self.micro, tokens=rows * self.seq,
+            label_tokens=rows * self.labels, tokens_per_s=rows * self.seq / median, samples_per_s=self.micro / median,
+            trained=sum(p.numel() for p in self.trained.values()), losses=losses, passes=passes, checkpointing=recompute,
+            adapters=self.args.adapters, attention=self.attention, compiled=self.args.compile,
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else resident_peak(),
+            versions=f"torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}, "
+                     f"peft {peft.__version__}")
 
 
 def resident_peak():
