@@ -75,7 +75,7 @@ page="$results/$mode.md" figures="$results/$mode.jsonl"
 # Lines for the page: no path of this machine in them.
 write() {
     sed -e "s|$scratch|SCRATCH|g; s|$binary|adfreeze|g; s|$root/||g; s|$root|.|g; s|\(/[^ ]*\)*/compute-sanitizer|compute-sanitizer|g" \
-        -e "s|^$python |python3 |; s| $python | python3 |g" | tee -a "$page"
+        -e "s|^$python |python3 |; s| $python | python3 |g; s|/[^ ]*/site-packages/||g" | tee -a "$page"
     [[ -z "${OUT:-}" ]] || { mkdir -p "$OUT/${results##*/}" && cp "$results/$mode".* "$OUT/${results##*/}/"; }
 }
 
@@ -192,8 +192,11 @@ quickstart() {
 export -f resumed quickstart
 export binary root device rehearse
 
-# steps WORK: the command of `bench step`; the shapes are the preset's.
-steps() { bench=("$binary" bench step --preset "$preset" --random-init --work "$1" --device "$device" --json); }
+# steps WORK: the command of `bench step`; the shapes are the preset's. What the data sheet says is known of these GPUs.
+steps() {
+    bench=("$binary" bench step --preset "$preset" --random-init --work "$1" --steps 10 --device "$device" --json)
+    [[ ! "$slug" =~ h200|h100.*hbm3 ]] || bench+=(--peak 990)
+}
 
 # peer WORK: the same work in PyTorch, with the sizes of our last record of it.
 peer() {
@@ -243,7 +246,7 @@ case "$mode" in
             item "$work-again" 90 "${bench[@]}"
         done
         records=""
-        item gate 10 python3 "$root/tools/gpu_figures.py" peers "$figures"
+        item gate 10 python3 "$root/tools/gpu_figures.py" peers "$figures" ${rehearse:+any}
         ;;
 esac
 

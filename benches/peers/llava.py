@@ -26,12 +26,9 @@ What was chosen for the peer, each the faster of what its users can have without
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
-
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import peft
 import torch
