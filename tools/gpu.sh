@@ -202,6 +202,7 @@ steps() {
 peer() {
     local sizes
     sizes="$(python3 "$root/tools/gpu_figures.py" sizes "$2" "$1")"
+    echo "llava.py $sizes" >&2
     # shellcheck disable=SC2086 # several arguments
     "$3" "$root/benches/peers/llava.py" --preset "$4" --device "$device" --work "$1" $sizes
 }
