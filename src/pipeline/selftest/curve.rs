@@ -115,7 +115,8 @@ impl Curve {
     }
 
     fn pairs<'a>(&'a self, want: &'a Self) -> Result<Vec<Pair<'a>>> {
-        let series = [(&self.loss, &want.loss), (&self.gradient_norm, &want.gradient_norm), (&self.margin, &want.margin)];
+        let series =
+            [(&self.loss, &want.loss), (&self.gradient_norm, &want.gradient_norm), (&self.margin, &want.margin)];
         let [.., weights] = KINDS;
         let mut pairs = Vec::new();
         for (kind, (found, want)) in KINDS.into_iter().zip(series) {
