@@ -1,5 +1,5 @@
 //! With the feature `cuda`: every kernel of `kernels/` compiled by nvcc into one file of machine code, and a table of them
-//! that `ops::cuda` includes. Without it: nothing.
+//! that `ops::cuda` includes. With `flash-attn`: the list of widths that candle-flash-attn was compiled for. Else: nothing.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,11 @@ const ARCHITECTURES: [&str; 2] =
 /// Where a CUDA toolkit may be said to be.
 const HOMES: [&str; 3] = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"];
 
+/// Widths of a head that candle-flash-attn computes without padding and adfreeze hands to it, and the variable that asks for
+/// fewer of them.
+const ALL_WIDTHS: [&str; 4] = ["32", "64", "96", "128"];
+const WIDTHS: &str = "ADFREEZE_FLASH_HEAD_DIMS";
+
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -22,7 +27,7 @@ fn main() -> ExitCode {
     for name in HOMES.iter().chain(&["NVCC", "PATH"]) {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    match cuda() {
+    match cuda().and_then(|()| flash_widths()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{e}");
@@ -54,6 +59,30 @@ fn cuda() -> Result<(), String> {
     }
     table += "]\n";
     write(&out.join("modules.rs"), &table)
+}
+
+/// The widths of a head that `tools/nvcc_partly.sh` lets candle-flash-attn's kernels have, for `ops::attention`.
+fn flash_widths() -> Result<(), String> {
+    if env::var_os("CARGO_FEATURE_FLASH_ATTN").is_none() {
+        return Ok(());
+    }
+    println!("cargo::rerun-if-env-changed={WIDTHS}");
+    // Its own build keeps machine code for one GPU, and its launches do not see that another one cannot run it.
+    let nvcc = env::var_os("NVCC").map(PathBuf::from).unwrap_or_default();
+    if stem(&nvcc) != "nvcc_partly" {
+        return Err(format!(
+            "the feature `flash-attn` is built by tools/nvcc_partly.sh, but NVCC is {:?}\n\nhint: set NVCC to that script's full path, and CUDA_HOME to the toolkit's folder",
+            nvcc.display().to_string()
+        ));
+    }
+    let asked = env::var(WIDTHS).unwrap_or_else(|_| ALL_WIDTHS.join(" "));
+    let widths: Vec<&str> = asked.split_whitespace().collect();
+    match widths.iter().find(|w| !ALL_WIDTHS.contains(w)) {
+        Some(other) => Err(format!("{WIDTHS}: {other} is not among {}", ALL_WIDTHS.join(" "))),
+        None => {
+            write(&PathBuf::from(variable("OUT_DIR")?).join("flash_widths.rs"), &format!("&[{}]", widths.join(", ")))
+        }
+    }
 }
 
 fn write(path: &Path, text: &str) -> Result<(), String> {

@@ -10,6 +10,8 @@ mod emulator;
 mod faults;
 #[path = "emulator/lora.rs"]
 mod lora;
+#[path = "emulator/training.rs"]
+mod training;
 
 use adfreeze::ops::launch::emulated;
 use adfreeze::ops::registry::verify::{Subject, Values};

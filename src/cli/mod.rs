@@ -48,7 +48,7 @@ enum Command {
     Score(score::Args),
     /// Make the built-in data.
     Synth(synth::Args),
-    /// Compute every op on this machine and compare it with f64.
+    /// Compute every op and a tiny training on this machine and compare them with f64.
     Selftest(selftest::Args),
     /// Measure kernels and training steps on this machine.
     Bench(bench::Args),

@@ -18,6 +18,8 @@ pub enum Kept {
     Minimal,
     /// The input alone: the segment runs again in backward.
     Input,
+    /// Nothing, for no backward follows: below the frontier, and in passes without gradient.
+    Nothing,
 }
 
 /// What all segments of a pass share beside the stream of activations.
@@ -106,7 +108,7 @@ pub fn forward<S: Segment>(
 ) -> Result<(Tensor, Tape<S>)> {
     let mut records = Vec::new();
     for (i, s) in segments.iter().enumerate() {
-        let kept = if i < frontier { Kept::Input } else { s.policy().unwrap_or(kept) };
+        let kept = if i < frontier { Kept::Nothing } else { s.policy().unwrap_or(kept) };
         let (y, saved) = s.forward(&x, side, kept)?;
         if i >= frontier {
             records.push((x, (kept != Kept::Input).then_some(saved)));

@@ -6,9 +6,12 @@
 //! Grouped queries: query head h reads key head h / (heads / kv_heads).
 //!
 //! Three ways compute it: `reference` on the CPU; `flash`, kernels on tensor cores for bf16 and common widths of a head;
-//! [`blockwise`], products of strided matrices for whatever else runs on kernels.
+//! [`blockwise`], products of strided matrices for whatever else runs on kernels. Where no backward pass follows, the
+//! feature `flash-attn` adds a fourth: `candle_flash`.
 
 pub mod blockwise;
+#[cfg(feature = "flash-attn")]
+mod candle_flash;
 mod flash;
 mod reference;
 mod sequences;
@@ -109,6 +112,31 @@ pub fn forward(cfg: Config, sequences: &Sequences, q: &Tensor, k: &Tensor, v: &T
             Ok((narrow(&o)?, lse))
         }
         Path::Reference => dispatch!(q, "attention", T => reference::forward::<T>(cfg, sequences, q, k, v)),
+    }
+}
+
+/// [`forward`], with the log-sum-exp only if the pass is `recorded`, so that a backward one may follow.
+pub fn forward_kept(
+    cfg: Config,
+    sequences: &Sequences,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    recorded: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    #[cfg(feature = "flash-attn")]
+    if !recorded && let Some(o) = candle_flash::forward(cfg, sequences, q, k, v)? {
+        return Ok((o, None));
+    }
+    let (o, lse) = forward(cfg, sequences, q, k, v)?;
+    Ok((o, recorded.then_some(lse)))
+}
+
+/// The log-sum-exp of a recorded pass.
+pub fn kept(lse: Option<&Tensor>) -> Result<&Tensor> {
+    match lse {
+        Some(lse) => Ok(lse),
+        None => bail!("attention: a backward pass behind one that was not recorded"),
     }
 }
 

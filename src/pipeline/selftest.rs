@@ -1,13 +1,27 @@
-//! Whether this machine computes what it should: every case of the registry, forward and backward, in f32 and bf16, on the
-//! device, against f64 on the CPU.
+//! Whether this machine computes what it should, in f32 and bf16, on the device: every case of the registry, forward and
+//! backward, against f64 on the CPU, and a tiny training of three stages against its f64 curve.
 
-use crate::error::Result;
+pub mod curve;
+pub mod training;
+
+use crate::error::{Error, Result};
+use crate::model::init::Place;
 use crate::ops::registry::verify::{Subject, Values};
 use crate::ops::registry::{Case, all};
 use crate::report::{Reporter, Table};
 use candle_core::{DType, Device};
 use std::collections::BTreeMap;
 use std::io::Write;
+use training::{Reference, Training};
+
+/// The types that are tested.
+const TYPES: [(DType, &str); 2] = [(DType::F32, "f32"), (DType::BF16, "bf16")];
+
+/// What to do about a wrong value.
+const BROKEN: &str =
+    "the binary, the driver or the GPU is broken: try another driver, and compute-sanitizer on this command";
+/// What to do about other bits.
+const RACE: &str = "two kernels race: report it with the GPU's name and driver";
 
 /// What the cases of one op show in one type.
 #[derive(Default)]
@@ -23,7 +37,7 @@ struct Line {
 pub fn ops(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Result<bool> {
     let mut lines: BTreeMap<(&'static str, &str), Line> = BTreeMap::new();
     for case in all() {
-        for (dtype, name) in [(DType::F32, "f32"), (DType::BF16, "bf16")] {
+        for (dtype, name) in TYPES {
             let line = lines.entry((case.op, name)).or_default();
             line.cases += 1;
             if let Err(e) = one(&case, dtype, device, line) {
@@ -53,12 +67,53 @@ fn one(case: &Case, dtype: DType, device: &Device, line: &mut Line) -> Result<()
             line.worst = (share, v.off, v.bound);
         }
         if !v.holds() {
-            crate::bail!("the {} is off by {:.2e}, {:.2e} would do", v.what, v.off, v.bound;
-                "the binary, the driver or the GPU is broken: try another driver, and compute-sanitizer on this command")
+            let told = format!("the {} is off by {:.2e}, {:.2e} would do", v.what, v.off, v.bound);
+            return Err(Error::new(told).hint(BROKEN));
         }
     }
     if let Some(what) = found.differs(&Values::of(case, &x, &dy)?)? {
-        crate::bail!("the {what} has other bits in a second run"; "two kernels race: report it with the GPU's name and driver")
+        return Err(Error::new(format!("the {what} has other bits in a second run")).hint(RACE));
     }
     Ok(())
+}
+
+/// Trains three tiny stages on `device` and prints a table; true if every step is as near to the f64 curve as it should be, and
+/// each stage ends in the same bits when it goes on from a checkpoint. What is wrong is reported by stage and step.
+pub fn training(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Result<bool> {
+    let reference = Reference::embedded()?;
+    let heads = ["stage", "type", "steps", "first loss", "last loss", "worst deviation", "its bound", ""];
+    let mut table = Table::new("training", heads);
+    let mut good = true;
+    for (dtype, name) in TYPES {
+        let place = Place { device: device.clone(), dtype };
+        if let Err(e) = stages(&reference, place, name, &mut table) {
+            good = false;
+            reporter.error(&e.context(format!("training in {name}")));
+        }
+    }
+    write!(out, "{}", table.render())?;
+    Ok(good)
+}
+
+/// All stages in one type, a row each; the error is the first thing that is wrong.
+fn stages(reference: &Reference, place: Place, dtype: &str, table: &mut Table) -> Result<()> {
+    let training = Training::run(place)?;
+    let curves = training.curves()?;
+    let mut first_wrong = None;
+    for stage in training.stages() {
+        let (off, bound, wrong) = reference.judge(dtype, stage, &curves)?;
+        let loss = curves.get(stage).map_or(&[][..], |c| &c.loss);
+        let shown = |l: Option<&f64>| l.map_or("-".to_string(), |l| format!("{l:.4}"));
+        let cells = [stage.clone(), dtype.to_string(), loss.len().to_string(), shown(loss.first()), shown(loss.last())];
+        let verdict = if wrong.is_none() { "ok" } else { "wrong" };
+        table.row(cells.into_iter().chain([format!("{off:.1e}"), format!("{bound:.1e}"), verdict.to_string()]));
+        first_wrong = first_wrong.or(wrong.map(|w| format!("{stage}: {w}")));
+    }
+    if let Some(wrong) = first_wrong {
+        return Err(Error::new(wrong).hint(BROKEN));
+    }
+    match training.again()? {
+        Some(what) => Err(Error::new(format!("{what}: other bits after going on from a checkpoint")).hint(RACE)),
+        None => Ok(()),
+    }
 }

@@ -65,6 +65,11 @@ impl Reporter {
         Self::to(mode, color, Box::new(std::io::stderr()))
     }
 
+    /// Tells nobody.
+    pub fn silent() -> Self {
+        Self::to(Mode::Lines, false, Box::new(std::io::sink()))
+    }
+
     fn to(mode: Mode, color: bool, out: Box<dyn Write + Send>) -> Self {
         Self { mode, color, state: Mutex::new(State { out, stage: None }) }
     }

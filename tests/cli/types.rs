@@ -78,6 +78,12 @@ fn the_selftest_passes_here() {
             said.stdout
         );
     }
+    for stage in ["align", "sft", "dpo"] {
+        let rows = said.stdout.lines().filter(|l| l.starts_with(stage) && l.trim_end().ends_with("ok"));
+        assert_eq!(rows.count(), 2, "{stage} in f32 and bf16:\n{}", said.stdout);
+    }
     assert!(!said.stdout.contains("wrong"), "{}", said.stdout);
+    let half = f.ok(["selftest", "--device", "cpu", "--only", "training"]).stdout;
+    assert!(said.stdout.ends_with(&half) && half.starts_with("training\n"), "{half}");
     f.fails(&["selftest", "--device", "gpu"], &["--device gpu", "cuda:N"]);
 }

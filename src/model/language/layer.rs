@@ -35,7 +35,8 @@ pub struct Saved {
     stats: [Stats; 2],
     qkv: [Tensor; 3],
     o: Tensor,
-    lse: Tensor,
+    /// Of attention; none where nothing is kept.
+    lse: Option<Tensor>,
     /// After attention, `[N, D]`.
     mid: Tensor,
     gate: Tensor,
@@ -64,7 +65,7 @@ impl Cache {
 impl Layer {
     /// The layer on the newest tokens of one sequence; keys and values of the older ones come from `cache`.
     pub fn extend(&self, x: &Tensor, side: &Side, cache: &mut Cache) -> Result<Tensor> {
-        Ok(self.run(x, side, Some(cache), Kept::Input)?.0)
+        Ok(self.run(x, side, Some(cache), Kept::Nothing)?.0)
     }
 
     /// Which inputs of linear layers backward reads: that of q, k and v, that of gate and up, that of down.
@@ -89,7 +90,8 @@ impl Layer {
         if let Some(cache) = cache {
             (k, v) = cache.extend(k, v)?;
         }
-        let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
+        let recorded = kept != Kept::Nothing;
+        let (o, lse) = attention::forward_kept(self.attention, &side.sequences, &q, &k, &v, recorded)?;
         let (mid, so) = self.o_proj.forward(&o, side)?;
         let (h, stats2) = self.post_attention_layernorm.forward_residual_(&mid, x)?;
         let ([gate, up], sgu) = linear::forward_all([&self.gate_proj, &self.up_proj], &h, side)?;
@@ -118,17 +120,19 @@ impl Segment for Layer {
     }
 
     fn bytes(s: &Saved) -> usize {
-        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.lse, &s.mid, &s.gate, &s.up]);
+        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.mid, &s.gate, &s.up]);
         let linears = s.linears.iter().map(linear::Saved::bytes);
-        tensors.chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+        tensors.chain(&s.lse).chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
     }
 
     fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
         let ((q, d), (kv, _), (m, _)) = (self.q_proj.dims()?, self.k_proj.dims()?, self.gate_proj.dims()?);
         let dtype = self.q_proj.place().dtype;
         let (e, sums) = (dtype.size_in_bytes(), sum_bytes(dtype));
-        if kept == Kept::Input {
-            return Ok(e * d);
+        match kept {
+            Kept::Nothing => return Ok(0),
+            Kept::Input => return Ok(e * d),
+            Kept::Minimal | Kept::All => {}
         }
         // x, mid; q, o; k, v; gate, up; log-sum-exp and the norms' statistics.
         let mut all = e * (2 * d + 2 * q + 2 * kv + 2 * m) + sums * (self.attention.heads + 4);
@@ -168,7 +172,7 @@ impl Segment for Layer {
         let mut d_o = InputGrad::Empty;
         self.o_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
-        let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
+        let saved = attention::Saved { q, k, v, o: &s.o, lse: attention::kept(s.lse.as_ref())? };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
         if let Some((cos, sin)) = &side.rope {
             rope::rotate_back_(&dq, &dk, cos, sin)?;

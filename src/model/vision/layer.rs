@@ -35,7 +35,8 @@ pub struct Saved {
     stats: [Stats; 2],
     qkv: [Tensor; 3],
     o: Tensor,
-    lse: Tensor,
+    /// Of attention; none where nothing is kept.
+    lse: Option<Tensor>,
     mid: Tensor,
     /// Before the activation, `[N, intermediate]`.
     inner: Tensor,
@@ -62,7 +63,8 @@ impl Segment for Layer {
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
         let ([q, k, v], sqkv) = linear::forward_all(qkv, &h, side)?;
         let norm1 = keeps[0].then_some(h);
-        let (o, lse) = attention::forward(self.attention, &side.sequences, &q, &k, &v)?;
+        let recorded = kept != Kept::Nothing;
+        let (o, lse) = attention::forward_kept(self.attention, &side.sequences, &q, &k, &v, recorded)?;
         let (mid, so) = self.out_proj.forward(&o, side)?;
         let (h, stats2) = self.layer_norm2.forward_residual_(&mid, x)?;
         let (inner, s1) = self.fc1.forward(&h, side)?;
@@ -75,16 +77,18 @@ impl Segment for Layer {
     }
 
     fn bytes(s: &Saved) -> usize {
-        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.lse, &s.mid, &s.inner]);
+        let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.mid, &s.inner]);
         let linears = s.linears.iter().map(linear::Saved::bytes);
-        tensors.chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+        tensors.chain(&s.lse).chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
     }
 
     fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
         let ((m, d), dtype) = (self.fc1.dims()?, self.fc1.place().dtype);
         let (e, sums) = (dtype.size_in_bytes(), sum_bytes(dtype));
-        if kept == Kept::Input {
-            return Ok(e * d);
+        match kept {
+            Kept::Nothing => return Ok(0),
+            Kept::Input => return Ok(e * d),
+            Kept::Minimal | Kept::All => {}
         }
         // x, mid, q, k, v, o; before the activation; log-sum-exp and the norms' statistics.
         let mut all = e * (6 * d + m) + sums * (self.attention.heads + 4);
@@ -121,7 +125,7 @@ impl Segment for Layer {
         let mut d_o = InputGrad::Empty;
         self.out_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
-        let saved = attention::Saved { q, k, v, o: &s.o, lse: &s.lse };
+        let saved = attention::Saved { q, k, v, o: &s.o, lse: attention::kept(s.lse.as_ref())? };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
         let h = kept_or(norm1, needs[0], || self.layer_norm1.rebuild(x, &s.stats[0]))?;
         let mut norm_trains = self.layer_norm1.weight.trainable;

@@ -44,6 +44,12 @@ pub(super) fn cases() -> Vec<Case> {
     for head_dim in [8, 40, 64] {
         out.extend(masked_cases(head_dim));
     }
+    for (width, spans) in [(32, CACHED), (64, LONG), (96, ODD), (128, CACHED)] {
+        for (kv_heads, causal) in [(1, true), (2, false)] {
+            let cfg = Config { heads: 2, kv_heads, head_dim: width, causal };
+            out.push(without_gradient(case(cfg, &format!("{spans:?}"), packed(spans)), cfg, packed(spans)));
+        }
+    }
     out
 }
 
@@ -104,6 +110,13 @@ fn case(cfg: Config, name: &str, segments: Vec<Segment>) -> Case {
         }),
         oracle: Box::new(move |t| composed(cfg, &segments, &t[0], &t[1], &t[2])),
     }
+}
+
+/// The same where no backward pass follows: with the feature `flash-attn` other kernels compute it.
+fn without_gradient(case: Case, cfg: Config, segments: Vec<Segment>) -> Case {
+    let forward = move |t: &[Tensor]| Ok(attention::forward_kept(cfg, &segments, &t[0], &t[1], &t[2], false)?.0);
+    let none = |t: &[Tensor], _: &Tensor| Ok(vec![None; t.len()]);
+    Case { op: "attention_unrecorded", forward: Box::new(forward), backward: Box::new(none), ..case }
 }
 
 /// Attention with all scores materialised, one sequence and head after the other.
