@@ -271,6 +271,7 @@ fn kept_name(kept: Kept) -> &'static str {
         Kept::All => "none",
         Kept::Minimal => "minimal",
         Kept::Input => "recompute",
+        Kept::Nothing => "nothing",
     }
 }
 

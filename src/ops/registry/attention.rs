@@ -114,7 +114,8 @@ fn case(cfg: Config, name: &str, segments: Vec<Segment>) -> Case {
 
 /// The same where no backward pass follows: with the feature `flash-attn` other kernels compute it.
 fn without_gradient(case: Case, cfg: Config, segments: Vec<Segment>) -> Case {
-    let forward = move |t: &[Tensor]| Ok(attention::forward_kept(cfg, &segments, &t[0], &t[1], &t[2], false)?.0);
+    let sequences = Sequences::from(segments);
+    let forward = move |t: &[Tensor]| Ok(attention::forward_kept(cfg, &sequences, &t[0], &t[1], &t[2], false)?.0);
     let none = |t: &[Tensor], _: &Tensor| Ok(vec![None; t.len()]);
     Case { op: "attention_unrecorded", forward: Box::new(forward), backward: Box::new(none), ..case }
 }
