@@ -107,7 +107,7 @@ impl Group {
 }
 
 /// What updates add to their layers: forward, and backward with the gradients of A, B and x.
-fn updates(op: &'static str, name: &str, size: (usize, usize, usize), outs: Vec<usize>, e: usize) -> [Item; 2] {
+fn updates(op: &'static str, name: &str, size: (usize, usize, usize), outs: Vec<usize>, e: usize) -> [Item; 3] {
     let ((n, k, r), sum, count) = (size, outs.iter().sum::<usize>(), outs.len());
     // A and B, which are read; h or u, written and read again.
     let small = e * (r * (count * k + sum) + 2 * n * r * count);
@@ -192,7 +192,7 @@ fn whole_layer((n, k, m): (usize, usize, usize), r: usize, e: usize, bordered: b
 }
 
 /// Packed sequences of one length.
-fn attentions(name: &str, cfg: Config, (count, length): (usize, usize), e: usize) -> [Item; 2] {
+fn attentions(name: &str, cfg: Config, (count, length): (usize, usize), e: usize) -> [Item; 3] {
     let (n, d) = (count * length, cfg.heads * cfg.head_dim);
     let pairs = count * if cfg.causal { length * (length + 1) / 2 } else { length * length };
     let rows = (0..count).map(|i| i * length).map(|at| at..at + length);
@@ -201,7 +201,7 @@ fn attentions(name: &str, cfg: Config, (count, length): (usize, usize), e: usize
     // Two products of each pair of a query and a key; five with the scores made again. The log-sum-exp is f32.
     let forward = Work { flops: 4 * pairs * d, bytes: 4 * n * d * e + n * cfg.heads * 4 };
     let backward = Work { flops: 10 * pairs * d, bytes: 8 * n * d * e + n * cfg.heads * 4 };
-    let (s1, s2) = (sequences.clone(), sequences);
+    let (s1, s2, s3) = (sequences.clone(), sequences.clone(), sequences);
     let qkv = move |noise: &mut Noise| -> Result<[Tensor; 3]> {
         Ok([noise.normal("q", &[n, d], 1.0)?, noise.normal("k", &[n, d], 1.0)?, noise.normal("v", &[n, d], 1.0)?])
     };
@@ -210,6 +210,16 @@ fn attentions(name: &str, cfg: Config, (count, length): (usize, usize), e: usize
             let ([q, k, v], sequences) = (qkv(noise)?, s1.clone());
             Ok(Box::new(move || attention::forward(cfg, &sequences, &q, &k, &v).map(drop)))
         }),
+        Item::new(
+            "attention_unrecorded",
+            format!("attention, {name}, without gradient"),
+            &*shape,
+            forward,
+            move |noise| {
+                let ([q, k, v], sequences) = (qkv(noise)?, s3.clone());
+                Ok(Box::new(move || attention::forward_kept(cfg, &sequences, &q, &k, &v, false).map(drop)))
+            },
+        ),
         Item::new("attention", format!("attention, {name}, backward"), &*shape, backward, move |noise| {
             let ([q, k, v], sequences) = (qkv(noise)?, s2.clone());
             let d_o = noise.normal("d_o", &[n, d], 1.0)?;
