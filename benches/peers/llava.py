@@ -86,6 +86,8 @@ def main():
     args = p.parse_args()
     args.device = torch.device(args.device)
     args.dtype = args.dtype or ("f32" if args.device.type == "cpu" else "bf16")
+    if (args.dtype, args.adapters) == ("f32", "bf16"):
+        p.error("--adapters bf16 goes with --dtype bf16")
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     works = args.work.split(",")
@@ -105,7 +107,8 @@ class Step:
     def __init__(self, args, work):
         self.args, self.work, self.preset = args, work, PRESETS[args.preset]
         self.device = args.device
-        self.attention = "flash_attention_2" if is_flash_attn_2_available() and args.dtype == "bf16" else "sdpa"
+        flash = args.device.type == "cuda" and args.dtype == "bf16" and is_flash_attn_2_available()
+        self.attention = "flash_attention_2" if flash else "sdpa"
         micro, seq, labels = self.preset[work]
         self.micro, self.seq, self.labels = args.micro or micro, args.seq or seq, args.labels or labels
         self.rank = args.rank or self.preset["rank"]
