@@ -3,7 +3,8 @@
 #
 # - of candle-flash-attn (feature `flash-attn`): fp16, paged keys, and the widths of a head that are not among
 #   ADFREEZE_FLASH_HEAD_DIMS (default "32 64 96 128": all that adfreeze hands to it; "" leaves all out); in the rest
-#   dropout, ALiBi, soft caps, windows and padded widths. PTX is kept beside their machine code, for newer GPUs.
+#   dropout, ALiBi, soft caps, windows and padded widths. PTX is kept beside their machine code, for newer GPUs. After a
+#   change of the widths: cargo clean --release -p candle-flash-attn.
 # - with ADFREEZE_QUANTIZED=no: candle's products of quantized matrices, which take most of a build's time and which
 #   training never calls. For CI; a binary that is given away has them.
 #
