@@ -226,7 +226,7 @@ case "$mode" in
                 continue
             fi
             [[ "$tool" == memcheck ]] || check+=(--kernel-name-exclude "regex=cublas|cutlass|xmma|nvjet|gemm|gemv")
-            item "$tool" 240 "${check[@]}" --tool "$tool" "$binary" selftest --device "$device"
+            item "$tool" 240 "${check[@]}" --tool "$tool" "$binary" selftest --only ops --device "$device"
         done
         ;;
     speed)
