@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`cli`] | one file per command |
 //! | [`recipe`] | what the user writes: structs, loading, patterns, errors with a hint |
-//! | [`bench`] | how fast kernels and steps are on this machine, beside their floors |
+//! | [`mod@bench`] | how fast kernels and steps are on this machine, beside their floors |
 //! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume |
 //! | [`train`] | a stage: the step, the objectives, evaluation, generation |
 //! | [`report`] | console and JSON lines |

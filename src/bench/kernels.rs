@@ -158,21 +158,26 @@ struct Record<'a> {
     share_of_floor: f64,
 }
 
-/// Measures every item whose name holds `only`, and tells of each at once.
-pub fn run(bench: &mut Bench, shapes: Shapes, only: Option<&str>) -> Result<()> {
-    let all = items(shapes, &bench.place);
-    let chosen: Vec<&Item> = all.iter().filter(|i| only.is_none_or(|o| i.what.contains(o))).collect();
+/// The items whose name holds `only`; an error that names all of them if there is none.
+pub fn choose(shapes: Shapes, place: &Place, only: Option<&str>) -> Result<Vec<Item>> {
+    let (chosen, others): (Vec<Item>, Vec<Item>) =
+        items(shapes, place).into_iter().partition(|i| only.is_none_or(|o| i.what.contains(o)));
     if chosen.is_empty() {
-        let names: Vec<&str> = all.iter().map(|i| i.what.as_str()).collect();
+        let names: Vec<&str> = others.iter().map(|i| i.what.as_str()).collect();
         bail!("--only {}: no kernel's name holds that", only.unwrap_or_default(); "there are: {}", names.join("; "))
     }
+    Ok(chosen)
+}
+
+/// Measures the items, and tells of each at once.
+pub fn run(bench: &mut Bench, items: &[Item]) -> Result<()> {
     let gpu = !bench.place.device.is_cpu();
     let effort = Effort { seconds: if gpu { 0.2 } else { 0.05 }, least: 3, most: 100 };
     if !bench.out.json {
         writeln!(bench.out.to, "{}", line(["kernel", "shape", "median", "fastest", "floor", "of floor", "rate"]))?;
     }
     let mut noise = Noise::new(&bench.place);
-    for item in chosen {
+    for item in items {
         let at = || format!("{} {}", item.what, item.shape);
         let mut run = (item.make)(&mut noise).with_context(at)?;
         let times = bench.clock.measure(effort, &mut *run).with_context(at)?;

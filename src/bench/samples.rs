@@ -3,10 +3,8 @@
 use super::flops::Pass;
 use super::preset::Preset;
 use super::step::Work;
-use crate::bail;
 use crate::data::{IGNORE, ImageRef, Item, Pixels, Sample};
 use crate::error::Result;
-use crate::model::vlm::Vlm;
 use crate::ops::random::{Key, normal};
 use candle_core::DType;
 use std::sync::Arc;
@@ -23,14 +21,11 @@ pub(super) struct Batch {
 
 impl Batch {
     /// A picture in front, then text: captions are labelled whole; of a conversation the second half, the answer.
-    pub fn new(preset: &Preset, vlm: &Vlm, work: Work, micro: usize, sequence: Option<usize>) -> Result<Self> {
-        let visual = vlm.tokens_per_image();
+    pub fn new(preset: &Preset, work: Work, micro: usize, sequence: Option<usize>) -> Result<Self> {
+        let visual = preset.vision.num_patches();
         let usual = if work == Work::Align { visual + preset.caption } else { preset.sequence };
         let length = sequence.unwrap_or(usual);
-        if length < visual + 3 {
-            bail!("--seq {length} has no room for a picture of {visual} tokens and a text"; "take {} or more", visual + 3)
-        }
-        let text = length - 1 - visual;
+        let text = length.saturating_sub(1 + visual);
         let prompt = if work == Work::Align { 0 } else { text / 2 };
         let words = preset.language.vocab_size as u64;
         let sample = |i: usize, side: u64| {

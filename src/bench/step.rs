@@ -66,6 +66,21 @@ pub struct Options {
     pub peak: Option<f64>,
 }
 
+impl Options {
+    /// Can this be measured? To be asked before anything is.
+    pub fn check(&self) -> Result<()> {
+        let none = |n: Option<usize>| n == Some(0);
+        if self.steps == 0 || none(self.micro) || none(self.rank) || self.peak.is_some_and(|p| p.is_nan() || p <= 0.0) {
+            bail!("--steps, --micro, --rank or --peak is not above 0"; "leave it out for the default")
+        }
+        let (visual, room) = (self.preset.vision.num_patches(), self.preset.vision.num_patches() + 3);
+        if let Some(n) = self.sequence.filter(|n| *n < room) {
+            bail!("--seq {n} has no room for a picture of {visual} tokens and a text"; "take {room} or more")
+        }
+        Ok(())
+    }
+}
+
 /// What a step took and did.
 #[derive(Serialize)]
 struct Record<'a> {
@@ -111,11 +126,8 @@ struct Measured {
     parts_s: BTreeMap<&'static str, f64>,
 }
 
-/// Steps of each kind, each told as it is measured.
+/// Steps of each kind, each told as it is measured. The options have been checked.
 pub fn run(bench: &mut Bench, o: &Options) -> Result<()> {
-    if o.steps == 0 || o.micro == Some(0) || o.rank == Some(0) || o.peak.is_some_and(|p| p.is_nan() || p <= 0.0) {
-        bail!("--steps, --micro, --rank or --peak is not above 0"; "leave it out for the default")
-    }
     if !bench.out.json {
         writeln!(bench.out.to, "\nFLOPs of a step:\n  {}", FORMULA.replace("; ", "\n  "))?;
     }
@@ -156,7 +168,7 @@ fn one(
     rank: usize,
 ) -> Result<()> {
     let micro = o.micro.unwrap_or(o.preset.micro[work as usize]);
-    let batch = Batch::new(&o.preset, vlm, work, micro, o.sequence)?;
+    let batch = Batch::new(&o.preset, work, micro, o.sequence)?;
     let pass = batch.pass(work, rank);
     let items: Vec<(usize, &Item)> = batch.items.iter().enumerate().collect();
     let trained = weights.values().map(|w| w.value.elem_count() as u64).sum::<u64>();

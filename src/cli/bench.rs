@@ -104,22 +104,24 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 impl Common {
-    /// Measures the machine and hands on to `f`.
-    fn with(&self, f: impl FnOnce(&mut Bench, &Place) -> Result<()>) -> Result<()> {
-        let place = Place::new(self.compute.open()?, self.compute.dtype().unwrap_or(DType::Auto));
+    fn place(&self) -> Result<Place> {
+        Ok(Place::new(self.compute.open()?, self.compute.dtype().unwrap_or(DType::Auto)))
+    }
+
+    /// Measures the machine at `place` and hands on to `f`.
+    fn with(&self, place: Place, f: impl FnOnce(&mut Bench) -> Result<()>) -> Result<()> {
         let mut to = stdout::Stdout::lock();
-        let mut bench = Bench::new(place.clone(), Output { to: &mut to, json: self.json })?;
-        f(&mut bench, &place)
+        f(&mut Bench::new(place, Output { to: &mut to, json: self.json })?)
     }
 }
 
 impl Kernels {
     fn run(&self) -> Result<()> {
-        self.common.with(|bench, place| {
-            let small = self.small || place.device.is_cpu();
-            let shapes = if small { kernels::Shapes::SMALL } else { kernels::Shapes::LLAVA };
-            kernels::run(bench, shapes, self.only.as_deref())
-        })
+        let place = self.common.place()?;
+        let small = self.small || place.device.is_cpu();
+        let shapes = if small { kernels::Shapes::SMALL } else { kernels::Shapes::LLAVA };
+        let items = kernels::choose(shapes, &place, self.only.as_deref())?;
+        self.common.with(place, |bench| kernels::run(bench, &items))
     }
 }
 
@@ -149,6 +151,7 @@ impl Step {
             },
             peak: self.peak.map(|tera| tera * 1e12),
         };
-        self.common.with(|bench, _| step::run(bench, &options))
+        options.check()?;
+        self.common.with(self.common.place()?, |bench| step::run(bench, &options))
     }
 }
