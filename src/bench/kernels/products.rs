@@ -107,7 +107,7 @@ impl Group {
 }
 
 /// What updates add to their layers: forward, and backward with the gradients of A, B and x.
-fn updates(op: &'static str, name: &str, size: (usize, usize, usize), outs: Vec<usize>, e: usize) -> [Item; 3] {
+fn updates(op: &'static str, name: &str, size: (usize, usize, usize), outs: Vec<usize>, e: usize) -> [Item; 2] {
     let ((n, k, r), sum, count) = (size, outs.iter().sum::<usize>(), outs.len());
     // A and B, which are read; h or u, written and read again.
     let small = e * (r * (count * k + sum) + 2 * n * r * count);

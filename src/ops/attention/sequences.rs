@@ -16,11 +16,13 @@ const BACKWARD: usize = 64;
 pub struct Sequences {
     list: Vec<Segment>,
     tables: OnceLock<Tables>,
+    #[cfg(any(test, feature = "flash-attn"))]
+    ends: OnceLock<Option<[Tensor; 2]>>,
 }
 
 impl From<Vec<Segment>> for Sequences {
     fn from(list: Vec<Segment>) -> Self {
-        Self { list, tables: OnceLock::new() }
+        Self { list, ..Self::default() }
     }
 }
 
@@ -42,6 +44,38 @@ impl Sequences {
             }
         }
     }
+}
+
+#[cfg(any(test, feature = "flash-attn"))]
+impl Sequences {
+    /// u32 `[S + 1]` each: where the sequences' rows of Q and of K end, behind a 0; made at the first call. None if a sequence skips
+    /// keys, or if they leave a gap in the `rows` of the two.
+    pub(super) fn ends(&self, rows: [usize; 2], device: &Device) -> Result<Option<[Tensor; 2]>> {
+        if let Some(ends) = self.ends.get() {
+            return Ok(ends.clone());
+        }
+        let skips = self.list.iter().any(|s| s.skip.is_some());
+        let ends = match (ends(&self.list, |s| &s.q, rows[0]), ends(&self.list, |s| &s.k, rows[1])) {
+            (Some(q), Some(k)) if !skips => Some([upload(device, &q, q.len())?, upload(device, &k, k.len())?]),
+            _ => None,
+        };
+        Ok(self.ends.get_or_init(|| ends).clone())
+    }
+}
+
+/// Where each segment's rows end, behind a 0, if together they are all `rows` from the first on.
+#[cfg(any(test, feature = "flash-attn"))]
+fn ends(list: &[Segment], of: impl Fn(&Segment) -> &Range<usize>, rows: usize) -> Option<Vec<u32>> {
+    let mut ends = vec![0];
+    let mut at = 0;
+    for range in list.iter().map(of) {
+        if range.start != at {
+            return None;
+        }
+        at = range.end;
+        ends.push(u32::try_from(at).ok()?);
+    }
+    (at == rows && rows > 0).then_some(ends)
 }
 
 /// What `kernels/attention.cuh` reads of the sequences.
@@ -92,5 +126,25 @@ impl Tiles {
         }
         let count = tiles.len() / 2;
         Ok(Self { table: upload(device, &tiles, (count, 2))?, count })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sequences_without_gaps_have_ends() {
+        let ends = |list: &[Range<usize>], rows| {
+            let list: Vec<Segment> = list.iter().map(|r| Segment::new(r.clone(), r.clone())).collect();
+            let ends = Sequences::from(list).ends([rows, rows], &Device::Cpu).unwrap();
+            ends.map(|e| e.map(|t| t.to_vec1::<u32>().unwrap()))
+        };
+        assert_eq!(ends(&[0..3, 3..4], 4), Some([vec![0, 3, 4], vec![0, 3, 4]]));
+        assert_eq!(ends(&[0..3, 3..4], 5), None);
+        assert_eq!(ends(&[0..3, 4..5], 5), None);
+        assert_eq!(ends(&[], 0), None);
+        let skips = Sequences::from(vec![Segment::two_answers(0, 2, 1, 1)]);
+        assert!(skips.ends([4, 4], &Device::Cpu).unwrap().is_none());
     }
 }
