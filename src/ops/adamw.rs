@@ -1,5 +1,5 @@
 //! AdamW's update (Loshchilov & Hutter 2019) of many parameters at once, behind the norm of all their gradients: the CPU
-//! reference ([`reference`](self::reference)) and the kernels of `kernels/adamw.cu`, which give the same bits on f32 moments.
+//! reference (`reference`) and the kernels of `kernels/adamw.cu`, which give the same bits on f32 moments.
 //!
 //! ```text
 //! g ← clip·g        m ← m + (1 − β₁)(g − m)        v ← β₂·v + (1 − β₂)·g²
