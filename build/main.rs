@@ -1,5 +1,6 @@
 //! With the feature `cuda`: every kernel of `kernels/` compiled by nvcc into one file of machine code, and a table of them
-//! that `ops::cuda` includes. With `flash-attn`: the list of widths that candle-flash-attn was compiled for. Else: nothing.
+//! that `ops::cuda` includes. With `flash-attn`: the list of widths that candle-flash-attn was compiled for. In any case: what `--version`
+//! says.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ const WIDTHS: &str = "ADFREEZE_FLASH_HEAD_DIMS";
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        say_version("");
         return ExitCode::SUCCESS;
     }
     println!("cargo::rerun-if-changed=kernels");
@@ -43,6 +45,7 @@ fn cuda() -> Result<(), String> {
     let small = knows_compression(&nvcc);
     let (major, minor) = release(&nvcc)?;
     write(&out.join("version.rs"), &format!("({major}, {minor})"))?;
+    say_version(&format!(" (CUDA {major}.{minor})"));
     link_runtime(&nvcc);
     let files = kernels(&root.join("kernels"))?;
     // Two at a time: more would take the cores from the rest of the build.
@@ -87,6 +90,11 @@ fn flash_widths() -> Result<(), String> {
 
 fn write(path: &Path, text: &str) -> Result<(), String> {
     std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// What `--version` says: the package's, and what else there is to know.
+fn say_version(more: &str) {
+    println!("cargo::rustc-env=ADFREEZE_VERSION={}{more}", env!("CARGO_PKG_VERSION"));
 }
 
 fn variable(name: &str) -> Result<String, String> {

@@ -3,7 +3,7 @@
 //   g ← clip·g    m ← m + (1 − β₁)(g − m)    v ← β₂·v + ((1 − β₂)·g)·g    p ← p·keep − size·m / (√v / correction + ε)
 //   with keep = 1 − lr·λ, size = lr / (1 − β₁ᵗ), correction = √(1 − β₂ᵗ): by the host, in f64, rounded to f32.
 //
-// With f32 moments every operation is rounded by itself (no fused multiply-add), in the order of src/optim/inplace.rs:
+// With f32 moments every operation is rounded by itself (no fused multiply-add), in the order of src/ops/adamw/reference.rs:
 // the f32 form has that file's bits, and a GPU those of the emulator. With 8-bit moments they may be fused and approximate.
 //
 // Tables on the device (all offsets in bytes; a row of `Rate` for each row of `Param`, in the same order):

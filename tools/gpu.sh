@@ -3,13 +3,13 @@
 # `--features cuda`), the NVIDIA driver, cuBLAS and cuRAND (tools/gpu_libraries.sh), python3 with its standard library; no
 # cargo, no network. `peers` needs PyTorch, transformers and PEFT too.
 #
-#     tools/gpu.sh correct     every op against f64, the quickstart, a stopped run that goes on, compute-sanitizer
+#     tools/gpu.sh correct     every op against f64, a stopped run that goes on, compute-sanitizer, the quickstart
 #     tools/gpu.sh speed       every kernel beside its floor; steps at LLaVA-1.5-7B's shape with random weights
 #     tools/gpu.sh peers       the same steps beside PyTorch + PEFT, alternately
 #
 #     --adfreeze FILE     the binary; else target/release/adfreeze
 #     --python FILE       the Python of `peers`; else python3
-#     --commit ID         what the binary was built from, where git does not tell; else the file COMMIT
+#     --commit ID         of this checkout, where git does not tell; else the file COMMIT
 #     --device cuda:N     else cuda:0
 #     --only A,B          these items alone; what they find is appended to the file of an earlier call
 #     --rehearse          the same on the CPU with tiny shapes, so that this script can be tried where there is no GPU. What needs
@@ -83,7 +83,9 @@ libraries="not needed"
 SANITIZER=""
 if [[ -z "$rehearse" ]]; then
     libraries="all found"
-    "$root/tools/gpu_libraries.sh" find > "$scratch/found" 2> "$scratch/told" || libraries="$(grep -F 'not found' "$scratch/told" | paste -sd ';')"
+    cuda="$("$binary" --version | sed -n 's/.*(CUDA \([0-9]*\).*/\1/p')"
+    [[ -n "$cuda" ]] || { echo "$binary was built without the feature cuda" >&2; exit 2; }
+    "$root/tools/gpu_libraries.sh" find "$cuda" > "$scratch/found" 2> "$scratch/told" || libraries="$(grep -F 'not found' "$scratch/told" | paste -sd ';')"
     source "$scratch/found"
 fi
 write <<PAGE
@@ -93,7 +95,7 @@ write <<PAGE
 |---|---|
 | begun | $(date -u '+%Y-%m-%d %H:%M') UTC |
 | driver, memory | $driver |
-| commit | $commit |
+| commit of the checkout | $commit |
 | binary | $("$binary" --version), SHA-256 $(sha256sum < "$binary" | cut -c1-16)… |
 | libraries | $libraries |
 ${only:+| items | $only alone |
@@ -212,11 +214,10 @@ preset=llava-1.5-7b
 [[ -z "$rehearse" ]] || preset=tiny
 case "$mode" in
     correct)
-        item selftest 120 "$binary" selftest --device "$device"
+        item selftest 60 "$binary" selftest --device "$device"
         [[ -z "$rehearse" ]] || leave poison "kernels alone poison what they will write" "$rehearse"
-        [[ -n "$rehearse" ]] || item poison 120 env ADFREEZE_POISON=1 "$binary" selftest --device "$device"
-        item resume 120 resumed
-        item quickstart 300 quickstart
+        [[ -n "$rehearse" ]] || item poison 60 env ADFREEZE_POISON=1 "$binary" selftest --device "$device"
+        item resume 60 resumed
         # cuBLAS's own kernels are left out of the search for races; memory is watched in all.
         check=("$SANITIZER" --error-exitcode 9)
         why="${rehearse:+looked for, as there is no GPU}"
@@ -226,16 +227,19 @@ case "$mode" in
                 continue
             fi
             [[ "$tool" == memcheck ]] || check+=(--kernel-name-exclude "regex=cublas|cutlass|xmma|nvjet|gemm|gemv")
-            item "$tool" 240 "${check[@]}" --tool "$tool" "$binary" selftest --only ops --device "$device"
+            item "$tool" 130 "${check[@]}" --tool "$tool" "$binary" selftest --only ops --device "$device"
         done
+        item quickstart 300 quickstart
         ;;
     speed)
         records=1
         item kernels 240 "$binary" bench kernels --device "$device" --json
         for work in align sft dpo; do
             steps "$work"
-            item "$work" 120 "${bench[@]}"
+            item "$work" 80 "${bench[@]}"
         done
+        records=""
+        item goals 10 python3 "$root/tools/gpu_figures.py" goals "$figures"
         ;;
     peers)
         records=1

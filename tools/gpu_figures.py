@@ -3,6 +3,7 @@
 
     gpu_figures.py quickstart RUN      are a quickstart's figures those of the README?
     gpu_figures.py table [FILE]        records of `adfreeze bench … --json` as a Markdown table
+    gpu_figures.py goals FILE          what is aimed at on one H100 or H200, and what was reached; never an error
     gpu_figures.py sizes FILE WORK     arguments that make benches/peers/llava.py do the same work as our last record of it
     gpu_figures.py peers FILE [any]    both engines side by side; exit code 1 if a work is missing, is not the same for both, or
                                        is slower than the peer's. `any`: at any speed, as in a rehearsal
@@ -112,6 +113,30 @@ def sizes(path, work):
     return True
 
 
+# What is aimed at: the data sheet's bf16 rate and the share of it that SFT should reach, align's samples a second, the share of
+# a copy's bandwidth for what only moves bytes, and attention's rates (heads of 128, causal, 2,048 tokens).
+SHEET, SFT_SHARE, ALIGN, COPY_SHARE = 990e12, 0.55, 25.0, 0.85
+ATTENTION = {"forward": 235e12, "backward": 190e12}
+
+
+def goals(path):
+    rows = []
+    for r in read(path):
+        what = r.get("what", "")
+        if r.get("work") == "sft":
+            rows.append(("SFT, share of 990 TFLOP/s", SFT_SHARE, r["flops_per_s"] / SHEET))
+        elif r.get("work") == "align":
+            rows.append(("align, samples/s", ALIGN, r["samples_per_s"]))
+        elif what.startswith("attention, causal, ") and what.split(", ")[-1] in ATTENTION:
+            rows.append((f"{what}, TFLOP/s", ATTENTION[what.split(", ")[-1]] / 1e12, r["flops"] / r["median_s"] / 1e12))
+        elif "share_of_floor" in r and not r.get("flops"):
+            rows.append((f"{what} {r['shape']}, share of copy bandwidth", COPY_SHARE, r["share_of_floor"]))
+    print("| goal | aim | here | |\n|---|---|---|---|")
+    for name, aim, found in rows:
+        print(f"| {name} | {aim:.3g} | {found:.3g} | {'reached' if found >= aim else 'not reached'} |")
+    return True
+
+
 def peers(path, speed=""):
     """Times of a step of the same samples, by its median. Of our two runs the slower counts."""
     gate = 0.0 if speed == "any" else GATE
@@ -142,7 +167,7 @@ def peers(path, speed=""):
 
 
 def main():
-    commands = {"quickstart": quickstart, "table": table, "sizes": sizes, "peers": peers}
+    commands = {"quickstart": quickstart, "table": table, "sizes": sizes, "peers": peers, "goals": goals}
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if command is None:
         sys.exit(__doc__)

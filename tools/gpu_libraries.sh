@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What a machine with a GPU needs beside its driver: cuBLAS and cuRAND of CUDA 13, and compute-sanitizer.
+# What a machine with a GPU needs beside its driver: cuBLAS and cuRAND of CUDA, and compute-sanitizer.
 #
-#     tools/gpu_libraries.sh find          looks for them on this machine: the loader, CUDA toolkits, Python packages, and the
-#                                          folder of an earlier fetch if ADFREEZE_CUDA_LIBS names it. No network is used.
-#     tools/gpu_libraries.sh fetch DIR     puts them into DIR, from pinned Python wheels
+#     tools/gpu_libraries.sh find [12]     looks for them on this machine: the loader, CUDA toolkits, Python packages, and the
+#                                          folder of an earlier fetch if ADFREEZE_CUDA_LIBS names it. No network is used. For a
+#                                          binary that was built with another major version of CUDA (`adfreeze --version`): that
+#     tools/gpu_libraries.sh fetch DIR     puts those of CUDA 13 into DIR, from pinned Python wheels
 #     tools/gpu_libraries.sh peers DIR     a Python environment in DIR for benches/peers (several GB); its Python: DIR/bin/python
 #
 # find and fetch print lines to be read by a shell:
@@ -22,7 +23,7 @@ wheels=(
     nvidia-cuda-sanitizer-api==13.0.85
 )
 # cublas opens cublasLt, which must lie beside it.
-libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10)
+libraries=(libcuda.so.1 libcublas.so.MAJOR libcublasLt.so.MAJOR libcurand.so.10)
 
 # Folders that may hold libraries of CUDA, one a line, the likeliest first.
 folders() {
@@ -31,7 +32,7 @@ folders() {
     tr : '\n' <<< "${LD_LIBRARY_PATH:-}"
     { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true; } |
         sed -n 's/.*(libc6,x86-64.*) => \(.*\)\/lib\(cuda\|cublas\|cublasLt\|curand\)\.so.*/\1/p'
-    for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda /usr/local/cuda-13*; do
+    for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda /usr/local/cuda-1[23]*; do
         [[ -z "$home" ]] || printf '%s\n' "$home"/{lib64,lib,targets/x86_64-linux/lib}
     done
     # Wheels keep them in nvidia/*/lib; an old torch keeps its own beside itself.
@@ -60,10 +61,11 @@ sanitizer() {
     return 1
 }
 
+# find_all MAJOR
 find_all() {
     local all library folder missing=0 chosen=() found tool
     all="$(folders | awk 'NF && !seen[$0]++')"
-    for library in "${libraries[@]}"; do
+    for library in "${libraries[@]/MAJOR/$1}"; do
         found=""
         while read -r folder; do
             if [[ -e "$folder/$library" ]]; then
@@ -102,7 +104,7 @@ fetch() {
         chmod +x "$dir"/bin/compute-sanitizer
         echo "${wheels[*]}" > "$stamp"
     fi
-    ADFREEZE_CUDA_LIBS="$(cd "$dir" && pwd)/lib" find_all
+    ADFREEZE_CUDA_LIBS="$(cd "$dir" && pwd)/lib" find_all 13
 }
 
 peers() {
@@ -117,9 +119,9 @@ peers() {
 print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; GPU: {torch.cuda.is_available()}")'
 }
 
-usage="usage: tools/gpu_libraries.sh find | fetch DIR | peers DIR"
+usage="usage: tools/gpu_libraries.sh find [MAJOR] | fetch DIR | peers DIR"
 case "${1:-}" in
-    find) find_all ;;
+    find) find_all "${2:-13}" ;;
     fetch) fetch "${2:?$usage}" ;;
     peers) peers "${2:?$usage}" ;;
     *) echo "$usage" >&2; exit 2 ;;

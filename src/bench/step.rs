@@ -176,7 +176,8 @@ fn one(
     let shapes = weights.iter().map(|(n, w)| (n.clone(), w.value.dims().to_vec())).collect();
     let mut optimizer = constant_optimizer(&shapes, 1e-5, schema::AdamW::default())?;
     let free = || memory::free_memory(&bench.place.device);
-    let (kept, _) = memory::choose(o.activations, vlm, &[load], 4 * trained + optimizer.bytes_to_come(), free)?;
+    let (kept, _) =
+        memory::choose(o.activations, vlm, &[load], 4 * trained + optimizer.bytes_to_come(&bench.place.device), free)?;
     let settings = schema::Dpo { beta: 0.1, loss: DpoLoss::Sigmoid, reference: Reference::Start, label_smoothing: 0.0 };
     let reference = match work {
         Work::Dpo => pair_logps(vlm, &items, &batch.pixels, false)?,

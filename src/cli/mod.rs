@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Trains vision-language models on frozen backbones: projector, LoRA SFT and DPO from one recipe.
 #[derive(Debug, Parser)]
-#[command(name = "adfreeze", version, about, arg_required_else_help = true)]
+#[command(name = "adfreeze", version = env!("ADFREEZE_VERSION"), about, arg_required_else_help = true)]
 pub struct Args {
     /// How progress is written to stderr.
     #[arg(long, value_enum, default_value = "auto", global = true)]

@@ -68,6 +68,15 @@ impl Moments {
         Ok(Self::Eight { mean: zeros()?, square: zeros()? })
     }
 
+    /// Are they there?
+    pub fn is_on(&self, device: &Device) -> bool {
+        let first = match self {
+            Self::Full { mean, .. } => mean,
+            Self::Eight { mean, .. } => &mean.codes,
+        };
+        first.device().same_device(device)
+    }
+
     /// Moves to where the parameter is.
     pub fn to_device(&mut self, device: &Device) -> Result<()> {
         let tensors = match self {

@@ -1,5 +1,5 @@
-//! NVIDIA GPUs: opening one, launching our kernels on it, and matrix products by cuBLAS. Everything runs on candle's one
-//! stream of the device, in the order in which it is asked for.
+//! NVIDIA GPUs: opening one, launching our kernels on it, and matrix products by cuBLAS. Everything runs on candle's
+//! stream of the thread that trains, in the order in which it is asked for.
 
 mod gemm;
 pub(crate) mod libraries;
@@ -54,8 +54,9 @@ pub fn open(ordinal: usize) -> Result<Device> {
     libraries::require(Library::Random)?;
     let device = Device::new_cuda(ordinal).with_context(|| format!("GPU {ordinal} ({})", names[ordinal]))?;
     let cuda = device.as_cuda_device()?;
-    // SAFETY: all work of this process goes to the one stream that candle holds, so its order alone keeps memory alive and
-    // writes apart; events would only cost time.
+    // SAFETY: candle has one stream for each of the host's threads, and all work goes to that of the thread that trains, so its
+    // order alone keeps memory alive and writes apart; events would only cost time. Where other threads read (checksums of
+    // frozen weights), the device is waited for before, and each read is waited for.
     unsafe { cuda.disable_event_tracking() };
     keep_freed_memory(ordinal)?;
     Ok(device)

@@ -108,13 +108,14 @@ impl AdamW {
         self.groups.list().iter().map(|g| g.lr * self.schedule.factor(step)).collect()
     }
 
-    /// Bytes of the moments that steps will still allocate.
-    pub fn bytes_to_come(&self) -> u64 {
+    /// Bytes of the moments that steps will still allocate on `device`, where the parameters are.
+    pub fn bytes_to_come(&self, device: &Device) -> u64 {
         let bytes = |m: &Member| {
             let n = elements(m);
             if self.eight(m) { 2 * (n + 4 * n.div_ceil(BLOCK)) } else { 8 * n }
         };
-        let fresh = self.groups.members().iter().filter(|(name, _)| !self.state.contains_key(*name));
+        let there = |name: &String| self.state.get(name).is_some_and(|s| s.moments.is_on(device));
+        let fresh = self.groups.members().iter().filter(|(name, _)| !there(name));
         fresh.map(|(_, m)| bytes(m) as u64).sum()
     }
 
@@ -123,9 +124,31 @@ impl AdamW {
     /// stochastically. Nothing is changed when a gradient is misshaped, NaN or infinite: the error names it.
     pub fn step(&mut self, params: &BTreeMap<String, Weight>, grads: &BTreeMap<String, Tensor>) -> Result<StepReport> {
         for (name, grad) in grads {
-            let (member, weight) = (self.groups.member(name)?, find(name, params)?);
-            check(name, member, &weight.value, grad)?;
-            let (eight, device) = (self.eight(member), weight.value.device());
+            check(name, self.groups.member(name)?, &find(name, params)?.value, grad)?;
+        }
+        let lrs = self.lrs(self.step);
+        let norms = self.update(params, grads, &lrs);
+        // What was never updated has no state.
+        self.state.retain(|_, s| s.updates > 0);
+        let norms = norms?;
+        let report =
+            |((g, lr), norm): ((&Group, &f64), &f64)| GroupReport { name: g.name.clone(), lr: *lr, grad_norm: *norm };
+        let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();
+        let squares = self.groups.members().keys().cloned().zip(norms.squares).collect();
+        let report = StepReport { step: self.step, grad_norm: norms.total, clip: norms.clip, groups, squares };
+        self.step += 1;
+        Ok(report)
+    }
+
+    /// The update itself, at one learning rate a group; gradients have been checked.
+    fn update(
+        &mut self,
+        params: &BTreeMap<String, Weight>,
+        grads: &BTreeMap<String, Tensor>,
+        lrs: &[f64],
+    ) -> Result<Norms> {
+        for (name, grad) in grads {
+            let (eight, device) = (self.eight(self.groups.member(name)?), find(name, params)?.value.device());
             match self.state.get_mut(name) {
                 Some(s) => s.moments.to_device(device)?,
                 None => {
@@ -134,23 +157,15 @@ impl AdamW {
                 }
             }
         }
-        let lrs = self.lrs(self.step);
         let mut rows = Vec::with_capacity(params.len());
         for (name, member) in self.groups.members() {
-            let update = match (grads.get(name), self.state.get(name)) {
-                (Some(grad), Some(s)) => Some(Gradient {
-                    grad,
-                    moments: &s.moments,
-                    rate: self.rate(member, lrs[member.group], s.updates + 1),
-                }),
-                _ => None,
-            };
-            rows.push(Parameter {
-                weight: find(name, params)?,
-                update,
-                eight: self.eight(member),
-                group: member.group,
+            let update = grads.get(name).zip(self.state.get(name)).map(|(grad, s)| Gradient {
+                grad,
+                moments: &s.moments,
+                rate: self.rate(member, lrs[member.group], s.updates + 1),
             });
+            let (weight, eight) = (find(name, params)?, self.eight(member));
+            rows.push(Parameter { weight, update, eight, group: member.group });
         }
         let hyper = Step {
             betas: self.hyper.betas,
@@ -162,17 +177,10 @@ impl AdamW {
         };
         let norms = step(&rows, &hyper, &mut self.plan)?;
         if norms.skipped {
-            self.state.retain(|_, s| s.updates > 0);
             return Err(self.not_finite(&norms));
         }
         self.state.iter_mut().filter(|(name, _)| grads.contains_key(*name)).for_each(|(_, s)| s.updates += 1);
-        let report =
-            |((g, lr), norm): ((&Group, &f64), &f64)| GroupReport { name: g.name.clone(), lr: *lr, grad_norm: *norm };
-        let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();
-        let squares = self.groups.members().keys().cloned().zip(norms.squares).collect();
-        let report = StepReport { step: self.step, grad_norm: norms.total, clip: norms.clip, groups, squares };
-        self.step += 1;
-        Ok(report)
+        Ok(norms)
     }
 
     /// Are this parameter's moments stored in 8 bits?

@@ -101,6 +101,8 @@ pub fn frozen_checksums(state: &mut State) -> Result<BTreeMap<String, String>> {
     let trainable = state.vlm.trainable();
     let frozen: Vec<(String, Tensor)> =
         state.vlm.params().into_iter().filter(|(n, _)| !trainable.contains_key(n)).collect();
+    // candle has a stream for each of the host's threads: what this one has asked for must be done before others read.
+    state.vlm.language.device().synchronize()?;
     frozen.into_par_iter().map(|(n, t)| Ok((n, checksum(&t)?))).collect()
 }
 

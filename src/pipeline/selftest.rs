@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 use crate::model::init::Place;
 use crate::ops::registry::verify::{Subject, Values};
 use crate::ops::registry::{Case, all};
+use crate::optim::verify::{FORMS, Form, ROOM, train};
+use crate::recipe::schema::MomentType;
 use crate::report::{Reporter, Table};
 use candle_core::{DType, Device};
 use std::collections::BTreeMap;
@@ -32,8 +34,8 @@ struct Line {
     wrong: usize,
 }
 
-/// Runs every case twice on `device` and prints a table; true if all values are within their bounds and both runs gave the same
-/// bits. What is wrong is reported case by case.
+/// Runs every case, and the optimizer in every form, twice on `device` and prints a table; true if all values are within their
+/// bounds and both runs gave the same bits. What is wrong is reported case by case.
 pub fn ops(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Result<bool> {
     let mut lines: BTreeMap<(&'static str, &str), Line> = BTreeMap::new();
     for case in all() {
@@ -44,6 +46,14 @@ pub fn ops(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Result<
                 line.wrong += 1;
                 reporter.error(&e.context(format!("{} {} {name}", case.op, case.label)));
             }
+        }
+    }
+    for form in FORMS {
+        let line = lines.entry(("adamw", if form.half { "bf16" } else { "f32" })).or_default();
+        line.cases += 1;
+        if let Err(e) = optimizer(form, device, line) {
+            line.wrong += 1;
+            reporter.error(&e.context(format!("adamw {form:?}")));
         }
     }
     let mut table = Table::new("ops", ["op", "type", "cases", "worst error", "its bound", ""]);
@@ -75,6 +85,32 @@ fn one(case: &Case, dtype: DType, device: &Device, line: &mut Line) -> Result<()
         return Err(Error::new(format!("the {what} has other bits in a second run")).hint(RACE));
     }
     Ok(())
+}
+
+/// Elements of the optimizer's largest parameter: more than one block of threads takes, and no whole number of anything.
+const ELEMENTS: usize = 70_004;
+
+/// A few steps of the optimizer, beside the CPU's: the same bits on f32 moments; the error is the share of elements that are
+/// others.
+fn optimizer(form: Form, device: &Device, line: &mut Line) -> Result<()> {
+    let want = train(form, ELEMENTS, &Device::Cpu)?;
+    let found = train(form, ELEMENTS, device)?;
+    let exact = form.moments == MomentType::F32;
+    let (off, bound) = (found.share_off(&want)?, if exact { 0.0 } else { ROOM });
+    if off >= line.worst.1 {
+        line.worst = (off, off, bound);
+    }
+    let wrong = if exact { found.differs(&want)? } else { found.norms_differ(&want) };
+    if let Some(what) = wrong {
+        return Err(Error::new(format!("the {what} has other bits than on the CPU")).hint(BROKEN));
+    }
+    if off > bound {
+        return Err(Error::new(format!("{:.1} % of the elements are others than on the CPU", 100.0 * off)).hint(BROKEN));
+    }
+    match train(form, ELEMENTS, device)?.differs(&found)? {
+        Some(what) => Err(Error::new(format!("the {what} has other bits in a second run")).hint(RACE)),
+        None => Ok(()),
+    }
 }
 
 /// Trains three tiny stages on `device` and prints a table; true if every step is as near to the f64 curve as it should be, and

@@ -79,6 +79,8 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
     let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
+    // The checkpoint may be from before `stochastic_rounding` was changed.
+    masters(stage, state)?;
     let Some(loss) = steps(run, state, name, &data, &mut optimizer, &reference, (from, total, epoch), &dir)? else {
         return Ok(None);
     };
@@ -147,9 +149,10 @@ fn steps(
     let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
     let gradients = params.values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
     let loads = memory::loads(data, &plan, first..total, micro);
-    let free = || memory::free_memory(state.vlm.language.device());
+    let device = state.vlm.language.device();
+    let free = || memory::free_memory(device);
     let (kept, told) =
-        memory::choose(stage.activations, &state.vlm, &loads, gradients + optimizer.bytes_to_come(), free)?;
+        memory::choose(stage.activations, &state.vlm, &loads, gradients + optimizer.bytes_to_come(device), free)?;
     told.iter().for_each(|line| run.reporter.info(line));
     let batches = (first..total).map(move |s| (s, plan.step(s)));
     let images = run.images.cloned().map(Arc::new);
@@ -175,7 +178,7 @@ fn steps(
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
-        let peak = memory::peak(state.vlm.language.device())?;
+        let peak = memory::peak(device)?;
         let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), peak);
         metrics.append(&line)?;
         run.reporter.step(&line);

@@ -55,6 +55,15 @@ fn a_backbone_trains_without_masters_and_resumes_to_the_same_bits() {
     }
     let last = |f: &Folder| fs::metadata(f.path("run/02-sft/final/trained.safetensors")).unwrap().len();
     assert!(last(&whole) * 10 < last(&masters) * 6, "{} {}", last(&whole), last(&masters));
+    // With masters from a checkpoint that has none.
+    let other = Folder::with(THREE_STAGES);
+    let mut child =
+        other.start(&[full.as_slice(), &["--set", "stage.sft.optimizer={adamw={stochastic_rounding=true}}"]].concat());
+    other.wait_for_step(&mut child, "sft", 5);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    other.train(&[full.as_slice(), &["--allow-changes"]].concat());
+    assert_eq!(last(&other), last(&masters));
     // The same training but for the rounding.
     let losses = |f: &Folder| -> Vec<f64> {
         let lines = fs::read_to_string(f.path("run/metrics.jsonl")).unwrap();

@@ -1,12 +1,12 @@
 //! The optimizer's kernels (`kernels/adamw.cu`): every form has the bits of the CPU's reference through `optim::AdamW`, stochastic
 //! rounding is exact over all random words, and neither chunks, threads nor their order change a bit.
 
-use super::emulator::{ORDERS, OnCpu, Order};
+use super::emulator::{ORDERS, OnCpu, Order, kernels_of, launched};
 use adfreeze::ops::Weight;
 use adfreeze::ops::launch::{Emulator, Grid, HostArg, emulated};
 use adfreeze::ops::random::{Key, normal};
-use adfreeze::optim::{AdamW, Groups, Schedule, StepReport};
-use adfreeze::recipe::schema::{self, MomentType, ParamGroup, Scheduler, Warmup};
+use adfreeze::optim::verify::{self, FORMS, train};
+use adfreeze::recipe::schema::MomentType;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use std::collections::BTreeMap;
@@ -168,120 +168,47 @@ fn run(cut: Cut, kernel: &str) -> (Vec<Parameter>, Vec<Clip>) {
 
 const PLAIN: Cut = Cut { chunk: 4096, threads: 64, order: Order::Forward };
 
-/// A form of the parameters: bf16 alone or an f32 value with a bf16 copy; moments in f32 or in 8 bits.
-type Form = (bool, MomentType);
+const ELEMENTS: usize = LENGTHS[1];
 
-const FORMS: [Form; 4] =
-    [(false, MomentType::F32), (true, MomentType::F32), (false, MomentType::Eight), (true, MomentType::Eight)];
-
-const NAMES: [&str; 3] = ["a", "b1", "b2"];
-
-fn optimizer(moments: MomentType) -> AdamW {
-    let shapes: BTreeMap<String, Vec<usize>> = (0..3).map(|i| (NAMES[i].to_string(), shape(i))).collect();
-    let group = |g: usize, pattern: &str| ParamGroup {
-        name: None,
-        r#match: vec![pattern.into()],
-        lr: Some(LRS[g]),
-        weight_decay: Some(DECAYS[g]),
-    };
-    let groups = Groups::resolve(&[group(0, "a"), group(1, "b*")], 1.0, 0.0, &shapes).unwrap();
-    let schedule = Schedule::new(&Scheduler::Constant(Warmup::default()), STEPS as usize);
-    let hyper = schema::AdamW { betas: BETAS, eps: EPS, moments, ..Default::default() };
-    AdamW::new(hyper, groups, schedule, MAX_NORM, Key::new(7, "noise"))
-}
-
-/// The middle parameter is a matrix, and large enough for 8 bits.
-fn shape(i: usize) -> Vec<usize> {
-    if i == 1 { vec![LENGTHS[i] / 4, 4] } else { vec![LENGTHS[i]] }
-}
-
-fn weights(half: bool) -> BTreeMap<String, Weight> {
-    let weight = |(i, p): (usize, Parameter)| {
-        // Not at the beginning of its memory: the parameters' first bytes lie at no multiple of 16.
-        let n = LENGTHS[i];
-        let own = Tensor::new([vec![0.0; i], p.master].concat(), &Device::Cpu).unwrap();
-        let view = |t: &Tensor| t.narrow(0, i, n).unwrap().reshape(shape(i)).unwrap();
-        let rounded = own.to_dtype(DType::BF16).unwrap();
-        let w = if half {
-            Weight { value: view(&rounded), rounded: None }
-        } else {
-            Weight { value: view(&own), rounded: Some(view(&rounded)) }
-        };
-        (NAMES[i].to_string(), w)
-    };
-    start(false).into_iter().enumerate().map(weight).collect()
-}
-
-/// The last parameter gets none in the second step; the matrix's is the transposed of what lies in memory.
-fn grads(step: u32) -> BTreeMap<String, Tensor> {
-    let of = |i: usize| {
-        let g = Tensor::new(grad(step, i), &Device::Cpu).unwrap();
-        let g = if i == 1 { g.reshape((4, LENGTHS[i] / 4)).unwrap().t().unwrap() } else { g };
-        (NAMES[i].to_string(), g)
-    };
-    (0..3).filter(|i| (*i, step) != (2, 2)).map(of).collect()
-}
-
-/// Everything that three steps leave, and their reports; the reference's where `order` is none.
-fn train((half, moments): Form, order: Option<Order>) -> (BTreeMap<String, Tensor>, Vec<StepReport>) {
-    let (mut optimizer, weights) = (optimizer(moments), weights(half));
-    let mut step = |s| optimizer.step(&weights, &grads(s)).unwrap();
-    let mut run = |s| match order {
-        Some(o) => emulated(Rc::new(OnCpu::new(o)), || step(s)),
-        None => step(s),
-    };
-    let reports = (1..=STEPS).map(&mut run).collect();
-    let mut all = optimizer.state().unwrap();
-    for (name, w) in weights {
-        all.extend(w.rounded.map(|r| (format!("{name}.rounded"), r)));
-        all.insert(name, w.value);
-    }
-    (all, reports)
-}
-
-fn bits(t: &Tensor) -> Vec<u64> {
-    let t = t.flatten_all().unwrap();
-    match t.dtype() {
-        DType::F32 => t.to_vec1::<f32>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
-        DType::BF16 => t.to_vec1::<bf16>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
-        DType::U8 => t.to_vec1::<u8>().unwrap().into_iter().map(u64::from).collect(),
-        _ => t.to_vec1::<u32>().unwrap().into_iter().map(u64::from).collect(),
-    }
+fn on_kernels<T>(order: Order, f: impl FnOnce() -> T) -> T {
+    emulated(Rc::new(OnCpu::new(order)), f)
 }
 
 #[test]
 fn every_form_has_the_bits_of_the_reference() {
     for form in FORMS {
-        let (reference, told) = train(form, None);
-        assert!(told.iter().any(|r| r.clip < 1.0), "{told:?}");
-        assert_eq!(reference.contains_key("b1.exp_avg_scale"), form.1 == MomentType::Eight, "{form:?}");
-        assert_eq!(bits(&reference["b2.step"]), [u64::from(STEPS) - 1]);
+        let reference = train(form, ELEMENTS, &Device::Cpu).unwrap();
+        assert_eq!(reference.tensors.contains_key("b1.exp_avg_scale"), form.moments == MomentType::Eight, "{form:?}");
+        assert_eq!(reference.tensors["b2.step"].to_vec1::<u32>().unwrap(), [verify::STEPS - 1]);
         for order in ORDERS {
-            let (ours, reports) = train(form, Some(order));
-            assert!(ours.keys().eq(reference.keys()), "{form:?}");
-            for (name, t) in &ours {
-                assert_eq!(bits(t), bits(&reference[name]), "{form:?} {order:?} {name}");
-            }
-            // The kernels know the factor of clipping in f32.
-            let rounded = |r: &StepReport| StepReport { clip: f64::from(r.clip as f32), ..r.clone() };
-            assert_eq!(reports, told.iter().map(rounded).collect::<Vec<_>>(), "{form:?} {order:?}");
+            let ours = on_kernels(order, || train(form, ELEMENTS, &Device::Cpu)).unwrap();
+            assert_eq!(ours.differs(&reference).unwrap(), None, "{form:?} {order:?}");
         }
     }
+    let own = |k: &String| (k.starts_with("adamw") || k.starts_with("grad_")) && !k.ends_with("_test");
+    let ran = launched();
+    let idle: Vec<String> = kernels_of(&OnCpu::new(Order::Forward).folder, &[]).into_iter().filter(own).collect();
+    let idle: Vec<&String> = idle.iter().filter(|k| !ran.contains(*k)).collect();
+    assert!(idle.is_empty(), "no step runs these kernels: {idle:?}");
 }
 
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing_and_is_named() {
+    let bits = |w: &BTreeMap<String, Weight>| -> Vec<Vec<u32>> {
+        let of = |w: &Weight| w.value.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        w.values().map(|w| of(w).into_iter().map(f32::to_bits).collect()).collect()
+    };
     for form in FORMS {
-        let (mut optimizer, weights) = (optimizer(form.1), weights(form.0));
-        let before: Vec<Vec<u64>> = weights.values().map(|w| bits(&w.value)).collect();
+        let mut optimizer = verify::optimizer(form, ELEMENTS).unwrap();
+        let weights = verify::weights(form, ELEMENTS, &Device::Cpu).unwrap();
+        let before = bits(&weights);
         for (bad, kind) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "infinite")] {
-            let mut grads = grads(1);
+            let mut grads = verify::grads(1, ELEMENTS, &Device::Cpu).unwrap();
             grads.insert("b2".into(), Tensor::full(bad, LENGTHS[2], &Device::Cpu).unwrap());
-            let run = || optimizer.step(&weights, &grads);
-            let e = emulated(Rc::new(OnCpu::new(Order::Forward)), run).unwrap_err();
+            let e = on_kernels(Order::Forward, || optimizer.step(&weights, &grads)).unwrap_err();
             assert_eq!(e.cause(), format!("the gradient of `b2` is {kind}"));
         }
-        assert_eq!(weights.values().map(|w| bits(&w.value)).collect::<Vec<_>>(), before, "{form:?}");
+        assert_eq!(bits(&weights), before, "{form:?}");
         assert_eq!(optimizer.state().unwrap().len(), 1, "{form:?}");
     }
 }

@@ -23,11 +23,13 @@ pub(super) fn items(s: Shapes, place: &Place) -> Vec<Item> {
     let elements: usize = shapes.values().map(|s| s.iter().product::<usize>()).sum();
     let copy = if rounds { place.dtype.size_in_bytes() } else { 0 };
     let (exact, eight) = (schema::AdamW::default(), schema::AdamW { moments: MomentType::Eight, ..Default::default() });
-    // Bytes an element: value, gradient and both moments are read; all but the gradient are written, and the rounded copy.
+    // Bytes an element: value, gradient and both moments are read; all but the gradient are written, and the rounded copy. The
+    // norm, which must be known before, reads the gradient once more.
     let forms = [
-        ("AdamW, f32 values", false, exact.clone(), 28 + copy),
-        ("AdamW, bf16 rounded stochastically", true, exact, 24),
-        ("AdamW, bf16, 8-bit moments", true, eight, 12),
+        ("AdamW, f32 values", false, exact.clone(), 4 + 28 + copy),
+        ("AdamW, bf16 rounded stochastically", true, exact, 4 + 24),
+        ("AdamW, f32 values, 8-bit moments", false, eight.clone(), 4 + 16 + copy),
+        ("AdamW, bf16, 8-bit moments", true, eight, 4 + 12),
     ];
     let item = |(name, alone, hyper, bytes): (&'static str, bool, schema::AdamW, usize)| {
         let (shape, shapes) = (format!("{} tensors, {elements}", shapes.len()), shapes.clone());

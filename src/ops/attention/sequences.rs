@@ -40,7 +40,9 @@ impl Sequences {
             Some(t) if t.segments.device().same_device(device) => Ok(t.clone()),
             _ => {
                 let made = Tables::new(&self.list, device)?;
-                Ok(self.tables.get_or_init(|| made.clone()).clone())
+                // Those of another device stay.
+                drop(self.tables.set(made.clone()));
+                Ok(made)
             }
         }
     }
@@ -49,7 +51,7 @@ impl Sequences {
 #[cfg(any(test, feature = "flash-attn"))]
 impl Sequences {
     /// u32 `[S + 1]` each: where the sequences' rows of Q and of K end, behind a 0; made at the first call. None if a sequence skips
-    /// keys, or if they leave a gap in the `rows` of the two.
+    /// keys, or if they leave a gap in the `rows` of the two, which are as many in every layer.
     pub(super) fn ends(&self, rows: [usize; 2], device: &Device) -> Result<Option<[Tensor; 2]>> {
         if let Some(ends) = self.ends.get() {
             return Ok(ends.clone());

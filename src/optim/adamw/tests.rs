@@ -216,11 +216,11 @@ fn eight_bit_moments_resume_to_the_bit_and_are_not_taken_for_f32() {
     };
     let params: Tensors = shapes.iter().map(|(n, s)| (n.clone(), draw(n, s[0]))).collect();
     let mut unbroken = optimizer(MomentType::Eight);
-    assert_eq!(unbroken.bytes_to_come(), 7 * 8 + 2 * (5000 + 4 * 20));
+    assert_eq!(unbroken.bytes_to_come(&Device::Cpu), 7 * 8 + 2 * (5000 + 4 * 20));
     for s in 0..3 {
         unbroken.step(&Weight::plain(&params), &grads(s)).unwrap();
     }
-    assert_eq!(unbroken.bytes_to_come(), 0);
+    assert_eq!(unbroken.bytes_to_come(&Device::Cpu), 0);
     let state = unbroken.state().unwrap();
     assert_eq!((state["w.exp_avg"].dtype(), state["small.exp_avg"].dtype()), (DType::U8, DType::F32));
     let copy: Tensors = params.iter().map(|(n, t)| (n.clone(), t.copy().unwrap())).collect();
