@@ -278,7 +278,7 @@ mod tests {
             layer_norm(&activate(Activation::Gelu, &y).unwrap(), &scale, &shift, 1e-5).unwrap()
         });
         check(&[x.clone(), w.clone()], || linear(&x, &w, None).unwrap());
-        check(&[x.clone()], || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
+        check(std::slice::from_ref(&x), || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Kind for PixelShuffle {
         let (rows, width) = x.dims2()?;
         let pictures = rows / grid.tokens();
         // [picture, token row, row in the square, token column, column in the square, channels]
-        let squares = x.reshape(&[pictures, side, f, side, f, width][..])?.permute([0, 1, 3, 2, 4, 5])?;
+        let squares = x.reshape(&[pictures, side, f, side, f, width])?.permute([0, 1, 3, 2, 4, 5])?;
         let wide = squares.contiguous()?.reshape((pictures * tokens, f * f * width))?;
         self.then.rows(&wide, vars)
     }
