@@ -98,6 +98,7 @@ fn model(task: &str) -> Vlm {
         hidden: None,
         act: Activation::QuickGelu,
         input_norm: false,
+        norm: false,
     });
     let tower = Tower::new(vision, -2, SelectFeature::Patch, &mut src).unwrap();
     let projector = Projector::new(&projector, 192, 256, true, &mut src).unwrap();
@@ -120,7 +121,7 @@ fn model(task: &str) -> Vlm {
 
 /// Each sequence shows a picture of its own: 64 visual tokens, then text, the end of it labelled.
 fn batch(vlm: &Vlm) -> (Batch, Vec<f64>) {
-    let per = vlm.tokens_per_image();
+    let per = vlm.tokens_per_image().unwrap();
     let mut b = Batch { pictures: (0..SEQUENCES as u32).collect(), ..Batch::default() };
     let word = |s: usize, t: usize| ((s * 131 + t * 37) % 2000) as u32;
     for s in 0..SEQUENCES {

@@ -8,6 +8,7 @@ mod cli {
     mod hand_over;
     mod hub;
     mod output;
+    mod projectors;
     mod resume;
     mod signals;
     mod sources;

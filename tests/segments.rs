@@ -8,15 +8,13 @@ mod tiny;
 use adfreeze::adapters::lora;
 use adfreeze::model::build;
 use adfreeze::model::config::{LlamaConfig, RopeScaling};
-use adfreeze::model::island;
 use adfreeze::model::language::Language;
 use adfreeze::model::linear::{InputGrad, Linear, LowRank};
 use adfreeze::model::params::{Grads, Module, Param};
-use adfreeze::model::projector::Projector;
 use adfreeze::model::segment::{self, Kept, Segment, Side};
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::ops::norm::Kind;
-use adfreeze::recipe::schema::{self, Activation, LinearProjector, SelectFeature};
+use adfreeze::recipe::schema::{self, Activation, SelectFeature};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use tiny::*;
@@ -247,7 +245,7 @@ fn towers() {
         let mut g = noise("g", &[1], 1.0);
         for policy in [Kept::Minimal, Kept::All, Kept::Input] {
             let (y, saved) = run(&tower, true, policy);
-            assert_eq!(y.dim(0).unwrap(), b * tower.tokens_per_image());
+            assert_eq!(y.dim(0).unwrap(), b * tower.grid().tokens());
             g = noise("g", y.dims(), 1.0);
             let mut grads = Grads::new();
             tower.backward(saved.unwrap(), g.copy().unwrap(), &mut grads).unwrap();
@@ -259,30 +257,6 @@ fn towers() {
         }
         let zero = |n: &str| n.ends_with("k_proj.bias") || (layer == -4 && n.ends_with("class_embedding"));
         check_params(&what, &mut tower, &results[0], zero, |t| against(&run(t, false, Kept::Minimal).0, &g));
-    }
-}
-
-#[test]
-fn projectors() {
-    let linear = |input_norm| schema::Projector::Linear(LinearProjector { source: None, input_norm });
-    for (what, config) in
-        [("linear", linear(false)), ("linear, norm", linear(true)), ("mlp", mlp(false)), ("mlp, norm", mlp(true))]
-    {
-        for (bias, rows) in [(true, 5), (false, 1)] {
-            let mut p = Projector::new(&config, 8, 12, bias, &mut source()).unwrap();
-            perturb(&mut p);
-            let all = names(&mut p, |_| true);
-            p.set_trainable(&all);
-            let (x, g) = (noise("x", &[rows, 8], 1.0), noise("g", &[rows, 12], 1.0));
-            let before = snapshot(&mut p);
-            let (_, tape) = island::forward(&p, true, &x, true).unwrap();
-            let mut grads = Grads::new();
-            let dx = island::backward(tape.unwrap(), &g, &mut grads).unwrap().unwrap();
-            assert!(snapshot(&mut p) == before, "{what}: a parameter changed");
-            let run = |p: &Projector, x: &Tensor| against(&island::forward(p, false, x, false).unwrap().0, &g);
-            check_slope(&format!("{what}: x"), &x, &dx, 40, |x| run(&p, &x));
-            check_params(what, &mut p, grads.by_name(), |_| false, |p| run(p, &x));
-        }
     }
 }
 

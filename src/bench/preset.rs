@@ -59,7 +59,14 @@ impl Preset {
     /// The model with random weights, everything frozen.
     pub fn build(&self, noise: &mut Noise) -> Result<Vlm> {
         let act = Activation::Gelu;
-        let cfg = schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden: None, act, input_norm: false });
+        let cfg = schema::Projector::Mlp(MlpProjector {
+            source: None,
+            depth: 2,
+            hidden: None,
+            act,
+            input_norm: false,
+            norm: false,
+        });
         let (v, d) = (self.vision.hidden_size, self.language.hidden_size);
         let tower = Tower::new(self.vision.clone(), self.select_layer, SelectFeature::Patch, noise)?;
         let projector = Projector::new(&cfg, v, d, true, noise)?;

@@ -56,7 +56,7 @@ pub fn save_language(
 }
 
 /// Writes `dir` as a `LlavaForConditionalGeneration` with tokenizer (copied as by [`save_language`]) and processor.
-/// `tensors` must be exactly its tensors: the projector needs two layers and no input norm.
+/// `tensors` must be exactly its tensors: the projector needs two layers and no norm.
 pub fn save_llava(
     dir: &Path,
     config: &LlavaConfig,
@@ -69,7 +69,7 @@ pub fn save_llava(
     if let Some(extra) = tensors.keys().find(|name| !shapes.contains_key(*name)) {
         bail!("LlavaForConditionalGeneration has no tensor `{extra}`";
             "only a projector `mlp` of depth 2, with hidden size and activation of the language model's side and no \
-             input norm, fits; merge adapters before the export");
+             norm, fits; merge adapters before the export");
     }
     let list = complete(Family::Llava, &shapes, tensors)?;
     atomic::directory(dir, |dir| {

@@ -89,16 +89,16 @@ impl Source for Fresh {
 
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
-/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B zero. On the CPU.
+/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B and a bottleneck's `up` zero. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);
-    let norm = name.rsplit('.').nth(1).is_some_and(|m| m.contains("norm"));
+    let module = name.rsplit('.').nth(1).unwrap_or("");
     let constant = |v: f64| Ok((Tensor::ones(shape, dtype, &Device::Cpu)? * v)?);
-    if norm {
+    if module.contains("norm") {
         return constant(if leaf == "weight" { 1.0 } else { 0.0 });
     }
-    if name.contains(".lora_B.") {
+    if name.contains(".lora_B.") || module == "up" {
         return constant(0.0);
     }
     if name.starts_with("projector.") || name.contains(".lora_A.") {

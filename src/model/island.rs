@@ -1,20 +1,29 @@
 //! Islands in the chain: modules written as ordinary differentiable candle code, run on fresh variables. The graph
 //! of an island lives from its forward to its backward; adding one needs no backward by hand.
 
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Param};
 use crate::error::{Error, Result};
+use crate::ops::graph;
+use crate::ops::random::Key;
 use candle_core::{Tensor, Var};
 use std::collections::BTreeMap;
 
-/// A differentiable module.
-pub trait Island: Module {
-    /// Computes with the parameters that `vars` hands out.
-    fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor>;
+/// What is wanted of a pass.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pass {
+    /// Gradients of what trains in the island.
+    pub trains: bool,
+    /// The gradient of its input.
+    pub need_dx: bool,
+    /// Key of the dropout masks; none where nothing is masked.
+    pub dropout: Option<Key>,
 }
 
-/// Hands out a parameter: a variable of this pass if it trains and gradients are wanted, else the plain tensor.
+/// What an island computes with beside its input: parameters, as variables of this pass where they train and gradients are
+/// wanted, else as plain tensors; and dropout masks.
 pub struct Vars {
     record: bool,
+    dropout: Option<Key>,
     vars: BTreeMap<String, Var>,
 }
 
@@ -29,6 +38,14 @@ impl Vars {
         }
         Ok(self.vars[&p.name].as_tensor().clone())
     }
+
+    /// `x` with the mask that this pass has for `name`; `x` itself in a pass without dropout.
+    pub fn dropout(&self, name: &str, x: Tensor, p: f64) -> Result<Tensor> {
+        match self.dropout.filter(|_| p > 0.0) {
+            Some(key) => graph::dropout(key.child(name), &x, p),
+            None => Ok(x),
+        }
+    }
 }
 
 /// An island's graph, waiting for backward.
@@ -38,13 +55,17 @@ pub struct Tape {
     y: Tensor,
 }
 
-/// The output, detached; and the graph if something trains in here or `need_dx`.
-pub fn forward<M: Island>(module: &M, trains: bool, x: &Tensor, need_dx: bool) -> Result<(Tensor, Option<Tape>)> {
-    let mut vars = Vars { record: trains, vars: BTreeMap::new() };
-    let input = need_dx.then(|| Var::from_tensor(x)).transpose()?;
-    let y = module.forward(input.as_ref().map_or(x, |v| v.as_tensor()), &mut vars)?;
+/// Runs `island` on `x`: its output, detached; and the graph if `pass` wants gradients.
+pub fn forward(
+    x: &Tensor,
+    pass: Pass,
+    island: impl FnOnce(&Tensor, &mut Vars) -> Result<Tensor>,
+) -> Result<(Tensor, Option<Tape>)> {
+    let mut vars = Vars { record: pass.trains, dropout: pass.dropout, vars: BTreeMap::new() };
+    let input = pass.need_dx.then(|| Var::from_tensor(x)).transpose()?;
+    let y = island(input.as_ref().map_or(x, |v| v.as_tensor()), &mut vars)?;
     let out = y.detach();
-    let tape = (trains || need_dx).then_some(Tape { x: input, vars: vars.vars, y });
+    let tape = (pass.trains || pass.need_dx).then_some(Tape { x: input, vars: vars.vars, y });
     Ok((out, tape))
 }
 

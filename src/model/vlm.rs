@@ -114,9 +114,10 @@ impl Vlm {
         self.plan();
     }
 
-    /// Visual tokens of one picture.
-    pub fn tokens_per_image(&self) -> usize {
-        self.vision.as_ref().map_or(0, Tower::tokens_per_image)
+    /// Visual tokens of one picture, none without a tower; an error if the projector cannot take the tower's grid.
+    pub fn tokens_per_image(&self) -> Result<usize> {
+        let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(0) };
+        projector.tokens(tower.grid())
     }
 
     /// Trainable parameters that no gradient can reach, with the reason. `pictures`: does the data show any?
@@ -171,15 +172,18 @@ impl Vlm {
         };
         let (features, saved) = debug_span!("tower")
             .in_scope(|| tower.forward(pixels, mode.dropout, mode.adapters_off, mode.kept, mode.record))?;
-        let trains = mode.record && self.projector_trains;
-        let (tokens, tape) =
-            debug_span!("projector").in_scope(|| island::forward(projector, trains, &features, saved.is_some()))?;
+        let pass = island::Pass {
+            trains: mode.record && self.projector_trains,
+            need_dx: saved.is_some(),
+            dropout: mode.dropout.filter(|_| self.projector_trains),
+        };
+        let (tokens, tape) = debug_span!("projector").in_scope(|| projector.forward(&features, tower.grid(), pass))?;
         Ok(Some(Visual { tokens, tape, saved }))
     }
 
     /// Rows of the stream that hold visual tokens, and the rows of the projected features that belong there.
     fn splice_rows(&self, batch: &Batch) -> Result<(Vec<u32>, Vec<u32>)> {
-        let per = self.tokens_per_image();
+        let per = self.tokens_per_image()?;
         let rows: Vec<u32> = batch
             .ids
             .iter()
@@ -209,7 +213,7 @@ impl Vlm {
     pub fn project(&self, pixels: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
         let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(None) };
         let (features, _) = tower.forward(pixels, None, false, Kept::Input, false)?;
-        let (tokens, _) = island::forward(projector, false, &features, false)?;
+        let (tokens, _) = projector.forward(&features, tower.grid(), island::Pass::default())?;
         Ok(Some((features, tokens)))
     }
 

@@ -4,6 +4,7 @@
 use super::activation;
 use super::matmul::{self, Mat, matmul as product, sum_rows};
 use super::norm::{self, Kind};
+use super::random::{self, Key};
 use crate::error::{Error, Result};
 use crate::recipe::schema::Activation;
 use candle_core::{
@@ -36,6 +37,12 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 pub fn activate(act: Activation, x: &Tensor) -> Result<Tensor> {
     let y = activation::forward(act, &x.detach())?;
     node1("activation", x, y, Box::new(move |[x], dy| Ok([Some(activation::backward(act, x, dy)?)])))
+}
+
+/// Inverted dropout with the mask of `key`, any shape; backward draws the mask again.
+pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
+    let y = random::dropout(key, &x.detach().contiguous()?, p)?;
+    node1("dropout", x, y, Box::new(move |[_], dy| Ok([Some(random::dropout(key, dy, p)?)])))
 }
 
 /// LayerNorm over rows, `[N, D]` with scale and shift `[D]`.
@@ -233,7 +240,7 @@ fn take(t: Tensor) -> Result<Storage> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::random::{Key, normal};
+    use crate::ops::random::normal;
     use candle_core::{DType, Var};
 
     /// Σ c·f(vars) has the gradients that finite differences give.
@@ -271,6 +278,7 @@ mod tests {
             layer_norm(&activate(Activation::Gelu, &y).unwrap(), &scale, &shift, 1e-5).unwrap()
         });
         check(&[x.clone(), w.clone()], || linear(&x, &w, None).unwrap());
+        check(std::slice::from_ref(&x), || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
     }
 
     #[test]

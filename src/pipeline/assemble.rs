@@ -53,13 +53,14 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
-    let (mut tower, mut projector) = (None, None);
+    let (mut tower, mut projector, mut tokens_per_image) = (None, None, 0);
     if let Some(v) = &vision {
         let p =
             parts.projector(recipe, whole.as_ref(), v.tower.config.hidden_size, language.model.config.hidden_size)?;
+        tokens_per_image = p.tokens(v.tower.grid()).context("model.projector")?;
         (tower, projector) = (Some(v.tower.clone()), Some(p));
     }
-    let encoder = parts.encoder(recipe, &language, tower.as_ref().map_or(0, Tower::tokens_per_image))?;
+    let encoder = parts.encoder(recipe, &language, tokens_per_image)?;
     let images = vision.as_ref().map(|v| parts.processor(v)).transpose()?;
     if let (Some(p), Some(t)) = (&images, &tower)
         && p.crop != t.config.image_size
@@ -247,6 +248,7 @@ impl Parts {
                 hidden: None,
                 act: w.config.projector_act,
                 input_norm: false,
+                norm: false,
             })
         };
         let cfg = match (&recipe.model.projector, whole) {
@@ -256,16 +258,12 @@ impl Parts {
                 bail!("the recipe names no projector"; "set model.projector, e.g. {{ mlp = {{ depth = 2 }} }}")
             }
         };
-        let source = match &cfg {
-            schema::Projector::Linear(p) => p.source.clone(),
-            schema::Projector::Mlp(p) => p.source.clone(),
-        };
         let bias = whole.is_none_or(|w| w.config.projector_bias);
-        let Some(source) = source else {
+        let Some(source) = cfg.source() else {
             return Projector::new(&cfg, d_in, d_out, bias, &mut self.fresh());
         };
-        let path = PathBuf::from(&source);
-        let path = if path.exists() { path } else { self.find("model.projector", &source, source::PROJECTOR)? };
+        let path = PathBuf::from(source);
+        let path = if path.exists() { path } else { self.find("model.projector", source, source::PROJECTOR)? };
         let weights = Weights::projector(&path)?;
         self.load(weights, |src| Projector::new(&cfg, d_in, d_out, bias, src)).context("model.projector")
     }

@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
 use crate::model::params::Module;
 use crate::optim::AdamW;
-use crate::recipe::schema::{Model, Projector, Recipe, Scheduler, Stage, Warmup};
+use crate::recipe::schema::{Model, Recipe, Scheduler, Stage, Warmup};
 use crate::report::{Reporter, Table};
 use candle_core::Device;
 use rayon::prelude::*;
@@ -169,16 +169,12 @@ impl<'a> Check<'a> {
 /// Does the model, without its adapters, begin with random values here?
 fn is_random(model: &Model, name: &str) -> bool {
     let part = |p: &str| name.starts_with(p);
-    let loaded = |p: &Projector| match p {
-        Projector::Linear(l) => l.source.is_some(),
-        Projector::Mlp(m) => m.source.is_some(),
-    };
     if is_adapter(name) {
         return false;
     }
     part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
         || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
-        || part("projector.") && model.projector.as_ref().is_some_and(|p| !loaded(p))
+        || part("projector.") && model.projector.as_ref().is_some_and(|p| p.source().is_none())
 }
 
 /// Decodes pictures, at most [`DECODED`]; returns how many. Errors name the picture and the first sample that shows it.

@@ -101,6 +101,48 @@ pub enum Projector {
     Linear(LinearProjector),
     /// `depth` linear layers with an activation between them.
     Mlp(MlpProjector),
+    /// A narrow residual block on the tower's features, which starts as the identity.
+    Bottleneck(BottleneckProjector),
+    /// Squares of neighbouring patches become one token.
+    PixelShuffle(PixelShuffleProjector),
+}
+
+impl Projector {
+    /// File, folder or repository of the weights to start from.
+    pub fn source(&self) -> Option<&str> {
+        let source = match self {
+            Self::Linear(p) => &p.source,
+            Self::Mlp(p) => &p.source,
+            Self::Bottleneck(p) => &p.source,
+            Self::PixelShuffle(p) => p.then.source(),
+        };
+        source.as_deref()
+    }
+}
+
+/// Layers that work on each token alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Layers {
+    /// One linear layer with bias.
+    Linear(LinearProjector),
+    /// `depth` linear layers with an activation between them.
+    Mlp(MlpProjector),
+}
+
+impl Layers {
+    fn source(&self) -> &Option<String> {
+        match self {
+            Self::Linear(p) => &p.source,
+            Self::Mlp(p) => &p.source,
+        }
+    }
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self::Linear(LinearProjector { source: None, input_norm: false })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -128,6 +170,35 @@ pub struct MlpProjector {
     /// LayerNorm over the tower's features before the first layer.
     #[serde(default)]
     pub input_norm: bool,
+    /// LayerNorm over the visual tokens, after the last layer.
+    #[serde(default)]
+    pub norm: bool,
+}
+
+/// y = out(x + up(dropout(act(down(norm(x)))))); `out`, a linear layer, is there if the widths of tower and language model
+/// differ.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BottleneckProjector {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Width between `down` and `up`.
+    pub dim: usize,
+    #[serde(default)]
+    pub act: Activation,
+    #[serde(default)]
+    pub dropout: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PixelShuffleProjector {
+    /// `factor` × `factor` patches make one token, their features side by side; it must divide the patches of a side.
+    #[serde(default = "two")]
+    pub factor: usize,
+    /// From there to the language model's width: `linear` (default) or `mlp`. A `source` stands here.
+    #[serde(default)]
+    pub then: Layers,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -135,7 +135,7 @@ impl Golden {
 
     fn projector_config(&self, config: &LlavaConfig) -> schema::Projector {
         let (act, hidden) = (config.projector_act, None);
-        schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden, act, input_norm: false })
+        schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden, act, input_norm: false, norm: false })
     }
 
     /// The model with the fixture's adapter.

@@ -71,6 +71,7 @@ pub fn mlp(input_norm: bool) -> schema::Projector {
         hidden: Some(9),
         act: Activation::QuickGelu,
         input_norm,
+        norm: false,
     })
 }
 
@@ -133,7 +134,7 @@ pub fn pack(vlm: &Vlm, sequences: &[&Sequence]) -> Batch {
                     distinct.len() - 1
                 });
                 batch.pictures.push(index as u32);
-                batch.ids.extend(vec![IMAGE; vlm.tokens_per_image()]);
+                batch.ids.extend(vec![IMAGE; vlm.tokens_per_image().unwrap()]);
             }
             if at > 0 {
                 batch.targets.push((batch.ids.len() as u32 - 1, *id));

@@ -20,6 +20,27 @@ use crate::recipe::schema::SelectFeature;
 use candle_core::Tensor;
 use layer::Layer;
 
+/// The features of one picture: a square of patches row by row, a class token before it or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Height and width of the picture in pixels.
+    pub image_size: usize,
+    pub patch_size: usize,
+    pub class_token: bool,
+}
+
+impl Grid {
+    /// Patches of a row, and rows.
+    pub fn side(self) -> usize {
+        self.image_size / self.patch_size
+    }
+
+    /// Features of the picture.
+    pub fn tokens(self) -> usize {
+        self.side() * self.side() + usize::from(self.class_token)
+    }
+}
+
 /// The tower.
 #[derive(Debug, Clone)]
 pub struct Tower {
@@ -125,9 +146,10 @@ impl Tower {
         })
     }
 
-    /// Visual features of one picture.
-    pub fn tokens_per_image(&self) -> usize {
-        self.config.num_patches() + usize::from(self.select == SelectFeature::Full)
+    /// How the features of one picture lie.
+    pub fn grid(&self) -> Grid {
+        let VisionConfig { image_size, patch_size, .. } = self.config;
+        Grid { image_size, patch_size, class_token: self.select == SelectFeature::Full }
     }
 
     /// Recomputes where backward has to go; called when what trains has changed.
@@ -159,7 +181,7 @@ impl Tower {
         out
     }
 
-    /// `pixels` `[B, C, S, S]` of any type on any device → features `[B·tokens_per_image, D]`; keeps what backward needs if
+    /// `pixels` `[B, C, S, S]` of any type on any device → features `[B·grid.tokens(), D]`; keeps what backward needs if
     /// the tower is reached.
     pub fn forward(
         &self,

@@ -145,6 +145,15 @@ fn llava_has_its_published_values() {
 }
 
 #[test]
+fn pixel_shuffle_has_a_recipe_of_its_own() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/clip-llama-pixel-shuffle.toml");
+    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
+    let Some(Projector::PixelShuffle(p)) = &r.model.projector else { panic!("{:?}", r.model.projector) };
+    assert!(p.factor == 2 && matches!(&p.then, Layers::Mlp(m) if m.depth == 2));
+    assert_eq!(r.stages, ["align", "sft"]);
+}
+
+#[test]
 fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
     assert_eq!(
         message("rank = 4", "rnk = 4"),
@@ -294,7 +303,15 @@ fn rules_between_values() {
         ("synth.s={kind='shapes',out='x',n=0}".into(), "synth.s: n = 0", "how many"),
         ("model.max_seq_len=0".into(), "model: max_seq_len = 0", "2048"),
         ("model.image_token=\"\"".into(), "model: image_token: empty", "<image>"),
-        ("model.projector={mlp={depth=0}}".into(), "model: projector.mlp: depth = 0", "depth = 2"),
+        ("model.projector={mlp={depth=0}}".into(), "model: projector: mlp: depth = 0", "depth = 2"),
+        ("model.projector={bottleneck={dim=0}}".into(), "model: projector: bottleneck: dim = 0", "width"),
+        ("model.projector={bottleneck={dim=8,dropout=1}}".into(), "bottleneck: dropout = 1", "below 1"),
+        ("model.projector={pixel_shuffle={factor=0}}".into(), "projector: pixel_shuffle: factor = 0", "quarter"),
+        (
+            "model.projector={pixel_shuffle={then={mlp={hidden=0}}}}".into(),
+            "projector: pixel_shuffle: then: mlp: hidden = 0",
+            "leave it out",
+        ),
         ("model.vision.init={hidden_size=8}".into(), "model: vision: both `source` and `init`", "keep one"),
         ("model.vision={}".into(), "model: vision: neither `source` nor `init`", "owner/name"),
         ("model.language={init={hidden_size=8}}".into(), "model: language: `init` has no tokenizer", "tokenizer ="),

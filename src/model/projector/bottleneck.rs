@@ -1,0 +1,63 @@
+//! A narrow residual block on the tower's features (Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP"):
+//! y = out(x + up(dropout(act(down(norm(x)))))). `up` begins at zero, so that the block begins as the identity. It keeps the
+//! tower's width: 2·width·dim weights beside biases and norm. Where the language model has another width, the linear layer
+//! `out` leads there; else there is none.
+
+use super::layers::{LayerNorm, Linear};
+use super::{Ends, Kind};
+use crate::error::Result;
+use crate::model::init::Source;
+use crate::model::island::Vars;
+use crate::model::params::{Module, Param};
+use crate::model::vision::Grid;
+use crate::ops::graph::activate;
+use crate::recipe::schema::{Activation, BottleneckProjector};
+use candle_core::Tensor;
+
+/// `norm`, `down`, `up`, `out`.
+#[derive(Debug, Clone)]
+pub struct Bottleneck {
+    act: Activation,
+    dropout: f64,
+    norm: LayerNorm,
+    down: Linear,
+    up: Linear,
+    out: Option<Linear>,
+}
+
+impl Bottleneck {
+    /// With `cfg.dim` between `down` and `up`.
+    pub fn new(cfg: &BottleneckProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
+        let Ends { vision, language, bias } = ends;
+        Ok(Self {
+            act: cfg.act,
+            dropout: cfg.dropout,
+            norm: LayerNorm::new("norm", vision, src)?,
+            down: Linear::new("down", vision, cfg.dim, bias, src)?,
+            up: Linear::new("up", cfg.dim, vision, bias, src)?,
+            out: if vision == language { None } else { Some(Linear::new("out", vision, language, bias, src)?) },
+        })
+    }
+}
+
+impl Kind for Bottleneck {
+    fn forward(&self, x: &Tensor, _: Grid, vars: &mut Vars) -> Result<Tensor> {
+        let h = self.down.forward(&self.norm.forward(x, vars)?, vars)?;
+        let h = vars.dropout("projector.bottleneck", activate(self.act, &h)?, self.dropout)?;
+        let y = (x + self.up.forward(&h, vars)?)?;
+        self.out.as_ref().map_or(Ok(y.clone()), |out| out.forward(&y, vars))
+    }
+
+    fn boxed(&self) -> Box<dyn Kind> {
+        Box::new(self.clone())
+    }
+}
+
+impl Module for Bottleneck {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.visit(f);
+        self.down.visit(f);
+        self.up.visit(f);
+        self.out.iter_mut().for_each(|l| l.visit(f));
+    }
+}

@@ -1,0 +1,218 @@
+//! Every projector from one table: parameters, shapes at two resolutions, f64 gradients against finite differences, saved
+//! and loaded again, and the identity where one begins as it. Pixel shuffle also against transformers.
+
+mod tiny;
+
+use adfreeze::checkpoint::{hf, safetensors};
+use adfreeze::model::init::{Fresh, FromWeights, Place};
+use adfreeze::model::island::{self, Pass};
+use adfreeze::model::params::{Grads, Module};
+use adfreeze::model::projector::Projector;
+use adfreeze::model::vision::Grid;
+use adfreeze::model::vlm::Mode;
+use adfreeze::model::weights::Weights;
+use adfreeze::recipe::schema::{self, SelectFeature};
+use candle_core::{DType, Device, Tensor};
+use std::path::Path;
+use tiny::*;
+
+/// In the words of a recipe.
+fn config(text: &str) -> schema::Projector {
+    let table: toml::Table = toml::from_str(&format!("p = {text}")).unwrap();
+    table["p"].clone().try_into().unwrap()
+}
+
+/// A square of patches of 14 px.
+fn grid(side: usize) -> Grid {
+    Grid { image_size: 14 * side, patch_size: 14, class_token: false }
+}
+
+/// Each with its visual tokens of 4 × 4 and of 6 × 6 patches.
+const TABLE: [(&str, [usize; 2]); 9] = [
+    ("{ linear = {} }", [16, 36]),
+    ("{ linear = { input_norm = true } }", [16, 36]),
+    ("{ mlp = { hidden = 9, act = 'quick_gelu' } }", [16, 36]),
+    ("{ mlp = { depth = 3, act = 'silu', input_norm = true, norm = true } }", [16, 36]),
+    ("{ bottleneck = { dim = 3 } }", [16, 36]),
+    ("{ bottleneck = { dim = 5, act = 'gelu_tanh', dropout = 0.4 } }", [16, 36]),
+    ("{ pixel_shuffle = {} }", [4, 9]),
+    ("{ pixel_shuffle = { factor = 1, then = { linear = { input_norm = true } } } }", [16, 36]),
+    ("{ pixel_shuffle = { then = { mlp = { hidden = 7, norm = true } } } }", [4, 9]),
+];
+
+/// Σ y·g: a scalar whose gradient at y is g.
+fn against(y: &Tensor, g: &Tensor) -> f64 {
+    flat(y).iter().zip(flat(g)).map(|(y, g)| y * g).sum()
+}
+
+fn check_gradients(what: &str, p: &mut Projector, [d_in, d_out]: [usize; 2], grid: Grid) {
+    let tokens = p.tokens(grid).unwrap();
+    let (x, g) = (noise("x", &[2 * grid.tokens(), d_in], 1.0), noise("g", &[2 * tokens, d_out], 1.0));
+    let all = names(p, |_| true);
+    p.set_trainable(&all);
+    let before = snapshot(p);
+    let plain = Pass { dropout: Some(key("dropout")), ..Pass::default() };
+    let pass = Pass { trains: true, need_dx: true, ..plain };
+    let (y, tape) = p.forward(&x, grid, pass).unwrap();
+    assert_eq!(y.dims(), [2 * tokens, d_out], "{what}");
+    let mut grads = Grads::new();
+    let dx = island::backward(tape.unwrap(), &g, &mut grads).unwrap().unwrap();
+    assert!(snapshot(p) == before, "{what}: a parameter changed");
+    let run = |p: &Projector, x: &Tensor| against(&p.forward(x, grid, plain).unwrap().0, &g);
+    check_slope(&format!("{what}: x"), &x, &dx, 40, |x| run(p, &x));
+    check_params(what, p, grads.by_name(), |_| false, |p| run(p, &x));
+    // Half of the parameters trained: they have the same gradients, the others none.
+    let some = names(p, |n| n.ends_with(".weight"));
+    p.set_trainable(&some);
+    let (_, tape) = p.forward(&x, grid, Pass { need_dx: false, ..pass }).unwrap();
+    let mut fewer = Grads::new();
+    assert!(island::backward(tape.unwrap(), &g, &mut fewer).unwrap().is_none(), "{what}");
+    assert!(fewer.by_name().keys().eq(&some), "{what}: who has a gradient");
+    for (name, grad) in fewer.by_name() {
+        assert_eq!(bits(grad), bits(&grads.by_name()[name]), "{what}: {name}");
+    }
+}
+
+#[test]
+fn gradients_and_shapes_at_two_resolutions() {
+    for (text, tokens) in TABLE {
+        for (bias, d_out, (side, tokens)) in [(true, 5, (4, tokens[0])), (false, 8, (6, tokens[1]))] {
+            let mut p = Projector::new(&config(text), 8, d_out, bias, &mut source()).unwrap();
+            perturb(&mut p);
+            assert_eq!(p.tokens(grid(side)).unwrap(), tokens, "{text}");
+            check_gradients(&format!("{text}, bias {bias}, {side} × {side}"), &mut p, [8, d_out], grid(side));
+        }
+    }
+}
+
+#[test]
+fn saved_and_loaded_they_give_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("projector.safetensors");
+    let x = noise("x", &[32, 8], 1.0).to_dtype(DType::F32).unwrap();
+    let run = |p: &Projector| {
+        let (y, tape) = p.forward(&x, grid(4), Pass::default()).unwrap();
+        assert!(tape.is_none());
+        bits(&y.to_dtype(DType::F64).unwrap())
+    };
+    for (text, _) in TABLE {
+        let mut fresh = Fresh { key: key("weights"), place: Place::cpu() };
+        let mut p = Projector::new(&config(text), 8, 12, true, &mut fresh).unwrap();
+        p.visit(&mut |p| {
+            p.value = (&p.value + noise(&p.name, p.value.dims(), 0.3).to_dtype(DType::F32).unwrap()).unwrap()
+        });
+        hf::save_projector(&path, &p.params()).unwrap();
+        let mut weights = Weights::projector(&path).unwrap();
+        let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
+        let again = Projector::new(&config(text), 8, 12, true, &mut src).unwrap();
+        weights.finish().unwrap();
+        assert_eq!(run(&p), run(&again), "{text}");
+    }
+}
+
+/// Parameters of all tensors whose name `keep` accepts.
+fn count(text: &str, vision: usize, language: usize, keep: impl Fn(&str) -> bool) -> usize {
+    let mut fresh = Fresh { key: key("weights"), place: Place::cpu() };
+    let mut p = Projector::new(&config(text), vision, language, true, &mut fresh).unwrap();
+    p.params().iter().filter(|(n, _)| keep(n)).map(|(_, t)| t.elem_count()).sum()
+}
+
+#[test]
+fn known_numbers_of_parameters() {
+    let all = |_: &str| true;
+    assert_eq!(count("{ linear = {} }", 1024, 2560, all), 2_624_000);
+    assert_eq!(count("{ mlp = {} }", 1024, 4096, all), 20_979_712);
+    assert_eq!(count("{ mlp = { hidden = 8192, norm = true } }", 1024, 4096, all), 41_963_520);
+    let narrow = |n: &str| n.contains(".down.") || n.contains(".up.");
+    let weights = |n: &str| narrow(n) && n.ends_with(".weight");
+    let bottleneck = "{ bottleneck = { dim = 256 } }";
+    assert_eq!(count(bottleneck, 1024, 1024, weights), 524_288);
+    assert_eq!(count(bottleneck, 1024, 1024, all), 524_288 + 256 + 1024 + 2 * 1024);
+    assert_eq!(count(bottleneck, 1024, 4096, |n| n.contains(".out.")), 1024 * 4096 + 4096);
+    assert_eq!(count("{ pixel_shuffle = {} }", 1024, 512, all), 4 * 1024 * 512 + 512);
+}
+
+#[test]
+fn a_bottleneck_begins_as_the_identity() {
+    let p = |d_out| Projector::new(&config("{ bottleneck = { dim = 3 } }"), 8, d_out, true, &mut source()).unwrap();
+    let x = noise("x", &[16, 8], 1.0);
+    let y = |p: &Projector| p.forward(&x, grid(4), Pass::default()).unwrap().0;
+    assert_eq!(bits(&y(&p(8))), bits(&x));
+    // With another width the layer that follows is all that there is.
+    let mut wide = p(12).params();
+    let [w, b] = ["weight", "bias"].map(|kind| wide.remove(&format!("projector.out.{kind}")).unwrap());
+    let out = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&b).unwrap();
+    assert!(distance(&y(&p(12)), &out) < 1e-14);
+}
+
+#[test]
+fn dropout_follows_the_pass_and_only_where_the_projector_trains() {
+    let cfg = config("{ bottleneck = { dim = 5, dropout = 0.4 } }");
+    let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &cfg, llama());
+    let batch = pack(&vlm, &sequences().iter().collect::<Vec<_>>());
+    let weights = coefs(batch.targets.len());
+    let run = |vlm: &_, dropout| loss(vlm, &batch, &weights, Mode { dropout, ..Mode::default() }).to_bits();
+    let off = run(&vlm, None);
+    assert_eq!(run(&vlm, Some(key("one"))), off);
+    let projector = names(&mut vlm, |n| n.starts_with("projector."));
+    vlm.train_only(&projector);
+    assert_eq!(run(&vlm, None), off);
+    assert_ne!(run(&vlm, Some(key("one"))), off);
+    assert_ne!(run(&vlm, Some(key("one"))), run(&vlm, Some(key("other"))));
+    assert_eq!(run(&vlm, Some(key("one"))), run(&vlm, Some(key("one"))));
+}
+
+#[test]
+fn whole_models_splice_what_the_projector_makes() {
+    // 2 × 2 patches a picture.
+    for (text, per) in [("{ pixel_shuffle = {} }", 1), ("{ bottleneck = { dim = 3, dropout = 0.3 } }", 4)] {
+        let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &config(text), llama());
+        assert_eq!(vlm.tokens_per_image().unwrap(), per);
+        let chosen = names(&mut vlm, |n| n.starts_with("projector.") || n.contains("layers.1."));
+        vlm.train_only(&chosen);
+        let unreachable: Vec<String> = vlm.unreachable(true).into_iter().map(|(n, _)| n).collect();
+        assert!(unreachable.is_empty(), "{unreachable:?}");
+        let batch = pack(&vlm, &sequences().iter().collect::<Vec<_>>());
+        let weights = coefs(batch.targets.len());
+        let mode = Mode { dropout: Some(key("dropout")), ..Mode::default() };
+        let frozen = snapshot(&mut vlm);
+        let grads = gradients(&vlm, &batch, &weights, mode);
+        assert!(snapshot(&mut vlm) == frozen, "{text}: a parameter changed");
+        let zero = |n: &str| n.ends_with("k_proj.bias");
+        check_params(text, &mut vlm, &grads, zero, |vlm| loss(vlm, &batch, &weights, mode));
+    }
+}
+
+#[test]
+fn pixel_shuffle_says_what_it_cannot_take() {
+    let p = |text: &str| Projector::new(&config(text), 8, 12, true, &mut source()).unwrap();
+    let e = p("{ pixel_shuffle = { factor = 5 } }").tokens(grid(24)).unwrap_err();
+    assert_eq!(
+        e.cause(),
+        "pixel_shuffle: factor 5 does not divide the 24 × 24 patches of a picture (336 px, patches of 14 px)"
+    );
+    assert_eq!(e.hint_text(), Some("factors that do: 1, 2, 3, 4, 6, 8, 12, 24"));
+    let e = p("{ pixel_shuffle = {} }").tokens(Grid { class_token: true, ..grid(24) }).unwrap_err();
+    assert!(e.cause().contains("class token") && e.hint_text().unwrap().contains("select_feature = \"patch\""), "{e}");
+    assert_eq!(p("{ linear = {} }").tokens(Grid { class_token: true, ..grid(24) }).unwrap(), 577);
+}
+
+/// The order of tokens and of channels within them is that of `Idefics3Connector` in transformers.
+#[test]
+fn pixel_shuffle_agrees_with_transformers() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/projectors");
+    let golden = safetensors::load(&dir.join("pixel_shuffle.safetensors")).unwrap();
+    for (side, factor) in [(4, 2), (6, 3)] {
+        let part = |name: &str| golden[&format!("{side}x{side}.{factor}.{name}")].to_dtype(DType::F32).unwrap();
+        let (x, weight, y) = (part("x"), part("weight"), part("y"));
+        let cfg = config(&format!("{{ pixel_shuffle = {{ factor = {factor} }} }}"));
+        let mut fresh = Fresh { key: key("weights"), place: Place::cpu() };
+        let mut p = Projector::new(&cfg, x.dims()[1], y.dims()[1], false, &mut fresh).unwrap();
+        p.assign(&[("projector.linear_1.weight".to_string(), weight)].into()).unwrap();
+        assert!(p.params().len() == 1 && x.device().same_device(&Device::Cpu));
+        let (out, _) = p.forward(&x, grid(side), Pass::default()).unwrap();
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let off = distance(&wide(&out), &wide(&y));
+        assert!(off < 1e-6, "{side} × {side}, factor {factor}: {off:e}");
+    }
+}
