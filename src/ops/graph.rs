@@ -2,6 +2,7 @@
 //! `model::island`): the same kernels and the same backward as in the trunk.
 
 use super::activation;
+use super::attention::{self, Config, Sequences};
 use super::matmul::{self, Mat, matmul as product, sum_rows};
 use super::norm::{self, Kind};
 use super::random::{self, Key};
@@ -22,10 +23,10 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
         Ok([dx, dw])
     };
     let Some(b) = b else {
-        return node2("linear", x, w, y, Box::new(move |[x, w], dy| gradients(x, w, dy)));
+        return node2("linear", x, w, y, Box::new(move |[x, w], at| gradients(x, w, at.dy)));
     };
     let tracked_b = b.track_op();
-    let backward = move |[x, w, b]: [&Tensor; 3], dy: &Tensor| {
+    let backward = move |[x, w, b]: [&Tensor; 3], Ends { dy, .. }: Ends| {
         let [dx, dw] = gradients(x, w, dy)?;
         let db = tracked_b.then(|| Ok::<_, Error>(sum_rows(dy)?.to_dtype(b.dtype())?)).transpose()?;
         Ok([dx, dw, db])
@@ -36,20 +37,20 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 /// `act(x)`, any shape.
 pub fn activate(act: Activation, x: &Tensor) -> Result<Tensor> {
     let y = activation::forward(act, &x.detach())?;
-    node1("activation", x, y, Box::new(move |[x], dy| Ok([Some(activation::backward(act, x, dy)?)])))
+    node1("activation", x, y, Box::new(move |[x], at| Ok([Some(activation::backward(act, x, at.dy)?)])))
 }
 
 /// Inverted dropout with the mask of `key`, any shape; backward draws the mask again.
 pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
     let y = random::dropout(key, &x.detach().contiguous()?, p)?;
-    node1("dropout", x, y, Box::new(move |[_], dy| Ok([Some(random::dropout(key, dy, p)?)])))
+    node1("dropout", x, y, Box::new(move |[_], at| Ok([Some(random::dropout(key, at.dy, p)?)])))
 }
 
 /// LayerNorm over rows, `[N, D]` with scale and shift `[D]`.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let (y, stats) = norm::forward(Kind::Layer, &x.detach(), &w.detach(), Some(&b.detach()), eps)?;
     let scale = w.track_op() || b.track_op();
-    let backward = move |[x, w, b]: [&Tensor; 3], dy: &Tensor| {
+    let backward = move |[x, w, b]: [&Tensor; 3], Ends { dy, .. }: Ends| {
         let (dx, scale) = norm::backward(Kind::Layer, x, w, &stats, dy, scale)?;
         let Some(scale) = scale else { return Ok([Some(dx), None, None]) };
         Ok([Some(dx), Some(scale.weight.to_dtype(w.dtype())?), Some(scale.bias.to_dtype(b.dtype())?)])
@@ -57,8 +58,39 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
     node3("layer_norm", [x, w, b], y, Box::new(backward))
 }
 
-/// Gradients of a node's inputs from that of its output; all tensors are detached and contiguous.
-type Backward<const N: usize> = Box<dyn Fn([&Tensor; N], &Tensor) -> Result<[Option<Tensor>; N]> + Send + Sync>;
+/// RMSNorm over rows, `[N, D]` with scale `[D]`.
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let (y, stats) = norm::forward(Kind::Rms, &x.detach(), &w.detach(), None, eps)?;
+    let scale = w.track_op();
+    let backward = move |[x, w]: [&Tensor; 2], at: Ends| {
+        let (dx, scale) = norm::backward(Kind::Rms, x, w, &stats, at.dy, scale)?;
+        Ok([Some(dx), scale.map(|s| s.weight.to_dtype(w.dtype())).transpose()?])
+    };
+    node2("rms_norm", x, w, y, Box::new(backward))
+}
+
+/// Attention of the queries `[N, heads·hd]` over keys and values `[M, kv_heads·hd]`, see [`attention::forward`]. No two of the
+/// `sequences` may share keys.
+pub fn attention(cfg: Config, sequences: &Sequences, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
+    let (y, lse) = attention::forward(cfg, sequences, &q.detach(), &k.detach(), &v.detach())?;
+    let sequences = sequences.clone();
+    let backward = move |[q, k, v]: [&Tensor; 3], Ends { y, dy }: Ends| {
+        let saved = attention::Saved { q, k, v, o: y, lse: &lse };
+        let (dq, dk, dv) = attention::backward(cfg, &sequences, saved, dy)?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    };
+    node3("attention", [q, k, v], y, Box::new(backward))
+}
+
+/// Gradients of a node's inputs from its output and the gradient there; all tensors are detached and contiguous.
+type Backward<const N: usize> = Box<dyn Fn([&Tensor; N], Ends) -> Result<[Option<Tensor>; N]> + Send + Sync>;
+
+/// A node's output and the gradient there.
+struct Ends<'a> {
+    y: &'a Tensor,
+    dy: &'a Tensor,
+}
 
 /// A result that is there already, waiting to become a node.
 struct Node<const N: usize> {
@@ -92,14 +124,15 @@ impl<const N: usize> Node<N> {
         }
     }
 
-    fn gradients(&self, inputs: [&Tensor; N], dy: &Tensor) -> candle_core::Result<[Option<Tensor>; N]> {
+    fn gradients(&self, inputs: [&Tensor; N], y: &Tensor, dy: &Tensor) -> candle_core::Result<[Option<Tensor>; N]> {
         let plain = |t: &Tensor| t.detach().contiguous();
         let mut own = Vec::with_capacity(N);
         for t in inputs {
             own.push(plain(t)?);
         }
         let inputs = std::array::from_fn(|i| &own[i]);
-        (self.backward)(inputs, &plain(dy)?).map_err(|e| candle_core::Error::Msg(format!("{}: {e}", self.name)))
+        (self.backward)(inputs, Ends { y: &plain(y)?, dy: &plain(dy)? })
+            .map_err(|e| candle_core::Error::Msg(format!("{}: {e}", self.name)))
     }
 }
 
@@ -125,8 +158,8 @@ impl CustomOp1 for Node<1> {
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         self.cuda()
     }
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let [dx] = self.gradients([x], dy)?;
+    fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let [dx] = self.gradients([x], y, dy)?;
         Ok(dx)
     }
 }
@@ -157,10 +190,10 @@ impl CustomOp2 for Node<2> {
         &self,
         a: &Tensor,
         b: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let [da, db] = self.gradients([a, b], dy)?;
+        let [da, db] = self.gradients([a, b], y, dy)?;
         Ok((da, db))
     }
 }
@@ -196,10 +229,10 @@ impl CustomOp3 for Node<3> {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [da, db, dc] = self.gradients([a, b, c], dy)?;
+        let [da, db, dc] = self.gradients([a, b, c], y, dy)?;
         Ok((da, db, dc))
     }
 }
@@ -272,13 +305,29 @@ mod tests {
         };
         let (x, w, b) = (var("x", &[3, 4]), var("w", &[5, 4]), var("b", &[5]));
         let (scale, shift) = (var("s", &[5]), var("t", &[5]));
+        let scale4 = var("s4", &[4]);
         let vars = [x.clone(), w.clone(), b.clone(), scale.clone(), shift.clone()];
         check(&vars, || {
             let y = linear(&x, &w, Some(&b)).unwrap();
             layer_norm(&activate(Activation::Gelu, &y).unwrap(), &scale, &shift, 1e-5).unwrap()
         });
         check(&[x.clone(), w.clone()], || linear(&x, &w, None).unwrap());
+        check(&[x.clone(), scale4.clone()], || rms_norm(&x, &scale4, 1e-5).unwrap());
         check(std::slice::from_ref(&x), || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
+    }
+
+    #[test]
+    fn attention_over_other_rows() {
+        let var = |name: &str, shape: &[usize]| {
+            Var::from_tensor(&normal(Key::new(2, name), shape, 0.8, DType::F64).unwrap()).unwrap()
+        };
+        // Query 2 belongs to no sequence; key 4 is nobody's.
+        let (q, k, v) = (var("q", &[5, 12]), var("k", &[6, 6]), var("v", &[6, 6]));
+        let cfg = Config { heads: 4, kv_heads: 2, head_dim: 3, causal: false };
+        let sequences = vec![attention::Segment::new(0..2, 0..4), attention::Segment::new(3..5, 5..6)].into();
+        let y = || attention(cfg, &sequences, &q, &k, &v).unwrap();
+        check(&[q.clone(), k.clone(), v.clone()], y);
+        assert_eq!(y().get(2).unwrap().to_vec1::<f64>().unwrap(), [0.0; 12]);
     }
 
     #[test]
