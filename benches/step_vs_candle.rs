@@ -159,7 +159,7 @@ fn child(engine: &str, task: &str) {
             Box::new(move || {
                 let (lp, saved) = vlm.forward(&batch, Mode { record: true, kept, ..Mode::default() }).unwrap();
                 let mut grads = Grads::new();
-                vlm.backward(&batch, saved.unwrap(), &coefs, &mut grads).unwrap();
+                vlm.backward(saved.unwrap(), &coefs, &mut grads).unwrap();
                 optimizer.step(&Weight::plain(&params), grads.by_name()).unwrap();
                 lp.logps().unwrap().iter().zip(&coefs).map(|(p, c)| p * c).sum()
             })

@@ -1,6 +1,7 @@
 //! The commands, end to end: the binary itself on the golden model, as a user runs it.
 
 mod cli {
+    mod adapters;
     mod bad_input;
     mod bench;
     mod check;

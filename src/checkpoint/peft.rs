@@ -7,6 +7,7 @@ use super::{atomic, safetensors};
 pub use crate::adapters::lora::LoraAdapter;
 use crate::bail;
 use crate::error::{Context, Error, Result};
+use crate::model::config::LlamaConfig;
 use crate::model::weights::{Tensors, names};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -110,6 +111,32 @@ impl LoraAdapter {
             "target_modules": target_modules(self.tensors.keys().map(String::as_str), base),
         }))
     }
+}
+
+/// Writes soft tokens `[tokens, D]` as PEFT's prompt tuning: a folder of `adapter_config.json` and `adapter_model.safetensors`.
+pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LlamaConfig) -> Result<()> {
+    let (tokens, width) = embeddings.dims2()?;
+    let config = json!({
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": null,
+        "inference_mode": true,
+        "num_virtual_tokens": tokens,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": language.num_attention_heads,
+        "num_layers": language.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": null,
+        "tokenizer_name_or_path": null,
+    });
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    atomic::directory(dir, |dir| {
+        let path = dir.join("adapter_model.safetensors");
+        safetensors::save_list(&path, vec![("prompt_embeddings", embeddings)], &metadata)?;
+        let text = serde_json::to_string_pretty(&config)? + "\n";
+        atomic::write_bytes(&dir.join("adapter_config.json"), text.as_bytes())
+    })
 }
 
 /// The fields of `adapter_config.json` that decide what the adapter computes.

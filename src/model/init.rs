@@ -1,6 +1,6 @@
 //! Where a module's parameters come from: files, or fresh random values keyed by (seed, name).
 
-use super::params::Param;
+use super::params::{Param, adapter_of};
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::random::{Key, normal, uniform};
@@ -89,19 +89,22 @@ impl Source for Fresh {
 
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
-/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B and a bottleneck's `up` zero. On the CPU.
+/// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B, a bottleneck's `up`, gates and an adapter's other biases
+/// zero; soft tokens normal with deviation 0.02. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);
     let module = name.rsplit('.').nth(1).unwrap_or("");
     let constant = |v: f64| Ok((Tensor::ones(shape, dtype, &Device::Cpu)? * v)?);
-    if module.contains("norm") {
+    let adapter = adapter_of(name).is_some();
+    // A weight of one dimension scales a norm, whatever that is called (`ff.0` in OpenFlamingo).
+    if module.contains("norm") || adapter && leaf == "weight" && shape.len() == 1 {
         return constant(if leaf == "weight" { 1.0 } else { 0.0 });
     }
-    if name.contains(".lora_B.") || module == "up" {
+    if name.contains(".lora_B.") || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
         return constant(0.0);
     }
-    if name.starts_with("projector.") || name.contains(".lora_A.") {
+    if name.starts_with("projector.") || adapter && !name.contains(".prefix.") {
         let fan_in = shape.get(1).or(shape.first()).copied().unwrap_or(1).max(1);
         // A bias does not know its layer's input width; its own length is the nearest thing to it, and small either way.
         return uniform(key, shape, 1.0 / (fan_in as f64).sqrt(), dtype);

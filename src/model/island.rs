@@ -48,9 +48,9 @@ impl Vars {
     }
 }
 
-/// An island's graph, waiting for backward.
-pub struct Tape {
-    x: Option<Var>,
+/// The graph of an island of N inputs, waiting for backward.
+pub struct Tape<const N: usize = 1> {
+    inputs: [Option<Var>; N],
     vars: BTreeMap<String, Var>,
     y: Tensor,
 }
@@ -61,24 +61,47 @@ pub fn forward(
     pass: Pass,
     island: impl FnOnce(&Tensor, &mut Vars) -> Result<Tensor>,
 ) -> Result<(Tensor, Option<Tape>)> {
+    forward_of([(x, pass.need_dx)], pass, |[x], vars| island(x, vars))
+}
+
+/// [`forward`] of several inputs, each with whether its gradient is wanted; `pass.need_dx` is not read.
+pub fn forward_of<const N: usize>(
+    inputs: [(&Tensor, bool); N],
+    pass: Pass,
+    island: impl FnOnce([&Tensor; N], &mut Vars) -> Result<Tensor>,
+) -> Result<(Tensor, Option<Tape<N>>)> {
     let mut vars = Vars { record: pass.trains, dropout: pass.dropout, vars: BTreeMap::new() };
-    let input = pass.need_dx.then(|| Var::from_tensor(x)).transpose()?;
-    let y = island(input.as_ref().map_or(x, |v| v.as_tensor()), &mut vars)?;
+    let mut wanted = inputs.map(|_| None);
+    for ((x, want), var) in inputs.iter().zip(&mut wanted) {
+        *var = want.then(|| Var::from_tensor(x)).transpose()?;
+    }
+    let of = std::array::from_fn(|i| wanted[i].as_ref().map_or(inputs[i].0, |v: &Var| v.as_tensor()));
+    let y = island(of, &mut vars)?;
     let out = y.detach();
-    let tape = (pass.trains || pass.need_dx).then_some(Tape { x: input, vars: vars.vars, y });
-    Ok((out, tape))
+    let records = pass.trains || inputs.iter().any(|(_, want)| *want);
+    Ok((out, records.then_some(Tape { inputs: wanted, vars: vars.vars, y })))
 }
 
 /// Takes the graph's gradients at `dy`: parameters' into `grads`, the input's is returned if it was asked for.
 pub fn backward(tape: Tape, dy: &Tensor, grads: &mut Grads) -> Result<Option<Tensor>> {
+    let [dx] = backward_of(tape, dy, grads)?;
+    Ok(dx)
+}
+
+/// [`backward`] of several inputs.
+pub fn backward_of<const N: usize>(tape: Tape<N>, dy: &Tensor, grads: &mut Grads) -> Result<[Option<Tensor>; N]> {
     // Σ y·dy has the gradient dy at y; its own value is of no interest.
     let mut store = (&tape.y * dy.detach())?.sum_all()?.backward()?;
     for (name, var) in &tape.vars {
-        let g = store
-            .remove(var)
-            .ok_or_else(|| Error::new(format!("{name}: the projector's graph gives it no gradient")))?;
+        let g =
+            store.remove(var).ok_or_else(|| Error::new(format!("{name}: its module's graph gives it no gradient")))?;
         grads.add(name, g.contiguous()?)?;
     }
-    let Some(x) = tape.x else { return Ok(None) };
-    Ok(store.remove(&x).map(|g| g.detach().contiguous()).transpose()?)
+    let mut out = [const { None }; N];
+    for (x, dx) in tape.inputs.iter().zip(&mut out) {
+        if let Some(x) = x {
+            *dx = store.remove(x).map(|g| g.detach().contiguous()).transpose()?;
+        }
+    }
+    Ok(out)
 }

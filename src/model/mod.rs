@@ -6,6 +6,7 @@
 pub mod build;
 pub mod config;
 pub mod init;
+pub mod insert;
 pub mod island;
 pub mod language;
 pub mod linear;
@@ -14,5 +15,6 @@ pub mod params;
 pub mod projector;
 pub mod segment;
 pub mod vision;
+pub mod visual;
 pub mod vlm;
 pub mod weights;

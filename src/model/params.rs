@@ -1,6 +1,7 @@
 //! Named parameters, whether they train, and the one road that their gradients take.
 
 use crate::error::Result;
+use crate::ops::embedding::scatter_add_;
 use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, add_, matmul_add};
 use crate::ops::{Weight, overwrite};
@@ -150,9 +151,23 @@ fn replace(p: &mut Param, set: &mut BTreeMap<String, Weight>, value: impl FnOnce
     Ok(())
 }
 
+/// The adapter that a parameter belongs to, if it is one's: the part of its name behind that of its kind.
+pub fn adapter_of(name: &str) -> Option<&str> {
+    let parts: Vec<&str> = name.split('.').collect();
+    let kind = parts.iter().position(|p| ADAPTER_PARTS.contains(p))?;
+    parts.get(kind + 1).copied()
+}
+
+/// What stands before an adapter's own name in its parameters' names.
+const ADAPTER_PARTS: [&str; 5] = ["lora_A", "lora_B", "bottleneck", "cross_attention", "prefix"];
+
 /// Gradients of the trained parameters by name, summed over the micro-batches of a step; f32 where the model computes in bf16.
 #[derive(Debug, Default)]
-pub struct Grads(BTreeMap<String, Tensor>);
+pub struct Grads {
+    by_name: BTreeMap<String, Tensor>,
+    /// Of the visual tokens that layers read beside their stream of rows; a micro-batch's.
+    visual: Option<Tensor>,
+}
 
 impl Grads {
     /// No gradient yet.
@@ -162,10 +177,10 @@ impl Grads {
 
     /// Adds `grad` to what is there. The tensor must be the caller's own.
     pub fn add(&mut self, name: &str, grad: Tensor) -> Result<()> {
-        match self.0.get(name) {
+        match self.by_name.get(name) {
             Some(sum) => add_(sum, 1.0, &grad),
             None => {
-                self.0.insert(name.to_string(), widen(&grad.detach())?);
+                self.by_name.insert(name.to_string(), widen(&grad.detach())?);
                 Ok(())
             }
         }
@@ -178,20 +193,33 @@ impl Grads {
 
     /// The sum for a parameter, zero at first.
     pub fn slot(&mut self, p: &Param) -> Result<&Tensor> {
-        if !self.0.contains_key(&p.name) {
+        if !self.by_name.contains_key(&p.name) {
             let dtype = if p.value.dtype() == DType::BF16 { DType::F32 } else { p.value.dtype() };
-            self.0.insert(p.name.clone(), Tensor::zeros(p.value.dims(), dtype, p.value.device())?);
+            self.by_name.insert(p.name.clone(), Tensor::zeros(p.value.dims(), dtype, p.value.device())?);
         }
-        Ok(&self.0[&p.name])
+        Ok(&self.by_name[&p.name])
+    }
+
+    /// Adds `grad` to the gradient of the visual tokens `like` at `rows`, an f32 sum beside bf16.
+    pub fn add_visual(&mut self, like: &Tensor, rows: &[u32], grad: &Tensor) -> Result<()> {
+        if self.visual.is_none() {
+            self.visual = Some(widen(like)?.zeros_like()?);
+        }
+        self.visual.iter().try_for_each(|sum| scatter_add_(sum, rows, grad))
+    }
+
+    /// The gradient of the visual tokens, if a layer has read them; none is left.
+    pub fn take_visual(&mut self) -> Option<Tensor> {
+        self.visual.take()
     }
 
     /// The gradients by name, in sorted order.
     pub fn by_name(&self) -> &BTreeMap<String, Tensor> {
-        &self.0
+        &self.by_name
     }
 
     /// The gradients, taken out.
     pub fn into_inner(self) -> BTreeMap<String, Tensor> {
-        self.0
+        self.by_name
     }
 }

@@ -3,6 +3,7 @@
 
 use super::linear::LowRank;
 use super::params::{Grads, Module};
+use super::visual::Visual;
 use crate::error::Result;
 use crate::ops::random::Key;
 use crate::ops::{attention, bytes};
@@ -33,6 +34,8 @@ pub struct Side {
     pub dropout: Option<Key>,
     /// Leave out all adapters (the base model of a DPO reference).
     pub adapters_off: bool,
+    /// Visual tokens that layers may read; language model only.
+    pub visual: Option<Visual>,
 }
 
 impl Side {
@@ -44,7 +47,7 @@ impl Side {
             sequences.push(attention::Segment::new(at..at + n, at..at + n));
             at += n;
         }
-        Self { sequences: sequences.into(), rope: None, dropout: None, adapters_off: false }
+        Self { sequences: sequences.into(), rope: None, dropout: None, adapters_off: false, visual: None }
     }
 
     /// Is this update left out of the pass?

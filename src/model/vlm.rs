@@ -7,14 +7,17 @@ use super::params::{Grads, Module, Param};
 use super::projector::Projector;
 use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
+use super::visual::{Shown, Visual};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
+use crate::recipe::schema::Deliver;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use tracing::debug_span;
 
 /// Tower and projector may be absent: then it is a language model.
@@ -25,8 +28,21 @@ pub struct Vlm {
     pub language: Language,
     /// Id that stands for a visual token in `Batch::ids`; `None` without a tower.
     pub image_token_id: Option<u32>,
+    /// Where visual tokens go.
+    pub deliver: Deliver,
+    /// Soft tokens in front of every sequence, an adapter's each.
+    pub prefixes: Vec<Prefix>,
     /// What backward has to reach, see [`Vlm::plan`].
     projector_trains: bool,
+}
+
+/// Soft tokens (Lester et al. 2021; PEFT's prompt tuning): trained embeddings in front of every sequence.
+#[derive(Debug, Clone)]
+pub struct Prefix {
+    /// The adapter that they are.
+    pub adapter: String,
+    /// `[tokens, D]`.
+    pub embeddings: Param,
 }
 
 /// Sequences of a micro-batch, packed without padding.
@@ -72,9 +88,23 @@ pub struct Saved {
     projector: Option<island::Tape>,
     language: language::Saved,
     side: Side,
-    image_rows: Vec<u32>,
-    feature_rows: Vec<u32>,
+    stream: Stream,
     projected: Option<Tensor>,
+}
+
+/// The rows that the language model computes on.
+struct Stream {
+    /// Token ids; those of rows that hold no token's embedding mean nothing.
+    ids: Vec<u32>,
+    lengths: Vec<usize>,
+    targets: Vec<(u32, u32)>,
+    /// Rows that visual tokens take the place of, and the rows of the projected features that belong there.
+    spliced: Vec<u32>,
+    features: Vec<u32>,
+    /// Pictures that stand beside the stream.
+    shown: Vec<Shown>,
+    /// Rows of each prefix's tokens: all of the first sequence's, then the next one's.
+    prefixes: Vec<Vec<u32>>,
 }
 
 impl Saved {
@@ -93,7 +123,8 @@ impl Vlm {
         image_token_id: impl Into<Option<u32>>,
     ) -> Self {
         let image_token_id = image_token_id.into();
-        let mut vlm = Self { vision, projector, language, image_token_id, projector_trains: false };
+        let (deliver, prefixes) = (Deliver::Splice, Vec::new());
+        let mut vlm = Self { vision, projector, language, image_token_id, deliver, prefixes, projector_trains: false };
         vlm.plan();
         vlm
     }
@@ -104,8 +135,14 @@ impl Vlm {
             v.plan();
         }
         self.projector_trains = self.projector.as_mut().is_some_and(Module::trains);
-        let below = self.projector_trains || self.vision.as_ref().is_some_and(Tower::reached);
-        self.language.plan(below);
+        let visual = self.visual_learns();
+        let prefixes = self.prefixes.iter().any(|p| p.embeddings.trainable);
+        self.language.plan(prefixes || visual && self.deliver == Deliver::Splice, visual);
+    }
+
+    /// Does something that makes the visual tokens train?
+    fn visual_learns(&self) -> bool {
+        self.projector_trains || self.vision.as_ref().is_some_and(Tower::reached)
     }
 
     /// Trains exactly these parameters, and plans backward accordingly.
@@ -115,14 +152,25 @@ impl Vlm {
     }
 
     /// Visual tokens of one picture, none without a tower; an error if the projector cannot take the tower's grid.
-    pub fn tokens_per_image(&self) -> Result<usize> {
+    pub fn visual_tokens_per_image(&self) -> Result<usize> {
         let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(0) };
         projector.tokens(tower.grid())
+    }
+
+    /// Image tokens that a picture takes in a text: one for each visual token, or a single one where those stand beside the text.
+    pub fn tokens_per_image(&self) -> Result<usize> {
+        Ok(self.deliver.image_tokens(self.visual_tokens_per_image()?))
     }
 
     /// Trainable parameters that no gradient can reach, with the reason. `pictures`: does the data show any?
     pub fn unreachable(&mut self, pictures: bool) -> Vec<(String, String)> {
         let mut out = self.vision.as_mut().map_or_else(Vec::new, Tower::unreachable);
+        if self.deliver == Deliver::CrossAttention && self.language.first_that_sees().is_none() {
+            for name in self.trainable().into_keys().filter(|n| n.starts_with("vision.") || n.starts_with("projector."))
+            {
+                out.push((name, "no cross_attention adapter reads the visual tokens".to_string()));
+            }
+        }
         if !pictures {
             for name in self.trainable().into_keys() {
                 if name.starts_with("vision.") || name.starts_with("projector.") {
@@ -135,29 +183,41 @@ impl Vlm {
 
     /// Log-probabilities of the batch's targets.
     pub fn forward(&self, batch: &Batch, mode: Mode) -> Result<(LogProbs, Option<Saved>)> {
-        let x = self.language.embed(&batch.ids)?;
-        let side = self.language.side(&batch.lengths, mode.dropout, mode.adapters_off)?;
+        let stream = self.stream(batch, mode.adapters_off)?;
+        let mut side = self.language.side(&stream.lengths, mode.dropout, mode.adapters_off)?;
         let visual = self.visual_tokens(batch, mode)?;
-        let (image_rows, feature_rows) = self.splice_rows(batch)?;
-        if let Some(v) = &visual {
-            scatter_(&x, &image_rows, &gather(&v.tokens, &feature_rows)?)?;
-        }
-        let (out, saved) = self.language.forward(x, &side, &batch.targets, mode.kept, mode.record)?;
+        let x = self.embed_stream(&stream, visual.as_ref().map(|v| &v.tokens))?;
+        side.visual = self.beside(&stream, visual.as_ref().map(|v| &v.tokens), mode.record);
+        let (out, saved) = self.language.forward(x, &side, &stream.targets, mode.kept, mode.record)?;
         let saved = saved.map(|language| {
             let (vision, projector, projected) =
                 visual.map_or((None, None, None), |v| (v.saved, v.tape, Some(v.tokens)));
-            Saved { vision, projector, language, side, image_rows, feature_rows, projected }
+            Saved { vision, projector, language, side, stream, projected }
         });
         Ok((out, saved))
     }
 
     /// Gradients of Σ coefᵢ·log pᵢ over the batch's targets, added to `grads`.
-    pub fn backward(&self, batch: &Batch, saved: Saved, coefs: &[f64], grads: &mut Grads) -> Result<()> {
-        let Saved { vision, projector, language, side, image_rows, feature_rows, projected } = saved;
-        let dx = self.language.backward(language, &batch.ids, &side, coefs, &image_rows, grads)?;
-        let (Some(dx), Some(tape), Some(projected)) = (dx, projector, projected) else { return Ok(()) };
-        let dtokens = projected.zeros_like()?;
-        scatter_add_(&dtokens, &feature_rows, &gather(&dx, &image_rows)?)?;
+    pub fn backward(&self, saved: Saved, coefs: &[f64], grads: &mut Grads) -> Result<()> {
+        let Saved { vision, projector, language, side, stream, projected } = saved;
+        let strangers: Vec<u32> = stream.spliced.iter().chain(stream.prefixes.iter().flatten()).copied().collect();
+        let dx = self.language.backward(language, &stream.ids, &side, coefs, &strangers, grads)?;
+        if let Some(dx) = &dx {
+            self.prefix_grads(&stream, dx, grads)?;
+        }
+        let dtokens = match (self.deliver, dx, &projected) {
+            (Deliver::Splice, Some(dx), Some(tokens)) => {
+                let sum = tokens.zeros_like()?;
+                scatter_add_(&sum, &stream.features, &gather(&dx, &stream.spliced)?)?;
+                Some(sum)
+            }
+            (Deliver::Splice, ..) => None,
+            (Deliver::CrossAttention, _, Some(tokens)) => {
+                grads.take_visual().map(|sum| sum.to_dtype(tokens.dtype())).transpose()?
+            }
+            (Deliver::CrossAttention, ..) => None,
+        };
+        let (Some(dtokens), Some(tape)) = (dtokens, projector) else { return Ok(()) };
         let dfeatures = debug_span!("projector backward").in_scope(|| island::backward(tape, &dtokens, grads))?;
         if let (Some(tower), Some(saved), Some(d)) = (&self.vision, vision, dfeatures) {
             debug_span!("tower backward").in_scope(|| tower.backward(saved, d, grads))?;
@@ -165,8 +225,20 @@ impl Vlm {
         Ok(())
     }
 
-    /// Projected features of the batch's distinct pictures, `[I·tokens_per_image, D]`.
-    fn visual_tokens(&self, batch: &Batch, mode: Mode) -> Result<Option<Visual>> {
+    /// The sums over all sequences, in their order.
+    fn prefix_grads(&self, stream: &Stream, dx: &Tensor, grads: &mut Grads) -> Result<()> {
+        for (prefix, rows) in self.prefixes.iter().zip(&stream.prefixes) {
+            if prefix.embeddings.trainable {
+                let tokens = prefix.embeddings.value.dim(0)? as u32;
+                let places: Vec<u32> = (0..rows.len() as u32).map(|i| i % tokens).collect();
+                scatter_add_(grads.slot(&prefix.embeddings)?, &places, &gather(dx, rows)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Projected features of the batch's distinct pictures, `[I·visual_tokens_per_image, D]`.
+    fn visual_tokens(&self, batch: &Batch, mode: Mode) -> Result<Option<Projected>> {
         let (Some(pixels), Some(tower), Some(projector)) = (&batch.pixels, &self.vision, &self.projector) else {
             return Ok(None);
         };
@@ -178,35 +250,110 @@ impl Vlm {
             dropout: mode.dropout.filter(|_| self.projector_trains),
         };
         let (tokens, tape) = debug_span!("projector").in_scope(|| projector.forward(&features, tower.grid(), pass))?;
-        Ok(Some(Visual { tokens, tape, saved }))
+        Ok(Some(Projected { tokens, tape, saved }))
     }
 
-    /// Rows of the stream that hold visual tokens, and the rows of the projected features that belong there.
-    fn splice_rows(&self, batch: &Batch) -> Result<(Vec<u32>, Vec<u32>)> {
-        let per = self.tokens_per_image()?;
-        let rows: Vec<u32> = batch
-            .ids
-            .iter()
-            .enumerate()
-            .filter(|(_, id)| Some(**id) == self.image_token_id)
-            .map(|(i, _)| i as u32)
-            .collect();
-        if rows.len() != batch.pictures.len() * per {
-            bail!("{} visual tokens for {} pictures of {per} tokens", rows.len(), batch.pictures.len();
+    /// Lays out the rows of a batch: the prefixes in front of each sequence, then its text; visual tokens in it or beside it.
+    fn stream(&self, batch: &Batch, adapters_off: bool) -> Result<Stream> {
+        let per = self.visual_tokens_per_image()? as u32;
+        let prefixes: &[Prefix] = if adapters_off { &[] } else { &self.prefixes };
+        let mut tokens = Vec::with_capacity(prefixes.len());
+        for p in prefixes {
+            tokens.push(p.embeddings.value.dim(0)?);
+        }
+        let more: usize = tokens.iter().sum();
+        let mut out = Stream {
+            ids: Vec::with_capacity(batch.ids.len() + more * batch.lengths.len()),
+            lengths: batch.lengths.iter().map(|n| n + more).collect(),
+            targets: Vec::new(),
+            spliced: Vec::new(),
+            features: batch.pictures.iter().flat_map(|p| (0..per).map(move |k| p * per + k)).collect(),
+            shown: Vec::new(),
+            prefixes: vec![Vec::new(); prefixes.len()],
+        };
+        let mut at = 0;
+        let mut moved = Vec::with_capacity(batch.ids.len());
+        for (owner, n) in batch.lengths.iter().enumerate() {
+            for (rows, n) in out.prefixes.iter_mut().zip(&tokens) {
+                rows.extend((0..*n).map(|i| (out.ids.len() + i) as u32));
+                out.ids.extend(std::iter::repeat_n(0, *n));
+            }
+            let text = &batch.ids[at..at + n];
+            at += n;
+            let end = out.ids.len() + n;
+            for id in text {
+                let row = out.ids.len();
+                moved.push(row as u32);
+                if Some(*id) == self.image_token_id {
+                    self.place(&mut out, owner, row..end);
+                }
+                out.ids.push(*id);
+            }
+        }
+        out.targets = batch.targets.iter().map(|(row, id)| (moved[*row as usize], *id)).collect();
+        let images = if self.deliver == Deliver::Splice { out.spliced.len() } else { out.shown.len() };
+        let per = self.deliver.image_tokens(per as usize);
+        if images != batch.pictures.len() * per {
+            bail!("{images} image tokens for {} pictures of {per}", batch.pictures.len();
                 "a text holds the image token itself, or the sample's tokens were cut inside a picture")
         }
-        let features = batch.pictures.iter().flat_map(|p| (0..per as u32).map(move |k| p * per as u32 + k)).collect();
-        Ok((rows, features))
+        for (shown, features) in out.shown.iter_mut().zip(&batch.pictures) {
+            let per = self.visual_tokens_per_image()? as u32;
+            shown.tokens = features * per..(features + 1) * per;
+        }
+        Ok(out)
     }
 
-    /// Embedded rows of one prompt, for generation.
-    pub fn embed_prompt(&self, batch: &Batch) -> Result<Tensor> {
-        let x = self.language.embed(&batch.ids)?;
-        if let Some(v) = self.visual_tokens(batch, Mode::default())? {
-            let (rows, features) = self.splice_rows(batch)?;
-            scatter_(&x, &rows, &gather(&v.tokens, &features)?)?;
+    /// Notes an image token at the first of `rows`, the rest of its sequence.
+    fn place(&self, out: &mut Stream, owner: usize, rows: Range<usize>) {
+        if self.deliver == Deliver::Splice {
+            return out.spliced.push(rows.start as u32);
+        }
+        if let Some(last) = out.shown.last_mut().filter(|last| last.owner == owner) {
+            last.rows.end = rows.start;
+        }
+        out.shown.push(Shown { owner, rows, tokens: 0..0 });
+    }
+
+    /// Embedded rows of a stream.
+    fn embed_stream(&self, stream: &Stream, visual: Option<&Tensor>) -> Result<Tensor> {
+        let x = self.language.embed(&stream.ids)?;
+        if let (Some(tokens), Deliver::Splice) = (visual, self.deliver) {
+            scatter_(&x, &stream.spliced, &gather(tokens, &stream.features)?)?;
+        }
+        for (prefix, rows) in self.prefixes.iter().zip(&stream.prefixes) {
+            let tokens = prefix.embeddings.value.dim(0)? as u32;
+            let places: Vec<u32> = (0..rows.len() as u32).map(|i| i % tokens).collect();
+            scatter_(&x, rows, &gather(prefix.embeddings.compute(), &places)?)?;
         }
         Ok(x)
+    }
+
+    /// What stands beside a stream for layers to read.
+    fn beside(&self, stream: &Stream, visual: Option<&Tensor>, record: bool) -> Option<Visual> {
+        let tokens = visual.filter(|_| self.deliver == Deliver::CrossAttention)?;
+        Some(Visual::new(tokens.clone(), record && self.visual_learns(), &stream.shown))
+    }
+
+    /// A prompt of one sequence, for generation: its embedded rows, and what it and what follows may see beside them.
+    pub fn prompt(&self, batch: &Batch) -> Result<(Tensor, [Option<Visual>; 2])> {
+        let stream = self.stream(batch, false)?;
+        let visual = self.visual_tokens(batch, Mode::default())?.map(|v| v.tokens);
+        let x = self.embed_stream(&stream, visual.as_ref())?;
+        let here = self.beside(&stream, visual.as_ref(), false);
+        // A new row sees what the prompt's last one saw.
+        let mut after = Stream { shown: stream.shown.clone(), ..stream };
+        let n = after.shown.len();
+        for (i, s) in after.shown.iter_mut().enumerate() {
+            s.rows = if i + 1 == n { 0..1 } else { 0..0 };
+        }
+        let there = self.beside(&after, visual.as_ref(), false);
+        Ok((x, [here, there]))
+    }
+
+    /// Embedded rows of a batch without what stands beside them; for tests.
+    pub fn embed_prompt(&self, batch: &Batch) -> Result<Tensor> {
+        Ok(self.prompt(batch)?.0)
     }
 
     /// Features of the tower and visual tokens of `pixels`; for tests and measurements.
@@ -280,7 +427,7 @@ impl Vlm {
     }
 }
 
-struct Visual {
+struct Projected {
     tokens: Tensor,
     tape: Option<island::Tape>,
     saved: Option<vision::Saved>,
@@ -294,6 +441,7 @@ impl Module for Vlm {
         if let Some(p) = &mut self.projector {
             p.visit(f);
         }
+        self.prefixes.iter_mut().for_each(|p| f(&mut p.embeddings));
         self.language.visit(f);
     }
 }

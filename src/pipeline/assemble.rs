@@ -57,7 +57,8 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     if let Some(v) = &vision {
         let p =
             parts.projector(recipe, whole.as_ref(), v.tower.config.hidden_size, language.model.config.hidden_size)?;
-        tokens_per_image = p.tokens(v.tower.grid()).context("model.projector")?;
+        let visual = p.tokens(v.tower.grid()).context("model.projector")?;
+        tokens_per_image = recipe.model.deliver.image_tokens(visual);
         (tower, projector) = (Some(v.tower.clone()), Some(p));
     }
     let encoder = parts.encoder(recipe, &language, tokens_per_image)?;
@@ -69,6 +70,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             "preprocessor_config.json and config.json of the tower do not belong together")
     }
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
+    vlm.deliver = recipe.model.deliver;
     let mut start_adapter = None;
     if let Some(adapter) = &recipe.model.adapter {
         let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;

@@ -11,7 +11,7 @@ use crate::bail;
 use crate::data::{Dataset, ImageProcessor, ImageRef};
 use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
-use crate::model::params::Module;
+use crate::model::params::{Module, adapter_of};
 use crate::optim::AdamW;
 use crate::recipe::schema::{Model, Recipe, Scheduler, Stage, Warmup};
 use crate::report::{Reporter, Table};
@@ -120,8 +120,8 @@ impl<'a> Check<'a> {
         };
         let carried = before.and_then(|p| self.ends.get(p)).map(|s| &s.adapters);
         let declared = |n: &str| {
-            let adapter = n.rsplit('.').nth(1).unwrap_or_default();
-            is_adapter(n) && adapter != START_ADAPTER && !carried.is_some_and(|c| c.contains_key(adapter))
+            let new = |a: &str| a != START_ADAPTER && !carried.is_some_and(|c| c.contains_key(a));
+            adapter_of(n).is_some_and(new)
         };
         random.extend(known.iter().filter(|n| declared(n)).cloned());
         if !stage.reset.is_empty() {

@@ -4,15 +4,25 @@ use super::state::{State, is_adapter};
 use crate::adapters::lora;
 use crate::bail;
 use crate::checkpoint::atomic;
-use crate::checkpoint::{hf, peft};
+use crate::checkpoint::{hf, peft, safetensors};
 use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
-use crate::model::params::Module;
+use crate::model::params::{Module, adapter_of};
+use crate::recipe::schema::Adapter;
+use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// Writes an adapter of no format but ours: `adapter.json`, the recipe's words, and `adapter.safetensors`, its parameters.
+fn save_insert(dir: &Path, cfg: &Adapter, params: &BTreeMap<String, Tensor>) -> Result<()> {
+    atomic::directory(dir, |dir| {
+        safetensors::save(&dir.join("adapter.safetensors"), params, &BTreeMap::new())?;
+        atomic::write_bytes(&dir.join("adapter.json"), (serde_json::to_string_pretty(cfg)? + "\n").as_bytes())
+    })
+}
+
 /// Writes `dir`: `trained.safetensors`; `projector.safetensors` if there is a projector; `adapters/NAME/` in PEFT's
-/// format; `vision/` and `language/` in HF's layout if their own weights have changed, with what prepares their inputs: the
+/// format where it has one; `vision/` and `language/` in HF's layout if their own weights have changed, with what prepares their inputs: the
 /// pictures' preparation as it was used, the tokenizer's files from `tokenizer_dir`.
 pub fn write_final(
     state: &mut State,
@@ -37,8 +47,16 @@ pub fn write_final(
             hf::save_projector(&dir.join("projector.safetensors"), &projector)?;
         }
         for (name, cfg) in state.adapters.clone() {
-            let adapter = lora::export(&mut state.vlm, &name, &cfg)?;
-            adapter.save(&dir.join("adapters").join(&name), base, None)?;
+            let own = params.iter().filter(|(n, _)| adapter_of(n) == Some(name.as_str()));
+            let own: BTreeMap<_, _> = own.map(|(n, t)| (n.clone(), t.clone())).collect();
+            let dir = dir.join("adapters").join(&name);
+            match &cfg {
+                Adapter::Lora(cfg) => lora::export(&mut state.vlm, &name, cfg)?.save(&dir, base, None)?,
+                Adapter::Prefix(_) => {
+                    own.values().try_for_each(|t| peft::save_prompt(&dir, t, &state.vlm.language.config))?
+                }
+                Adapter::Bottleneck(_) | Adapter::CrossAttention(_) => save_insert(&dir, &cfg, &own)?,
+            }
         }
         let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));
         if let (true, Some(tower)) = (changed("vision."), &state.vlm.vision) {

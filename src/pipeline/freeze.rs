@@ -4,7 +4,7 @@ use super::run_dir::hex;
 use super::state::{State, is_adapter};
 use crate::bail;
 use crate::error::Result;
-use crate::model::params::Module;
+use crate::model::params::{Module, adapter_of};
 use crate::ops::adamw::sum_of_squares;
 use crate::recipe::schema::Stage;
 use crate::report::Table;
@@ -34,8 +34,8 @@ pub fn rows(state: &mut State, stage: &Stage) -> Result<Vec<Row>> {
     let mut rows: BTreeMap<(usize, String), Row> = BTreeMap::new();
     for (name, t) in &params {
         let trains = trainable.contains_key(name);
-        let key = if is_adapter(name) {
-            (1_000, format!("adapter {}", name.rsplit('.').nth(1).unwrap_or(name)))
+        let key = if let Some(adapter) = adapter_of(name) {
+            (1_000, format!("adapter {adapter}"))
         } else if let Some(i) = patterns.as_ref().and_then(|p| p.first(name)) {
             (i, stage.train[i].clone())
         } else {

@@ -1,16 +1,16 @@
 //! The model as it goes from stage to stage: which adapters it carries, which of its own parameters have changed.
 
 use super::assemble::START_ADAPTER;
-use crate::adapters::lora;
+use crate::adapters::{self, lora};
 use crate::bail;
 use crate::checkpoint::safetensors::{load, save};
 use crate::error::{Context, Error, Result};
 use crate::model::init::fresh;
-use crate::model::params::Module;
+use crate::model::params::{Module, adapter_of};
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{self, HandOver, Recipe, Stage};
+use crate::recipe::schema::{Adapter, HandOver, Lora, Recipe, Stage};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -23,16 +23,16 @@ pub const TRAINED: &str = "trained.safetensors";
 pub struct State {
     pub vlm: Vlm,
     /// Adapters on the model, as the recipe declared them; `freeze` is set where later ones are stacked on them.
-    pub adapters: BTreeMap<String, schema::Lora>,
+    pub adapters: BTreeMap<String, Adapter>,
     /// Parameters of the base model that were trained, reset or merged into so far.
     pub changed: BTreeSet<String>,
 }
 
 impl State {
     /// The model as assembled; a loaded start adapter is described by `start`.
-    pub fn new(mut vlm: Vlm, start: Option<schema::Lora>) -> Self {
+    pub fn new(mut vlm: Vlm, start: Option<Lora>) -> Self {
         let projector = vlm.params().into_keys().filter(|n| n.starts_with("projector.")).collect();
-        let adapters = start.map(|l| (START_ADAPTER.to_string(), l)).into_iter().collect();
+        let adapters = start.map(|l| (START_ADAPTER.to_string(), Adapter::Lora(l))).into_iter().collect();
         Self { vlm, adapters, changed: projector }
     }
 
@@ -40,11 +40,11 @@ impl State {
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
         match hand_over(stage) {
             HandOver::Merge => self.merge()?,
-            HandOver::Stack => self.adapters.values_mut().for_each(|a| a.freeze = true),
+            HandOver::Stack => self.adapters.values_mut().for_each(Adapter::set_freeze),
             HandOver::Continue => {}
         }
         let continued: Vec<String> =
-            self.adapters.iter().filter(|(_, a)| !a.freeze).map(|(name, _)| name.clone()).collect();
+            self.adapters.iter().filter(|(_, a)| !a.freeze()).map(|(name, _)| name.clone()).collect();
         self.reset(stage, name)?;
         let declared = self.declare(stage, name)?;
         let trainable = self.trainable(stage, &continued, &declared)?;
@@ -55,6 +55,10 @@ impl State {
     }
 
     fn merge(&mut self) -> Result<()> {
+        if let Some((name, a)) = self.adapters.iter().find(|(_, a)| !matches!(a, Adapter::Lora(_))) {
+            bail!("from: the adapter `{name}` is a {} and cannot be merged into the weights", a.kind();
+                "use adapters = \"continue\" or \"stack\"")
+        }
         for a in std::mem::take(&mut self.adapters).into_keys() {
             self.changed.extend(self.vlm.deltas(&a).into_keys().map(|n| format!("{n}.weight")));
             lora::merge(&mut self.vlm, &a)?;
@@ -83,13 +87,12 @@ impl State {
     /// Grafts the stage's own adapters; returns the names of those that train.
     fn declare(&mut self, stage: &Stage, name: &str) -> Result<Vec<String>> {
         let mut trained = Vec::new();
-        for (i, schema::Adapter::Lora(cfg)) in stage.adapters.iter().enumerate() {
-            let fallback = if i == 0 { name.to_string() } else { format!("{name}_{}", i + 1) };
-            let adapter = cfg.name.clone().unwrap_or(fallback);
+        for (i, cfg) in stage.adapters.iter().enumerate() {
+            let adapter = cfg.name(name, i);
             let key = Key::new(stage.seed, &format!("adapter/{name}"));
-            lora::attach(&mut self.vlm, cfg, &adapter, key).with_context(|| format!("adapters[{i}].lora"))?;
+            adapters::attach(&mut self.vlm, cfg, &adapter, key).with_context(|| format!("adapters[{i}]"))?;
             self.adapters.insert(adapter.clone(), cfg.clone());
-            if !cfg.freeze {
+            if !cfg.freeze() {
                 trained.push(adapter);
             }
         }
@@ -104,11 +107,10 @@ impl State {
             let patterns = Patterns::new(&stage.train, &own).context("train")?;
             own.into_iter().filter(|n| patterns.matches(n)).collect()
         };
-        for adapter in continued.iter().chain(declared) {
-            for d in self.vlm.deltas(adapter).into_values() {
-                out.extend([d.a.name, d.b.name]);
-            }
-        }
+        let adapters: Vec<&String> = continued.iter().chain(declared).collect();
+        out.extend(
+            self.vlm.params().into_keys().filter(|n| adapter_of(n).is_some_and(|a| adapters.iter().any(|b| *b == a))),
+        );
         if out.is_empty() {
             bail!("nothing trains in this stage"; "list patterns under `train`, or declare an adapter under `adapters`")
         }
@@ -151,7 +153,7 @@ impl State {
 
 /// Is this a parameter of an adapter?
 pub fn is_adapter(name: &str) -> bool {
-    name.contains(".lora_A.") || name.contains(".lora_B.")
+    adapter_of(name).is_some()
 }
 
 /// What a stage does with the adapters it finds.

@@ -2,6 +2,10 @@
 //!
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
 
+mod adapters;
+
+pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Prefix, Sees};
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,6 +42,9 @@ pub struct Model {
     pub vision: Option<Vision>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projector: Option<Projector>,
+    /// Where visual tokens go.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub deliver: Deliver,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub language: Option<Language>,
     /// Type of frozen weights and activations.
@@ -321,12 +328,6 @@ pub enum HandOver {
     Stack,
     /// Add them into the weights; the drift of the logits is measured.
     Merge,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Adapter {
-    Lora(Lora),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

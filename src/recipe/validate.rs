@@ -21,7 +21,7 @@ pub fn validate(recipe: &Recipe) -> Result<()> {
             numbers(stage)?;
             optimizer(stage)?;
             data(&stage.data)?;
-            own_adapters(name, stage, &mut adapters)?;
+            own_adapters(name, stage, recipe.model.deliver, &mut adapters)?;
             let inherits = recipe.model.adapter.is_some()
                 || origin(stage, earlier).is_some_and(|s| has_adapters(recipe, s, earlier));
             start(stage, earlier, &recipe.stages, inherits)?;
@@ -227,24 +227,63 @@ fn data(list: &[Data]) -> Result<()> {
     }
 }
 
-fn own_adapters(stage: &str, s: &Stage, seen: &mut BTreeMap<String, String>) -> Result<()> {
-    for (i, Adapter::Lora(a)) in s.adapters.iter().enumerate() {
-        let what = format!("adapters[{i}].lora");
-        let name = a.name.as_deref().unwrap_or(stage);
-        plain_name(name).with_context(|| format!("{what}.name"))?;
-        if let Some(other) = seen.insert(name.into(), stage.into()) {
+fn own_adapters(stage: &str, s: &Stage, deliver: Deliver, seen: &mut BTreeMap<String, String>) -> Result<()> {
+    for (i, adapter) in s.adapters.iter().enumerate() {
+        let what = format!("adapters[{i}].{}", adapter.kind());
+        let name = adapter.name(stage, i);
+        plain_name(&name).with_context(|| format!("{what}.name"))?;
+        if let Some(other) = seen.insert(name.clone(), stage.into()) {
             bail!("{what}: the name `{name}` is taken in stage `{other}`"; "give the adapter its own `name`");
         }
-        if a.rank == 0 {
-            bail!("{what}: rank = 0"; "e.g. rank = 16");
+        match adapter {
+            Adapter::Lora(a) => lora(&what, a)?,
+            Adapter::Bottleneck(a) => {
+                at_least_one(&what, [("dim", a.dim, 64)])?;
+                share(&what, "dropout", a.dropout)?;
+                if a.target.is_empty() {
+                    bail!("{what}: target is empty"; "give patterns over places, e.g. [\"language.layers.*.{{self_attn,mlp}}\"]");
+                }
+            }
+            Adapter::CrossAttention(a) => {
+                let sizes = [
+                    ("every", a.every, 4),
+                    ("heads", a.heads, 8),
+                    ("head_dim", a.head_dim, 64),
+                    ("ff_mult", a.ff_mult, 4),
+                ];
+                at_least_one(&what, sizes)?;
+                if deliver != Deliver::CrossAttention {
+                    bail!("{what}: the visual tokens stand in the text, and none are left to look at";
+                        "set model.deliver = \"cross_attention\"");
+                }
+            }
+            Adapter::Prefix(a) => at_least_one(&what, [("tokens", a.tokens, 16)])?,
         }
-        positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
-        if !(0.0..1.0).contains(&a.dropout) {
-            bail!("{what}: dropout = {}", a.dropout; "from 0 to below 1");
-        }
-        if a.target.is_empty() {
-            bail!("{what}: target is empty"; "give patterns over linear layers, e.g. [\"language.layers.*.self_attn.*_proj\"]");
-        }
+    }
+    Ok(())
+}
+
+fn lora(what: &str, a: &Lora) -> Result<()> {
+    at_least_one(what, [("rank", a.rank, 16)])?;
+    positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
+    share(what, "dropout", a.dropout)?;
+    if a.target.is_empty() {
+        bail!("{what}: target is empty"; "give patterns over linear layers, e.g. [\"language.layers.*.self_attn.*_proj\"]");
+    }
+    Ok(())
+}
+
+/// Key, value, and a usual value of each size.
+fn at_least_one<const N: usize>(what: &str, sizes: [(&str, usize, usize); N]) -> Result<()> {
+    match sizes.iter().find(|(_, n, _)| *n == 0) {
+        Some((key, _, usual)) => bail!("{what}: {key} = 0"; "e.g. {key} = {usual}"),
+        None => Ok(()),
+    }
+}
+
+fn share(what: &str, key: &str, p: f64) -> Result<()> {
+    if !(0.0..1.0).contains(&p) {
+        bail!("{what}: {key} = {p}"; "from 0 to below 1");
     }
     Ok(())
 }
@@ -284,7 +323,7 @@ fn start(s: &Stage, earlier: &[String], all: &[String], inherits: bool) -> Resul
         }
     }
     let continued = inherits && s.from.as_ref().is_none_or(|f| f.adapters == HandOver::Continue);
-    let own = s.adapters.iter().any(|Adapter::Lora(a)| !a.freeze);
+    let own = s.adapters.iter().any(|a| !a.freeze());
     if s.train.is_empty() && !own && !continued {
         bail!(
             "nothing is trained";

@@ -32,7 +32,8 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
     }
     let key = Key::new(how.seed, "generate");
     let mut cache = vlm.language.cache();
-    let mut logits = vlm.language.extend(vlm.embed_prompt(prompt)?, &mut cache)?;
+    let (x, [here, after]) = vlm.prompt(prompt)?;
+    let mut logits = vlm.language.extend(x, here.as_ref(), &mut cache)?;
     let mut out = Vec::new();
     while out.len() < how.max_new_tokens {
         let z: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
@@ -43,7 +44,7 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
         emit(next);
         out.push(next);
         if out.len() < how.max_new_tokens {
-            logits = vlm.language.extend(vlm.language.embed(&[next])?, &mut cache)?;
+            logits = vlm.language.extend(vlm.language.embed(&[next])?, after.as_ref(), &mut cache)?;
         }
     }
     Ok(out)

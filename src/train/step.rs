@@ -72,7 +72,7 @@ fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) ->
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
         out.tokens += batch.ids.len();
         if let Some(saved) = saved {
-            vlm.backward(&batch, saved, &vec![coef; lp.rows()], &mut out.grads)?;
+            vlm.backward(saved, &vec![coef; lp.rows()], &mut out.grads)?;
         }
         logps.push(lp);
     }
@@ -123,7 +123,7 @@ fn preference(
         let coefs: Vec<f64> = batch.owners.iter().map(|o| by_sequence[*o]).collect();
         (out.tokens, out.label_tokens) = (out.tokens + batch.ids.len(), out.label_tokens + coefs.len());
         if let Some(saved) = saved {
-            vlm.backward(&batch, saved, &coefs, &mut out.grads)?;
+            vlm.backward(saved, &coefs, &mut out.grads)?;
         }
     }
     out.dpo = Some(DpoMetrics::mean(&results));

@@ -37,7 +37,7 @@ fn compute(g: &Golden, mut vlm: Vlm, trainable: BTreeSet<String>, kept: Kept) ->
     let (lp, saved) = vlm.forward(&batch, mode).unwrap();
     let mut grads = Grads::new();
     let coefs = vec![-1.0 / lp.rows() as f64; lp.rows()];
-    vlm.backward(&batch, saved.unwrap(), &coefs, &mut grads).unwrap();
+    vlm.backward(saved.unwrap(), &coefs, &mut grads).unwrap();
     grads.into_inner()
 }
 

@@ -166,7 +166,7 @@ pub fn loss(vlm: &Vlm, batch: &Batch, coefs: &[f64], mode: Mode) -> f64 {
 pub fn gradients(vlm: &Vlm, batch: &Batch, coefs: &[f64], mode: Mode) -> BTreeMap<String, Tensor> {
     let (_, saved) = vlm.forward(batch, Mode { record: true, ..mode }).unwrap();
     let mut grads = Grads::new();
-    vlm.backward(batch, saved.unwrap(), coefs, &mut grads).unwrap();
+    vlm.backward(saved.unwrap(), coefs, &mut grads).unwrap();
     grads.into_inner()
 }
 

@@ -1,6 +1,7 @@
 //! One LLaMA decoder layer (Touvron et al. 2023; HF `LlamaDecoderLayer`), forward and backward.
 
 use crate::error::Result;
+use crate::model::insert::{Inputs, Inserts};
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
@@ -11,7 +12,7 @@ use crate::ops::norm::Stats;
 use crate::ops::{attention, bytes, rope};
 use candle_core::Tensor;
 
-/// x → x + attention(norm(x)) → that + mlp(norm(that)).
+/// x → x + attention(norm(x)) → that + mlp(norm(that)); adapters may be inserted before it all, and behind attention and MLP.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// E.g. `language.layers.0`.
@@ -28,6 +29,10 @@ pub struct Layer {
     pub gate_proj: Linear,
     pub up_proj: Linear,
     pub down_proj: Linear,
+    /// On the layer's input.
+    pub before: Inserts,
+    /// On what attention and the MLP give, before it is added to the stream.
+    pub after: [Inserts; 2],
 }
 
 /// Activations of one pass; [`Segment::bytes_per_row`] counts the same.
@@ -45,6 +50,10 @@ pub struct Saved {
     linears: [linear::Saved; 4],
     /// Outputs of both norms and of SwiGLU, where they are kept because a layer that trains reads them.
     outputs: [Option<Tensor>; 3],
+    /// The stream behind the inserts before the layer, if there are any.
+    entered: Option<Tensor>,
+    /// What went into inserts: before the layer, behind attention, behind the MLP.
+    inserted: [Inputs; 3],
 }
 
 /// Keys and values of the tokens seen so far, one sequence, `[seen, kv_heads·hd]`.
@@ -80,7 +89,9 @@ impl Layer {
 
     fn run(&self, x: &Tensor, side: &Side, cache: Option<&mut Cache>, kept: Kept) -> Result<(Tensor, Saved)> {
         let keeps = self.needs().map(|needed| needed && kept == Kept::All);
-        let (h, stats1) = self.input_layernorm.forward(x)?;
+        let (x, before) = self.before.forward(x.clone(), side)?;
+        let entered = (!self.before.is_empty()).then(|| x.clone());
+        let (h, stats1) = self.input_layernorm.forward(&x)?;
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
         let ([q, mut k, mut v], sqkv) = linear::forward_all(qkv, &h, side)?;
         let norm1 = keeps[0].then_some(h);
@@ -93,14 +104,30 @@ impl Layer {
         let recorded = kept != Kept::Nothing;
         let (o, lse) = attention::forward_kept(self.attention, &side.sequences, &q, &k, &v, recorded)?;
         let (mid, so) = self.o_proj.forward(&o, side)?;
-        let (h, stats2) = self.post_attention_layernorm.forward_residual_(&mid, x)?;
+        let (mid, after_attention) = self.after[0].forward(mid, side)?;
+        let (h, stats2) = self.post_attention_layernorm.forward_residual_(&mid, &x)?;
         let ([gate, up], sgu) = linear::forward_all([&self.gate_proj, &self.up_proj], &h, side)?;
         let norm2 = keeps[1].then_some(h);
         let act = swiglu(&gate, &up)?;
         let (y, sd) = self.down_proj.forward(&act, side)?;
+        let (y, after_mlp) = self.after[1].forward(y, side)?;
         add_(&y, 1.0, &mid)?;
+        let inserted = [before, after_attention, after_mlp];
         let (linears, outputs) = ([sqkv, so, sgu, sd], [norm1, norm2, keeps[2].then_some(act)]);
-        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, gate, up, linears, outputs }))
+        let saved = Saved {
+            stats: [stats1, stats2],
+            qkv: [q, k, v],
+            o,
+            lse,
+            mid,
+            gate,
+            up,
+            linears,
+            outputs,
+            entered,
+            inserted,
+        };
+        Ok((y, saved))
     }
 }
 
@@ -122,7 +149,9 @@ impl Segment for Layer {
     fn bytes(s: &Saved) -> usize {
         let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.mid, &s.gate, &s.up]);
         let linears = s.linears.iter().map(linear::Saved::bytes);
-        tensors.chain(&s.lse).chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+        // The first input before the layer is the layer's own; what came out of these inserts takes its place in the sum.
+        let inserted = s.inserted.iter().map(Inputs::bytes);
+        tensors.chain(&s.lse).chain(s.outputs.iter().flatten()).map(bytes).chain(linears).chain(inserted).sum()
     }
 
     fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
@@ -143,7 +172,8 @@ impl Segment for Layer {
         if kept == Kept::All {
             all += e * outputs_per_row(self.needs(), [d, d, m]);
         }
-        Ok(all)
+        let inserts = self.before.len() + self.after.iter().map(Inserts::len).sum::<usize>();
+        Ok(all + e * d * inserts)
     }
 
     fn backward(
@@ -156,9 +186,12 @@ impl Segment for Layer {
         need_dx: bool,
     ) -> Result<Option<Tensor>> {
         let ([sqkv, so, sgu, sd], [norm1, norm2, act], needs) = (&s.linears, s.outputs, self.needs());
+        let [before, after_attention, after_mlp] = &s.inserted;
+        let x = s.entered.as_ref().unwrap_or(x);
         // MLP
+        let dinserted = self.after[1].backward(after_mlp, &dy, side, grads, true)?;
         let mut dact = InputGrad::Empty;
-        let (down, dys) = ([&self.down_proj], [&dy]);
+        let (down, dys) = ([&self.down_proj], [dinserted.as_ref().unwrap_or(&dy)]);
         let rest = linear::backward_to_input(&down, sd, &dys, side, grads, &mut dact)?;
         let inner = swiglu_backward(&s.gate, &s.up, dact.sum()?, needs[2] && act.is_none())?;
         linear::backward_from_input(&down, rest, act.or(inner.y).as_ref(), &dys, side, grads)?;
@@ -169,8 +202,9 @@ impl Segment for Layer {
         let dmid = dy;
         self.post_attention_layernorm.backward_into(&s.mid, &s.stats[1], dh.sum()?, grads, &dmid)?;
         // attention
+        let dinserted = self.after[0].backward(after_attention, &dmid, side, grads, true)?;
         let mut d_o = InputGrad::Empty;
-        self.o_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
+        self.o_proj.backward(so, Some(&s.o), dinserted.as_ref().unwrap_or(&dmid), side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
         let saved = attention::Saved { q, k, v, o: &s.o, lse: attention::kept(s.lse.as_ref())? };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
@@ -178,20 +212,24 @@ impl Segment for Layer {
             rope::rotate_back_(&dq, &dk, cos, sin)?;
         }
         let h = kept_or(norm1, needs[0], || self.input_layernorm.rebuild(x, &s.stats[0]))?;
-        let mut dh = InputGrad::new(need_dx || self.input_layernorm.weight.trainable);
+        let entered = !self.before.is_empty();
+        let mut dh = InputGrad::new(need_dx || entered || self.input_layernorm.weight.trainable);
         let qkv = [&self.q_proj, &self.k_proj, &self.v_proj];
         linear::backward_all(&qkv, sqkv, h.as_ref(), &[&dq, &dk, &dv], side, grads, &mut dh)?;
         let Some(dh) = dh.take() else { return Ok(None) };
         self.input_layernorm.backward_into(x, &s.stats[0], &dh, grads, &dmid)?;
-        Ok(need_dx.then_some(dmid))
+        let dinput = self.before.backward(before, &dmid, side, grads, need_dx)?;
+        Ok(need_dx.then_some(dinput.unwrap_or(dmid)))
     }
 }
 
 impl Module for Layer {
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.before.visit(f);
         self.input_layernorm.visit(f);
         self.for_each_linear(&mut |l| l.visit(f));
         self.post_attention_layernorm.visit(f);
+        self.after.iter_mut().for_each(|i| i.visit(f));
     }
 }
 

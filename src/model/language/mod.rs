@@ -8,10 +8,12 @@ pub mod rope;
 use super::build::{linear, norm, param};
 use super::config::LlamaConfig;
 use super::init::Source;
+use super::insert::Inserts;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::params::{Grads, Module, Param};
 use super::segment::{self, Kept, Side, Tape};
+use super::visual::Visual;
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::{self, LogProbs, add_weight_grad};
@@ -101,6 +103,8 @@ impl Language {
                 gate_proj: linear(src, &name("mlp.gate_proj"), m, d, c.mlp_bias)?,
                 up_proj: linear(src, &name("mlp.up_proj"), m, d, c.mlp_bias)?,
                 down_proj: linear(src, &name("mlp.down_proj"), d, m, c.mlp_bias)?,
+                before: Inserts::default(),
+                after: Default::default(),
             });
         }
         let last = norm(src, Kind::Rms, "language.norm", d, eps)?;
@@ -113,10 +117,19 @@ impl Language {
         Ok(Self { config, embed_tokens, layers, norm: last, lm_head, rope, frontier, below: false })
     }
 
-    /// Recomputes where backward has to go. `below`: something that feeds the embeddings needs a gradient.
-    pub fn plan(&mut self, below: bool) {
+    /// Recomputes where backward has to go. `below`: something that feeds the embeddings needs a gradient; `visual`: so do
+    /// the visual tokens that layers read.
+    pub fn plan(&mut self, below: bool, visual: bool) {
         self.below = below || self.embed_tokens.trainable;
         self.frontier = segment::frontier(&mut self.layers, self.below);
+        if let (true, Some(first)) = (visual, self.first_that_sees()) {
+            self.frontier = self.frontier.min(first);
+        }
+    }
+
+    /// The first layer that reads visual tokens.
+    pub fn first_that_sees(&self) -> Option<usize> {
+        self.layers.iter().position(|l| l.before.see())
     }
 
     /// Does backward have to enter the layers at all?
@@ -204,10 +217,12 @@ impl Language {
         Ok(dx)
     }
 
-    /// Logits of the last of the newest rows `x` `[n, D]` of one sequence, `[vocab]`; `cache` grows by n.
-    pub fn extend(&self, mut x: Tensor, cache: &mut KvCache) -> Result<Tensor> {
+    /// Logits of the last of the newest rows `x` `[n, D]` of one sequence, `[vocab]`; `cache` grows by n. `visual`: what these
+    /// rows may see beside the cache.
+    pub fn extend(&self, mut x: Tensor, visual: Option<&Visual>, cache: &mut KvCache) -> Result<Tensor> {
         let (n, seen) = (x.dim(0)?, cache.seen);
         let mut side = Side::packed(&[n]);
+        side.visual = visual.cloned();
         side.sequences = vec![attention::Segment::new(0..n, 0..seen + n)].into();
         let positions: Vec<usize> = (seen..seen + n).collect();
         side.rope = Some(self.rope.angles(&positions, self.dtype(), self.device())?);

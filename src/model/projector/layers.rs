@@ -21,9 +21,19 @@ pub struct Linear {
 impl Linear {
     /// `projector.{name}.weight`, and `.bias` if `bias`.
     pub fn new(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
-        let weight = src.master(format!("projector.{name}.weight"), &[d_out, d_in])?;
-        let bias = if bias { Some(src.master(format!("projector.{name}.bias"), &[d_out])?) } else { None };
+        Self::named(&format!("projector.{name}"), d_in, d_out, bias, src)
+    }
+
+    /// `{name}.weight`, and `.bias` if `bias`.
+    pub fn named(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
+        let weight = src.master(format!("{name}.weight"), &[d_out, d_in])?;
+        let bias = if bias { Some(src.master(format!("{name}.bias"), &[d_out])?) } else { None };
         Ok(Self { weight, bias })
+    }
+
+    /// Does it train?
+    pub fn learns(&self) -> bool {
+        self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable)
     }
 
     /// `[N, in]` → `[N, out]`.
@@ -50,8 +60,18 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// `projector.{name}.weight` and `.bias`, `[d]` each.
     pub fn new(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
-        let weight = src.master(format!("projector.{name}.weight"), &[d])?;
-        Ok(Self { weight, bias: src.master(format!("projector.{name}.bias"), &[d])? })
+        Self::named(&format!("projector.{name}"), d, src)
+    }
+
+    /// `{name}.weight` and `.bias`, `[d]` each.
+    pub fn named(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let weight = src.master(format!("{name}.weight"), &[d])?;
+        Ok(Self { weight, bias: src.master(format!("{name}.bias"), &[d])? })
+    }
+
+    /// Does it train?
+    pub fn learns(&self) -> bool {
+        self.weight.trainable || self.bias.trainable
     }
 
     /// `[N, d]` → `[N, d]`.

@@ -1,6 +1,7 @@
 //! One CLIP encoder layer (Radford et al. 2021; HF `CLIPEncoderLayer`), forward and backward.
 
 use crate::error::Result;
+use crate::model::insert::{Inputs, Inserts};
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::norm::Norm;
 use crate::model::params::{Grads, Module, Param};
@@ -11,7 +12,7 @@ use crate::ops::{activation, attention, bytes};
 use crate::recipe::schema::Activation;
 use candle_core::Tensor;
 
-/// x → x + attention(norm(x)) → that + mlp(norm(that)).
+/// x → x + attention(norm(x)) → that + mlp(norm(that)); adapters may be inserted behind attention and MLP.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// E.g. `vision.encoder.layers.0`.
@@ -28,6 +29,8 @@ pub struct Layer {
     pub layer_norm2: Norm,
     pub fc1: Linear,
     pub fc2: Linear,
+    /// On what attention and the MLP give, before it is added to the stream.
+    pub after: [Inserts; 2],
 }
 
 /// Activations of one pass; [`Segment::bytes_per_row`] counts the same.
@@ -44,6 +47,8 @@ pub struct Saved {
     linears: [linear::Saved; 4],
     /// Outputs of both norms and of the activation, where they are kept because a layer that trains reads them.
     outputs: [Option<Tensor>; 3],
+    /// What went into inserts.
+    inserted: [Inputs; 2],
 }
 
 impl Segment for Layer {
@@ -66,20 +71,29 @@ impl Segment for Layer {
         let recorded = kept != Kept::Nothing;
         let (o, lse) = attention::forward_kept(self.attention, &side.sequences, &q, &k, &v, recorded)?;
         let (mid, so) = self.out_proj.forward(&o, side)?;
+        let (mid, after_attention) = self.after[0].forward(mid, side)?;
         let (h, stats2) = self.layer_norm2.forward_residual_(&mid, x)?;
         let (inner, s1) = self.fc1.forward(&h, side)?;
         let norm2 = keeps[1].then_some(h);
         let act = activation::forward(self.act, &inner)?;
         let (y, s2) = self.fc2.forward(&act, side)?;
+        let (y, after_mlp) = self.after[1].forward(y, side)?;
         add_(&y, 1.0, &mid)?;
+        let inserted = [after_attention, after_mlp];
         let (linears, outputs) = ([sqkv, so, s1, s2], [norm1, norm2, keeps[2].then_some(act)]);
-        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, inner, linears, outputs }))
+        Ok((y, Saved { stats: [stats1, stats2], qkv: [q, k, v], o, lse, mid, inner, linears, outputs, inserted }))
     }
 
     fn bytes(s: &Saved) -> usize {
         let tensors = s.qkv.iter().chain(s.stats.iter().map(|s| &s.0)).chain([&s.o, &s.mid, &s.inner]);
         let linears = s.linears.iter().map(linear::Saved::bytes);
-        tensors.chain(&s.lse).chain(s.outputs.iter().flatten()).map(bytes).chain(linears).sum()
+        tensors
+            .chain(&s.lse)
+            .chain(s.outputs.iter().flatten())
+            .map(bytes)
+            .chain(linears)
+            .chain(s.inserted.iter().map(Inputs::bytes))
+            .sum()
     }
 
     fn bytes_per_row(&self, kept: Kept) -> Result<usize> {
@@ -98,7 +112,7 @@ impl Segment for Layer {
         if kept == Kept::All {
             all += e * outputs_per_row(self.needs(), [d, d, m]);
         }
-        Ok(all)
+        Ok(all + e * d * self.after.iter().map(Inserts::len).sum::<usize>())
     }
 
     fn backward(
@@ -113,8 +127,9 @@ impl Segment for Layer {
         let ([sqkv, so, s1, s2], [norm1, norm2, act], needs) = (&s.linears, s.outputs, self.needs());
         // MLP
         let act = kept_or(act, needs[2], || activation::forward(self.act, &s.inner))?;
+        let dinserted = self.after[1].backward(&s.inserted[1], &dy, side, grads, true)?;
         let mut dact = InputGrad::Empty;
-        self.fc2.backward(s2, act.as_ref(), &dy, side, grads, &mut dact)?;
+        self.fc2.backward(s2, act.as_ref(), dinserted.as_ref().unwrap_or(&dy), side, grads, &mut dact)?;
         let dinner = activation::backward(self.act, &s.inner, dact.sum()?)?;
         let h = kept_or(norm2, needs[1], || self.layer_norm2.rebuild(&s.mid, &s.stats[1]))?;
         let mut dh = InputGrad::Empty;
@@ -122,8 +137,9 @@ impl Segment for Layer {
         let dmid = dy;
         self.layer_norm2.backward_into(&s.mid, &s.stats[1], dh.sum()?, grads, &dmid)?;
         // attention
+        let dinserted = self.after[0].backward(&s.inserted[0], &dmid, side, grads, true)?;
         let mut d_o = InputGrad::Empty;
-        self.out_proj.backward(so, Some(&s.o), &dmid, side, grads, &mut d_o)?;
+        self.out_proj.backward(so, Some(&s.o), dinserted.as_ref().unwrap_or(&dmid), side, grads, &mut d_o)?;
         let [q, k, v] = &s.qkv;
         let saved = attention::Saved { q, k, v, o: &s.o, lse: attention::kept(s.lse.as_ref())? };
         let (dq, dk, dv) = attention::backward(self.attention, &side.sequences, saved, d_o.sum()?)?;
@@ -144,6 +160,7 @@ impl Module for Layer {
         self.layer_norm1.visit(f);
         self.for_each_linear(&mut |l| l.visit(f));
         self.layer_norm2.visit(f);
+        self.after.iter_mut().for_each(|i| i.visit(f));
     }
 }
 

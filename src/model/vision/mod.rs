@@ -128,6 +128,7 @@ impl Tower {
                 layer_norm2: norm(src, Kind::Layer, &name("layer_norm2"), d, c.layer_norm_eps)?,
                 fc1: linear(src, &name("mlp.fc1"), m, d, bias)?,
                 fc2: linear(src, &name("mlp.fc2"), d, m, bias)?,
+                after: Default::default(),
             });
         }
         let post_layernorm = ln("post_layernorm", src)?;

@@ -136,7 +136,7 @@ fn llava_has_its_published_values() {
     let (align, sft) = (&r.stage["align"], &r.stage["sft"]);
     assert_eq!((align.lr, align.batch.global, sft.lr, sft.batch.global), (1e-3, 256, 2e-4, 128));
     assert_eq!(sft.param_groups[0].lr, Some(2e-5));
-    let Adapter::Lora(lora) = &sft.adapters[0];
+    let Adapter::Lora(lora) = &sft.adapters[0] else { panic!("{:?}", sft.adapters[0]) };
     assert_eq!((lora.rank, lora.alpha, lora.dropout), (128, 256.0, 0.05));
     assert_eq!(align.lr_scheduler, Scheduler::default());
     assert_eq!(r.stages, ["align", "sft", "dpo"]);

@@ -1,0 +1,81 @@
+//! Adapters that are modules of their own: bottlenecks behind attention and MLP, cross-attention before layers, soft tokens.
+
+use crate::bail;
+use crate::error::{Context, Result};
+use crate::model::init::{Fresh, Place};
+use crate::model::insert::Inserts;
+use crate::model::insert::bottleneck::Bottleneck;
+use crate::model::insert::cross_attention::CrossAttention;
+use crate::model::vlm::{Prefix, Vlm};
+use crate::ops::random::Key;
+use crate::recipe::pattern::Patterns;
+use crate::recipe::schema;
+
+/// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
+fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&str, usize, &mut Inserts) -> Result<()>) -> Result<()> {
+    const PARTS: [&str; 2] = ["self_attn", "mlp"];
+    for l in vlm.vision.iter_mut().flat_map(|v| &mut v.layers) {
+        let d = l.out_proj.dims()?.0;
+        for (part, inserts) in PARTS.iter().zip(&mut l.after) {
+            f(&format!("{}.{part}", l.name), d, inserts)?;
+        }
+    }
+    for l in &mut vlm.language.layers {
+        let d = l.o_proj.dims()?.0;
+        for (part, inserts) in PARTS.iter().zip(&mut l.after) {
+            f(&format!("{}.{part}", l.name), d, inserts)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where the model's adapters compute.
+fn place(vlm: &Vlm) -> Place {
+    Place { device: vlm.language.device().clone(), dtype: vlm.language.dtype() }
+}
+
+/// Puts fresh bottlenecks where the recipe says. A pattern that means no place is an error.
+pub fn attach_bottleneck(vlm: &mut Vlm, cfg: &schema::BottleneckAdapter, adapter: &str, key: Key) -> Result<()> {
+    let (mut names, mut source) = (Vec::new(), Fresh { key, place: place(vlm) });
+    places(vlm, &mut |name, _, _| {
+        names.push(name.to_string());
+        Ok(())
+    })?;
+    let patterns = Patterns::new(&cfg.target, &names).context("target")?;
+    places(vlm, &mut |name, d, inserts| {
+        if !patterns.matches(name) {
+            return Ok(());
+        }
+        let insert = Bottleneck::new(cfg, adapter, name, d, &mut source)?;
+        inserts.push(Box::new(insert)).with_context(|| name)
+    })
+}
+
+/// Puts fresh cross-attention blocks before every n-th layer of the language model.
+pub fn attach_cross_attention(vlm: &mut Vlm, cfg: &schema::CrossAttention, adapter: &str, key: Key) -> Result<()> {
+    let n = vlm.language.layers.len();
+    if cfg.every > n {
+        bail!("every = {}, but the language model has {n} layers", cfg.every; "1 to {n}")
+    }
+    if vlm.vision.is_none() {
+        bail!("the model has no vision tower to look at"; "set model.vision")
+    }
+    let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
+    for l in vlm.language.layers.iter_mut().skip(cfg.every - 1).step_by(cfg.every) {
+        let insert = CrossAttention::new(cfg, adapter, &l.name, d, &mut source)?;
+        l.before.push(Box::new(insert)).with_context(|| &l.name)?;
+    }
+    Ok(())
+}
+
+/// Puts fresh soft tokens in front of every sequence, behind those that are there.
+pub fn attach_prefix(vlm: &mut Vlm, cfg: &schema::Prefix, adapter: &str, key: Key) -> Result<()> {
+    if vlm.prefixes.iter().any(|p| p.adapter == adapter) {
+        bail!("there is already an adapter named `{adapter}`"; "give one of the two another `name`")
+    }
+    let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
+    let name = format!("language.prefix.{adapter}.weight");
+    let embeddings = crate::model::init::Source::master(&mut source, name, &[cfg.tokens, d])?;
+    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
+    Ok(())
+}

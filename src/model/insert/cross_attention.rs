@@ -1,0 +1,149 @@
+//! Cross-attention from text to visual tokens, before a decoder layer.
+//!
+//! `gated` is Flamingo's block (Alayrac et al. 2022; OpenFlamingo's `GatedCrossAttentionBlock`, whose names its parameters
+//! have): x + tanh(attn_gate)·attn(norm(x), v), and to that + tanh(ff_gate)·ff(norm(that)). Both gates begin at zero: the
+//! language model begins exactly as it was. `post_norm` is the simple form LayerNorm(x + attn(x, v)).
+//! Rows before the first picture of their sequence see nothing: attention gives them zero.
+
+use super::{Insert, Seen};
+use crate::bail;
+use crate::error::Result;
+use crate::model::init::Source;
+use crate::model::island::Vars;
+use crate::model::params::{Module, Param};
+use crate::model::projector::layers::{LayerNorm, Linear};
+use crate::ops::attention::Config;
+use crate::ops::graph::{activate, attention};
+use crate::recipe::schema::{Activation, CrossAttention as Recipe, CrossAttentionForm, Sees};
+use candle_core::Tensor;
+
+/// One block.
+#[derive(Debug, Clone)]
+pub struct CrossAttention {
+    adapter: String,
+    sees: Sees,
+    config: Config,
+    to_q: Linear,
+    /// Keys, then values, each of all heads.
+    to_kv: Linear,
+    to_out: Linear,
+    form: Form,
+}
+
+#[derive(Debug, Clone)]
+enum Form {
+    Gated(Box<Gated>),
+    PostNorm(LayerNorm),
+}
+
+#[derive(Debug, Clone)]
+struct Gated {
+    norm: LayerNorm,
+    /// `[1]` each.
+    gates: [Param; 2],
+    ff_norm: LayerNorm,
+    ff: [Linear; 2],
+}
+
+impl CrossAttention {
+    /// Before the layer `place`, on rows of width `d`.
+    pub fn new(cfg: &Recipe, adapter: &str, place: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let part = |part: &str| format!("{place}.cross_attention.{adapter}.{part}");
+        let inner = cfg.heads * cfg.head_dim;
+        let to_q = Linear::named(&part("attn.to_q"), d, inner, false, src)?;
+        let to_kv = Linear::named(&part("attn.to_kv"), d, 2 * inner, false, src)?;
+        let to_out = Linear::named(&part("attn.to_out"), inner, d, false, src)?;
+        let form = match cfg.form {
+            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::named(&part("norm"), d, src)?),
+            CrossAttentionForm::Gated => Form::Gated(Box::new(Gated {
+                norm: LayerNorm::named(&part("attn.norm"), d, src)?,
+                gates: [src.master(part("attn_gate"), &[1])?, src.master(part("ff_gate"), &[1])?],
+                ff_norm: LayerNorm::named(&part("ff.0"), d, src)?,
+                ff: [
+                    Linear::named(&part("ff.1"), d, cfg.ff_mult * d, false, src)?,
+                    Linear::named(&part("ff.3"), cfg.ff_mult * d, d, false, src)?,
+                ],
+            })),
+        };
+        let config = Config { heads: cfg.heads, kv_heads: cfg.heads, head_dim: cfg.head_dim, causal: false };
+        Ok(Self { adapter: adapter.to_string(), sees: cfg.sees, config, to_q, to_kv, to_out, form })
+    }
+
+    /// `x` `[N, D]`, normed or not → `[N, D]`; `None` where no row sees anything.
+    fn attend(&self, x: &Tensor, seen: Seen, vars: &mut Vars) -> Result<Option<Tensor>> {
+        if seen.sequences.is_empty() {
+            return Ok(None);
+        }
+        let q = self.to_q.forward(x, vars)?;
+        let kv = self.to_kv.forward(seen.tokens, vars)?;
+        let inner = self.config.heads * self.config.head_dim;
+        let (k, v) = (kv.narrow(1, 0, inner)?, kv.narrow(1, inner, inner)?);
+        self.to_out.forward(&attention(self.config, seen.sequences, &q, &k, &v)?, vars).map(Some)
+    }
+}
+
+impl Insert for CrossAttention {
+    fn adapter(&self) -> &str {
+        &self.adapter
+    }
+
+    fn forward(&self, x: &Tensor, visual: Option<Seen>, vars: &mut Vars) -> Result<Tensor> {
+        let Some(seen) = visual else { bail!("adapter `{}` was given no visual tokens to look at", self.adapter) };
+        let gated = match &self.form {
+            Form::Gated(gated) => gated,
+            Form::PostNorm(norm) => {
+                let x = self.attend(x, seen, vars)?.map_or(Ok(x.clone()), |a| x + a)?;
+                return norm.forward(&x, vars);
+            }
+        };
+        let [attn_gate, ff_gate] = &gated.gates;
+        let mut x = x.clone();
+        if !seen.sequences.is_empty()
+            && let Some(a) = self.attend(&gated.norm.forward(&x, vars)?, seen, vars)?
+        {
+            x = (x + a.broadcast_mul(&vars.get(attn_gate)?.tanh()?)?)?;
+        }
+        let [up, down] = &gated.ff;
+        let h = up.forward(&gated.ff_norm.forward(&x, vars)?, vars)?;
+        let h = down.forward(&activate(Activation::Gelu, &h)?, vars)?;
+        Ok((x + h.broadcast_mul(&vars.get(ff_gate)?.tanh()?)?)?)
+    }
+
+    fn sees(&self) -> Option<Sees> {
+        Some(self.sees)
+    }
+
+    fn learns(&self) -> bool {
+        let form = match &self.form {
+            Form::PostNorm(norm) => norm.learns(),
+            Form::Gated(g) => {
+                g.norm.learns()
+                    || g.ff_norm.learns()
+                    || g.gates.iter().any(|p| p.trainable)
+                    || g.ff.iter().any(Linear::learns)
+            }
+        };
+        form || [&self.to_q, &self.to_kv, &self.to_out].iter().any(|l| l.learns())
+    }
+
+    fn boxed(&self) -> Box<dyn Insert> {
+        Box::new(self.clone())
+    }
+}
+
+impl Module for CrossAttention {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.to_q.visit(f);
+        self.to_kv.visit(f);
+        self.to_out.visit(f);
+        match &mut self.form {
+            Form::PostNorm(norm) => norm.visit(f),
+            Form::Gated(g) => {
+                g.norm.visit(f);
+                g.gates.iter_mut().for_each(&mut *f);
+                g.ff_norm.visit(f);
+                g.ff.iter_mut().for_each(|l| l.visit(f));
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! `adapters` of a stage: what is grafted onto the frozen backbones.
+
+use super::{Activation, Lora};
+use serde::{Deserialize, Serialize};
+
+/// One adapter of a stage, by its kind.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Adapter {
+    /// Low-rank updates of linear layers.
+    Lora(Lora),
+    /// Narrow residual blocks behind attention or MLP.
+    Bottleneck(BottleneckAdapter),
+    /// Blocks through which the text looks at visual tokens; with `model.deliver = "cross_attention"`.
+    CrossAttention(CrossAttention),
+    /// Soft tokens in front of every text.
+    Prefix(Prefix),
+}
+
+impl Adapter {
+    /// Its kind, as the recipe calls it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Lora(_) => "lora",
+            Self::Bottleneck(_) => "bottleneck",
+            Self::CrossAttention(_) => "cross_attention",
+            Self::Prefix(_) => "prefix",
+        }
+    }
+
+    /// Its name as the i-th adapter of a stage: the one that it states, or else the stage's.
+    pub fn name(&self, stage: &str, i: usize) -> String {
+        let own = match self {
+            Self::Lora(a) => &a.name,
+            Self::Bottleneck(a) => &a.name,
+            Self::CrossAttention(a) => &a.name,
+            Self::Prefix(a) => &a.name,
+        };
+        let fallback = || if i == 0 { stage.to_string() } else { format!("{stage}_{}", i + 1) };
+        own.clone().unwrap_or_else(fallback)
+    }
+
+    /// Does it stay as it is?
+    pub fn freeze(&self) -> bool {
+        match self {
+            Self::Lora(a) => a.freeze,
+            Self::Bottleneck(a) => a.freeze,
+            Self::CrossAttention(a) => a.freeze,
+            Self::Prefix(a) => a.freeze,
+        }
+    }
+
+    /// Lets it stay as it is from now on.
+    pub fn set_freeze(&mut self) {
+        match self {
+            Self::Lora(a) => a.freeze = true,
+            Self::Bottleneck(a) => a.freeze = true,
+            Self::CrossAttention(a) => a.freeze = true,
+            Self::Prefix(a) => a.freeze = true,
+        }
+    }
+}
+
+/// y = x + up(dropout(act(down(norm(x))))) on what attention or the MLP of a layer gives; `up` begins at zero.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BottleneckAdapter {
+    /// Default: the stage's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Width between `down` and `up`.
+    pub dim: usize,
+    #[serde(default)]
+    pub act: Activation,
+    #[serde(default)]
+    pub dropout: f64,
+    /// LayerNorm before `down`.
+    #[serde(default)]
+    pub norm: bool,
+    /// Patterns over the places `language.layers.N.{self_attn,mlp}` and `vision.encoder.layers.N.{self_attn,mlp}`.
+    pub target: Vec<String>,
+    #[serde(default)]
+    pub freeze: bool,
+}
+
+/// Blocks before every n-th layer of the language model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CrossAttention {
+    /// Default: the stage's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Before layers n, 2n, … counted from 1.
+    #[serde(default = "four")]
+    pub every: usize,
+    #[serde(default)]
+    pub form: CrossAttentionForm,
+    #[serde(default = "eight")]
+    pub heads: usize,
+    /// Width of a head.
+    #[serde(default = "sixty_four")]
+    pub head_dim: usize,
+    /// Width of the block's own MLP in widths of the language model; `gated` alone.
+    #[serde(default = "four")]
+    pub ff_mult: usize,
+    #[serde(default)]
+    pub sees: Sees,
+    #[serde(default)]
+    pub freeze: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CrossAttentionForm {
+    /// Flamingo's: attention and MLP, each behind a tanh gate that begins at 0.
+    #[default]
+    Gated,
+    /// LayerNorm(text + attention).
+    PostNorm,
+}
+
+/// Which pictures of its text a token sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sees {
+    /// The last one before it (Flamingo).
+    #[default]
+    Last,
+    /// All that come before it.
+    All,
+}
+
+/// Trained embeddings in front of every text (prompt tuning).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prefix {
+    /// Default: the stage's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How many.
+    pub tokens: usize,
+    #[serde(default)]
+    pub freeze: bool,
+}
+
+/// `model.deliver`: where visual tokens go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Deliver {
+    /// Into the text, in the place of the picture.
+    #[default]
+    Splice,
+    /// Beside the text, where a picture takes one image token; `cross_attention` adapters read them.
+    CrossAttention,
+}
+
+impl Deliver {
+    /// Image tokens that a picture of so many visual tokens takes in a text.
+    pub fn image_tokens(self, visual: usize) -> usize {
+        match self {
+            Self::Splice => visual,
+            Self::CrossAttention => visual.min(1),
+        }
+    }
+}
+
+fn four() -> usize {
+    4
+}
+
+fn eight() -> usize {
+    8
+}
+
+fn sixty_four() -> usize {
+    64
+}

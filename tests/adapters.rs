@@ -1,0 +1,264 @@
+//! Every adapter that is a module of its own, from one table: parameters, the model at the start, f64 gradients against finite
+//! differences, what layers keep, answers token by token, saved and loaded again.
+
+mod tiny;
+
+use adfreeze::adapters::attach;
+use adfreeze::model::params::{Module, adapter_of};
+use adfreeze::model::segment::Kept;
+use adfreeze::model::visual::{Shown, Visual};
+use adfreeze::model::vlm::{Batch, Load, Mode, Vlm};
+use adfreeze::recipe::schema::{Adapter, Deliver, Sees, SelectFeature};
+use adfreeze::train::generate::{Sampling, generate};
+use candle_core::Tensor;
+use std::collections::BTreeSet;
+use tiny::*;
+
+/// In the words of a recipe.
+fn config(text: &str) -> Adapter {
+    let table: toml::Table = toml::from_str(&format!("a = {text}")).unwrap();
+    table["a"].clone().try_into().unwrap()
+}
+
+/// An adapter, whether it starts as the identity, and its parameters on the tiny model.
+const TABLE: [(&str, bool, usize); 9] = [
+    ("{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }", true, 2 * (2 * 12 * 3 + 3 + 12)),
+    (
+        "{ bottleneck = { dim = 5, act = 'relu', norm = true, dropout = 0.3, target = ['language.layers[-1].*', 'vision.encoder.layers[0..2].self_attn'] } }",
+        true,
+        2 * (2 * 12 * 5 + 5 + 12 + 24) + 2 * (2 * 8 * 5 + 5 + 8 + 16),
+    ),
+    ("{ bottleneck = { dim = 2, target = ['vision.encoder.layers[1].mlp'] } }", true, 2 * 8 * 2 + 2 + 8),
+    (
+        "{ cross_attention = { every = 1, heads = 2, head_dim = 3, ff_mult = 2 } }",
+        true,
+        2 * (4 * 12 * 6 + 2 + 48 + 2 * 12 * 24),
+    ),
+    (
+        "{ cross_attention = { every = 2, heads = 3, head_dim = 2, ff_mult = 1, sees = 'all' } }",
+        true,
+        4 * 12 * 6 + 2 + 48 + 2 * 12 * 12,
+    ),
+    ("{ cross_attention = { every = 1, heads = 1, head_dim = 4, form = 'post_norm' } }", false, 2 * (4 * 12 * 4 + 24)),
+    (
+        "{ cross_attention = { every = 2, heads = 1, head_dim = 4, form = 'post_norm', sees = 'all' } }",
+        false,
+        4 * 12 * 4 + 24,
+    ),
+    ("{ prefix = { tokens = 3 } }", false, 3 * 12),
+    (
+        "{ lora = { rank = 2, alpha = 4, target = ['language.layers.*.{q,o}_proj', 'vision.encoder.layers[0].*.fc1'] } }",
+        true,
+        2 * 2 * (12 + 24) * 2 + 2 * (8 + 14),
+    ),
+];
+
+fn deliver(text: &str) -> Deliver {
+    if text.contains("cross_attention") { Deliver::CrossAttention } else { Deliver::Splice }
+}
+
+/// The tiny model, its visual tokens delivered as the adapter needs it.
+fn plain(text: &str) -> Vlm {
+    let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
+    vlm.deliver = deliver(text);
+    vlm.plan();
+    vlm
+}
+
+fn adapted(text: &str) -> Vlm {
+    let mut vlm = plain(text);
+    attach(&mut vlm, &config(text), "new", key("adapter")).unwrap();
+    vlm
+}
+
+fn batch(vlm: &Vlm) -> Batch {
+    pack(vlm, &sequences().iter().collect::<Vec<_>>())
+}
+
+fn own(vlm: &mut Vlm) -> BTreeSet<String> {
+    names(vlm, |n| adapter_of(n) == Some("new"))
+}
+
+fn logps(vlm: &Vlm, batch: &Batch, mode: Mode) -> Vec<u64> {
+    vlm.forward(batch, mode).unwrap().0.logps().unwrap().into_iter().map(f64::to_bits).collect()
+}
+
+#[test]
+fn parameters_and_the_model_at_the_start() {
+    for (text, identity, parameters) in TABLE {
+        let (before, mut after) = (plain(text), adapted(text));
+        let own = own(&mut after);
+        let count: usize = after.params().iter().filter(|(n, _)| own.contains(*n)).map(|(_, t)| t.elem_count()).sum();
+        assert_eq!(count, parameters, "{text}: {own:?}");
+        let batch = batch(&before);
+        let [a, b] = [&before, &after].map(|vlm| logps(vlm, &batch, Mode::default()));
+        assert_eq!(a == b, identity, "{text}: the model at the start");
+        let off = logps(&after, &batch, Mode { adapters_off: true, ..Mode::default() });
+        assert!(off == a, "{text}: adapters off");
+    }
+}
+
+#[test]
+fn gradients_of_every_parameter() {
+    for (text, ..) in TABLE {
+        for (what, projector) in [("alone", false), ("with the projector", true)] {
+            let mut vlm = adapted(text);
+            perturb(&mut vlm);
+            let mut chosen = own(&mut vlm);
+            if projector {
+                chosen.extend(names(&mut vlm, |n| n.starts_with("projector.")));
+            }
+            vlm.train_only(&chosen);
+            assert!(vlm.unreachable(true).is_empty(), "{text}");
+            let batch = batch(&vlm);
+            let weights = coefs(batch.targets.len());
+            let mode = Mode { dropout: Some(key("dropout")), ..Mode::default() };
+            let frozen = snapshot(&mut vlm);
+            let grads = gradients(&vlm, &batch, &weights, mode);
+            assert!(snapshot(&mut vlm) == frozen, "{text}: a parameter changed");
+            check_params(
+                &format!("{text}, {what}"),
+                &mut vlm,
+                &grads,
+                |_| false,
+                |vlm| loss(vlm, &batch, &weights, mode),
+            );
+            for kept in [Kept::All, Kept::Input] {
+                let again = gradients(&vlm, &batch, &weights, Mode { kept, ..mode });
+                assert!(grads.iter().all(|(n, g)| bits(g) == bits(&again[n])), "{text}, {what}: {kept:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_what_lies_below_and_beside() {
+    for (text, ..) in TABLE {
+        let mut vlm = adapted(text);
+        perturb(&mut vlm);
+        // The adapter frozen, everything else that a gradient can reach trained.
+        let lost: BTreeSet<String> = vlm.unreachable(true).into_iter().map(|(n, _)| n).collect();
+        assert!(lost.is_empty());
+        let frozen = own(&mut vlm);
+        let some = names(&mut vlm, |n| {
+            !frozen.contains(n)
+                && (n.starts_with("projector.") || n.contains("layers.0.") || n.contains("embed_tokens"))
+        });
+        vlm.train_only(&some);
+        let batch = batch(&vlm);
+        let weights = coefs(batch.targets.len());
+        let grads = gradients(&vlm, &batch, &weights, Mode::default());
+        let zero = |n: &str| n.ends_with("k_proj.bias");
+        check_params(text, &mut vlm, &grads, zero, |vlm| loss(vlm, &batch, &weights, Mode::default()));
+    }
+}
+
+#[test]
+fn layers_keep_what_they_say() {
+    for (text, ..) in TABLE.iter().filter(|(text, ..)| !text.contains("prefix")) {
+        let mut vlm = adapted(text);
+        perturb(&mut vlm);
+        let all = names(&mut vlm, |n| adapter_of(n).is_some() || n.starts_with("projector."));
+        vlm.train_only(&all);
+        let batch = batch(&vlm);
+        for kept in [Kept::All, Kept::Minimal, Kept::Input] {
+            let (_, saved) = vlm.forward(&batch, Mode { record: true, kept, ..Mode::default() }).unwrap();
+            let told = vlm.kept_bytes(Load { pictures: 2, tokens: batch.ids.len() }, kept).unwrap();
+            assert_eq!(saved.unwrap().kept_bytes(), told, "{text}: {kept:?}");
+        }
+    }
+}
+
+/// Greedy answers from the cache are the ones that whole passes give.
+#[test]
+fn answers_token_by_token() {
+    for (text, ..) in TABLE {
+        let mut vlm = adapted(text);
+        perturb(&mut vlm);
+        let sequences = sequences();
+        let mut prompt = pack(&vlm, &[&sequences[0]]);
+        (prompt.targets, prompt.owners) = (vec![], vec![]);
+        let answer = generate(&vlm, &prompt, &[], Sampling::greedy(5), |_| {}).unwrap();
+        assert_eq!(answer.len(), 5);
+        let mut whole = prompt.clone();
+        for next in &answer {
+            let row = whole.ids.len() as u32 - 1;
+            let best = (0..vlm.language.config.vocab_size as u32).map(|id| {
+                let batch = Batch { targets: vec![(row, id)], owners: vec![0], ..whole.clone() };
+                vlm.forward(&batch, Mode::default()).unwrap().0.logps().unwrap()[0]
+            });
+            let best: Vec<f64> = best.collect();
+            let top = best.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert!((best[*next as usize] - top).abs() < 1e-9, "{text}: {next} {best:?}");
+            whole.ids.push(*next);
+            whole.lengths[0] += 1;
+        }
+    }
+}
+
+#[test]
+fn a_text_sees_the_pictures_before_it() {
+    for sees in ["last", "all"] {
+        let text = format!("{{ cross_attention = {{ every = 2, heads = 2, head_dim = 3, sees = '{sees}' }} }}");
+        let mut vlm = adapted(&text);
+        perturb(&mut vlm);
+        let sequences = sequences();
+        let batch = pack(&vlm, &[&sequences[0], &sequences[2]]);
+        let [first, second] = [0, 1].map(|i| batch.pixels.as_ref().unwrap().narrow(0, i, 1).unwrap());
+        let second = (second * 1.5).unwrap();
+        let other = Batch { pixels: Some(Tensor::cat(&[first, second], 0).unwrap()), ..batch.clone() };
+        let [a, b] = [&batch, &other].map(|b| logps(&vlm, b, Mode::default()));
+        let moved: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a != b).collect();
+        // 0 [first] 3 7 7 [second] 2 1: the picture's own row predicts what follows it. Then a sequence without a picture.
+        assert_eq!(moved[..5], [false, false, false, true, true], "{sees}");
+        assert!(moved[5..].iter().all(|m| !m), "{sees}");
+    }
+}
+
+/// Two sequences, the second with two pictures, the later one of which is the first one's.
+#[test]
+fn the_last_picture_or_all_before() {
+    let shown = |owner, rows, tokens| Shown { owner, rows, tokens };
+    let list = [shown(0, 1..4, 0..2), shown(1, 5..6, 2..4), shown(1, 6..9, 0..2)];
+    let tokens = noise("tokens", &[4, 12], 1.0);
+    let visual = Visual::new(tokens, false, &list);
+    let view = |sees| {
+        let v = visual.view(sees);
+        let ranges: Vec<_> = v.sequences.iter().map(|s| (s.q.clone(), s.k.clone())).collect();
+        (v.rows.clone(), ranges)
+    };
+    assert_eq!(view(Sees::Last), (vec![0, 1, 2, 3, 0, 1], vec![(1..4, 0..2), (5..6, 2..4), (6..9, 4..6)]));
+    assert_eq!(view(Sees::All), (vec![0, 1, 2, 3, 2, 3, 0, 1], vec![(1..4, 0..2), (5..6, 2..4), (6..9, 4..8)]));
+}
+
+#[test]
+fn saved_and_loaded_they_give_the_same() {
+    for (text, ..) in TABLE {
+        let mut vlm = adapted(text);
+        perturb(&mut vlm);
+        let batch = batch(&vlm);
+        let mut again = adapted(text);
+        assert_ne!(logps(&again, &batch, Mode::default()), logps(&vlm, &batch, Mode::default()));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("all.safetensors");
+        adfreeze::checkpoint::safetensors::save(&path, &vlm.params(), &Default::default()).unwrap();
+        again.assign(&adfreeze::checkpoint::safetensors::load(&path).unwrap()).unwrap();
+        assert_eq!(logps(&again, &batch, Mode::default()), logps(&vlm, &batch, Mode::default()), "{text}");
+    }
+}
+
+#[test]
+fn without_inserts_nobody_reads_what_stands_beside_the_text() {
+    let mut vlm = plain("cross_attention");
+    let projector = names(&mut vlm, |n| n.starts_with("projector."));
+    vlm.train_only(&projector);
+    let lost = vlm.unreachable(true);
+    assert_eq!(lost.len(), projector.len());
+    assert!(lost[0].1.contains("no cross_attention adapter"), "{lost:?}");
+    let e = attach(&mut vlm, &config("{ cross_attention = { every = 3 } }"), "new", key("adapter")).unwrap_err();
+    assert!(e.to_string().contains("every = 3, but the language model has 2 layers"), "{e}");
+    let twice = "{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }";
+    attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap();
+    let e = attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap_err();
+    assert!(e.to_string().contains("already an adapter named `new`"), "{e}");
+}
