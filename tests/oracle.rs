@@ -113,7 +113,7 @@ fn llama_gives_the_logits_of_candle_transformers() {
             // The cache grows by one token, at first by three.
             if n >= 3 {
                 let newest = if n == 3 { &ids[..3] } else { &ids[n - 1..n] };
-                let got = ours.extend(ours.embed(newest).unwrap(), &mut cache).unwrap();
+                let got = ours.extend(ours.embed(newest).unwrap(), None, &mut cache).unwrap();
                 let d = off(&got, &want);
                 assert!(d < 1e-5, "{kv_heads} key heads, {n} tokens with a cache: logits differ by {d:e}");
             }
