@@ -3,10 +3,12 @@
 use super::{device, stdout};
 use crate::bail;
 use crate::bench::preset::{NAMES, Preset};
-use crate::bench::{Bench, Output, kernels, step};
+use crate::bench::{Bench, Output, kernels, step, zoo};
 use crate::error::Result;
 use crate::model::init::Place;
 use crate::recipe::schema::{Activations, DType};
+use crate::report::Reporter;
+use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -21,6 +23,8 @@ enum What {
     Kernels(Kernels),
     /// Training steps at a model's shape: tokens/s, share of the possible FLOPs, memory, time by part.
     Step(Step),
+    /// Every projector and adapter on a recipe's first two stages: parameters, visual tokens, time of a step, held-out accuracy.
+    Zoo(Zoo),
 }
 
 #[derive(Debug, clap::Args)]
@@ -78,6 +82,24 @@ struct Step {
     peak: Option<f64>,
 }
 
+#[derive(Debug, clap::Args)]
+struct Zoo {
+    #[command(flatten)]
+    common: Common,
+    /// The recipe whose first two stages are run.
+    #[arg(default_value = "recipes/quickstart.toml")]
+    recipe: PathBuf,
+    /// Override a value of the recipe, for every entry, e.g. --set stage.sft.max_steps=400.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The folder of all runs; the same command goes on where it was stopped.
+    #[arg(long, default_value = "runs/zoo")]
+    out: PathBuf,
+    /// Only entries whose name holds this.
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Option<String>,
+}
+
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Work {
     /// The projector, on captions.
@@ -96,10 +118,11 @@ enum Kept {
     Recompute,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     match &args.what {
         What::Kernels(a) => a.run(),
         What::Step(a) => a.run(),
+        What::Zoo(a) => a.run(reporter),
     }
 }
 
@@ -153,5 +176,18 @@ impl Step {
         };
         options.check()?;
         self.common.with(self.common.place()?, |bench| step::run(bench, &options))
+    }
+}
+
+impl Zoo {
+    fn run(&self, reporter: &Reporter) -> Result<()> {
+        let options = zoo::Options {
+            recipe: self.recipe.clone(),
+            sets: self.sets.clone(),
+            out: self.out.clone(),
+            only: self.only.clone(),
+        };
+        let mut to = stdout::Stdout::lock();
+        zoo::run(&options, &self.common.place()?, reporter, &mut Output { to: &mut to, json: self.common.json })
     }
 }
