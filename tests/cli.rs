@@ -11,6 +11,7 @@ mod cli {
     mod learning;
     mod output;
     mod projectors;
+    mod recipes;
     mod resume;
     mod signals;
     mod sources;

@@ -3,11 +3,13 @@
 use super::{device, stdout};
 use crate::bail;
 use crate::bench::preset::{NAMES, Preset};
-use crate::bench::{Bench, Output, freeze, kernels, step};
+use crate::bench::{Bench, Output, freeze, kernels, step, zoo};
 use crate::error::{Context, Result};
 use crate::model::init::Place;
 use crate::recipe::schema::{Activations, DType};
+use crate::report::Reporter;
 use std::io::Write;
+use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -25,6 +27,8 @@ enum What {
     /// What freezing saves: the projector, LoRA, the last two layers or everything training, each with and without recompute,
     /// beside the published ratios.
     Freeze(Freeze),
+    /// Every projector and adapter on a recipe's first two stages: parameters, visual tokens, time of a step, held-out accuracy.
+    Zoo(Zoo),
 }
 
 #[derive(Debug, clap::Args)]
@@ -103,6 +107,24 @@ struct Freeze {
     configuration: Option<usize>,
 }
 
+#[derive(Debug, clap::Args)]
+struct Zoo {
+    #[command(flatten)]
+    common: Common,
+    /// The recipe whose first two stages are run.
+    #[arg(default_value = "recipes/quickstart.toml")]
+    recipe: PathBuf,
+    /// Override a value of the recipe, for every entry, e.g. --set stage.sft.max_steps=400.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The folder of all runs; the same command goes on where it was stopped.
+    #[arg(long, default_value = "runs/zoo")]
+    out: PathBuf,
+    /// Only entries whose name holds this.
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Option<String>,
+}
+
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Work {
     /// The projector, on captions.
@@ -121,11 +143,12 @@ enum Kept {
     Recompute,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     match &args.what {
         What::Kernels(a) => a.run(),
         What::Step(a) => a.run(),
         What::Freeze(a) => a.run(),
+        What::Zoo(a) => a.run(reporter),
     }
 }
 
@@ -205,5 +228,18 @@ impl Freeze {
             bail!("the process of a configuration ended with {}", said.status; "its own message stands above; on a small machine take a smaller --preset, --micro or --seq")
         }
         Ok(String::from_utf8_lossy(&said.stdout).into_owned())
+    }
+}
+
+impl Zoo {
+    fn run(&self, reporter: &Reporter) -> Result<()> {
+        let options = zoo::Options {
+            recipe: self.recipe.clone(),
+            sets: self.sets.clone(),
+            out: self.out.clone(),
+            only: self.only.clone(),
+        };
+        let mut to = stdout::Stdout::lock();
+        zoo::run(&options, &self.common.place()?, reporter, &mut Output { to: &mut to, json: self.common.json })
     }
 }

@@ -1,6 +1,6 @@
-//! `bench kernels`, `bench step` and `bench freeze` on the CPU, in small.
+//! `bench kernels`, `bench step`, `bench freeze` and `bench zoo` on the CPU, in small.
 
-use super::folder::Folder;
+use super::folder::{Folder, THREE_STAGES};
 use serde_json::Value;
 
 /// What a bench wrote with `--json`: the machine, and the records behind it.
@@ -180,4 +180,27 @@ fn what_cannot_be_measured_is_said() {
         .unwrap();
     let told = String::from_utf8(said.stderr).unwrap();
     assert!(said.status.code() == Some(2) && told.contains("'rl'") && told.contains("align, sft, dpo"), "{told}");
+}
+
+#[test]
+fn the_zoo_is_run_entry_by_entry() {
+    let exact = "\n[eval.exact]\nmetric = \"exact_match\"\ndata = [{ path = \"${GOLDEN}/data/sft.json\", images = \"${GOLDEN}/images\" }]\n";
+    let f = Folder::with(&format!("{THREE_STAGES}{exact}"));
+    let sets = ["--set", "defaults.max_steps=2", "--set", "stage.sft.eval=[\"captions\",\"exact\"]"];
+    let zoo = |only: &str| {
+        let args = ["bench", "zoo", "recipe.toml", "--json", "--only", only];
+        let said = f.ok(args.iter().chain(&sets));
+        said.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect::<Vec<Value>>()
+    };
+    let [found] = &zoo("cross_attention, gated")[..] else { panic!() };
+    assert_eq!((&found["entry"], &found["visual_tokens"]), (&"cross_attention, gated".into(), &16.into()));
+    assert!(positive(&found["parameters"]) && positive(&found["second_stage_step_s"]), "{found}");
+    assert_eq!(found["exact_match"][0][0], "exact");
+    let trained = f.path("runs/zoo/cross_attention-gated/02-sft/final/adapters/eyes/adapter.safetensors");
+    let before = trained.metadata().unwrap().modified().unwrap();
+    assert_eq!(&zoo("cross_attention, gated")[0], found, "what is done is read");
+    assert_eq!(trained.metadata().unwrap().modified().unwrap(), before, "and not run again");
+    let unknown: Vec<&str> = ["bench", "zoo", "recipe.toml", "--only", "elephant"].into_iter().chain(sets).collect();
+    f.fails(&unknown, &["elephant", "pixel_shuffle"]);
+    f.fails(&["bench", "zoo", "recipe.toml"], &["no exact matches are counted at the end of `sft`"]);
 }
