@@ -97,7 +97,7 @@ pub fn rows(state: &mut State, training: &Training) -> Result<Vec<Row>> {
             return;
         }
         let decided = patterns.as_ref().and_then(|patterns| patterns.first(&p.name)).map(|i| (i, train[i].clone()));
-        let place = place(p, decided, &kinds);
+        let place = place(p, decided, &kinds, dtype(p, training));
         let row = all.entry(place.clone()).or_insert_with(|| Row::empty(&place));
         result = row.add(p, training);
     });
@@ -117,8 +117,7 @@ pub fn rows(state: &mut State, training: &Training) -> Result<Vec<Row>> {
     Ok(joined(all, |place, i| layers.contains_key(&format!("{}.{i}", place.part.1))))
 }
 
-fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &str>) -> Place {
-    let dtype = format!("{:?}", p.value.dtype()).to_lowercase();
+fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &str>, dtype: String) -> Place {
     let of =
         |part: (usize, String), layer, what| Place { part, layer, trains: p.trainable, what, dtype: dtype.clone() };
     if let Some(adapter) = adapter_of(&p.name) {
@@ -196,15 +195,25 @@ pub fn gets_master(stage: &Stage, name: &str) -> bool {
     !adamw.stochastic_rounding || is_adapter(name) || name.starts_with("projector.")
 }
 
-/// Bytes of a parameter in the stage: as it stands, with the master that the stage makes for it, or without the one it drops.
-fn weight_bytes(p: &Param, training: &Training) -> u64 {
-    let narrow = bytes(p.compute());
-    let master = match (p.compute().dtype(), p.trainable) {
+/// Has a parameter an f32 master beside what it is computed with, in the stage: one that stands, or that the stage will make?
+fn has_master(p: &Param, training: &Training) -> bool {
+    match (p.compute().dtype(), p.trainable) {
         (DType::BF16, true) => gets_master(training.stage, &p.name),
         (DType::BF16, false) => p.value.dtype() != DType::BF16 || training.masters.contains(&p.name),
         _ => false,
-    };
-    (narrow + if master { DType::F32.size_in_bytes() * p.value.elem_count() } else { 0 }) as u64
+    }
+}
+
+/// The type of a parameter's value in the stage.
+fn dtype(p: &Param, training: &Training) -> String {
+    let dtype = if has_master(p, training) { DType::F32 } else { p.compute().dtype() };
+    format!("{dtype:?}").to_lowercase()
+}
+
+/// Bytes of a parameter in the stage, in every type in which it stands.
+fn weight_bytes(p: &Param, training: &Training) -> u64 {
+    let master = if has_master(p, training) { DType::F32.size_in_bytes() * p.value.elem_count() } else { 0 };
+    (bytes(p.compute()) + master) as u64
 }
 
 /// Bytes that each layer keeps at most, by its name.
