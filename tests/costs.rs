@@ -69,7 +69,7 @@ const STAGES: [&str; 8] = [
     "train = ['language.layers[-2..].*']",
     "train = ['vision.encoder.layers[1].*', 'projector.*']\nrecompute = ['language.layers[0..2]']",
     "train = ['!vision.encoder.layers[-1].*', '!vision.post*', '*']",
-    "train = ['*norm.weight']\noptimizer = { adamw = { moments = '8bit' } }",
+    "train = ['!vision.post*', '*norm.weight']\noptimizer = { adamw = { moments = '8bit' } }",
     "train = ['language.*', 'projector.*']\noptimizer = { adamw = { moments = '8bit', stochastic_rounding = true } }",
     "train = ['language.norm.*']\nadapters = [{ prefix = { tokens = 3 } }, { bottleneck = { dim = 2, target = ['language.layers[-1].*'] } }]",
 ];

@@ -1,6 +1,5 @@
 //! How fast this machine is at what training consists of: [`kernels`], each beside its floor, [`step`], whole steps at a
-//! real model's shape, and [`mod@freeze`], what freezing saves of them. How well each way to connect two backbones learns:
-//! [`zoo`].
+//! real model's shape, and [`mod@freeze`], what freezing saves of them. How well each way to connect two backbones learns: [`zoo`].
 //!
 //! A floor is what the work needs at least: the bytes that must move at the bandwidth of a copy, or the FLOPs at the rate of a
 //! large matrix product, whichever takes longer. Both are measured in the same process before anything else ([`machine`]).

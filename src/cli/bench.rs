@@ -24,11 +24,11 @@ enum What {
     Kernels(Kernels),
     /// Training steps at a model's shape: tokens/s, share of the possible FLOPs, memory, time by part.
     Step(Step),
-    /// Every projector and adapter on a recipe's first two stages: parameters, visual tokens, time of a step, held-out accuracy.
-    Zoo(Zoo),
     /// What freezing saves: the projector, LoRA, the last two layers or everything training, each with and without recompute,
     /// beside the published ratios.
     Freeze(Freeze),
+    /// Every projector and adapter on a recipe's first two stages: parameters, visual tokens, time of a step, held-out accuracy.
+    Zoo(Zoo),
 }
 
 #[derive(Debug, clap::Args)]
@@ -87,24 +87,6 @@ struct Step {
 }
 
 #[derive(Debug, clap::Args)]
-struct Zoo {
-    #[command(flatten)]
-    common: Common,
-    /// The recipe whose first two stages are run.
-    #[arg(default_value = "recipes/quickstart.toml")]
-    recipe: PathBuf,
-    /// Override a value of the recipe, for every entry, e.g. --set stage.sft.max_steps=400.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
-    /// The folder of all runs; the same command goes on where it was stopped.
-    #[arg(long, default_value = "runs/zoo")]
-    out: PathBuf,
-    /// Only entries whose name holds this.
-    #[arg(long, value_name = "SUBSTRING")]
-    only: Option<String>,
-}
-
-#[derive(Debug, clap::Args)]
 struct Freeze {
     #[command(flatten)]
     common: Common,
@@ -123,6 +105,24 @@ struct Freeze {
     /// Measure one configuration alone, in this process, and write its record.
     #[arg(long, hide = true)]
     configuration: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Zoo {
+    #[command(flatten)]
+    common: Common,
+    /// The recipe whose first two stages are run.
+    #[arg(default_value = "recipes/quickstart.toml")]
+    recipe: PathBuf,
+    /// Override a value of the recipe, for every entry, e.g. --set stage.sft.max_steps=400.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The folder of all runs; the same command goes on where it was stopped.
+    #[arg(long, default_value = "runs/zoo")]
+    out: PathBuf,
+    /// Only entries whose name holds this.
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -147,8 +147,8 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     match &args.what {
         What::Kernels(a) => a.run(),
         What::Step(a) => a.run(),
-        What::Zoo(a) => a.run(reporter),
         What::Freeze(a) => a.run(),
+        What::Zoo(a) => a.run(reporter),
     }
 }
 
@@ -205,19 +205,6 @@ impl Step {
     }
 }
 
-impl Zoo {
-    fn run(&self, reporter: &Reporter) -> Result<()> {
-        let options = zoo::Options {
-            recipe: self.recipe.clone(),
-            sets: self.sets.clone(),
-            out: self.out.clone(),
-            only: self.only.clone(),
-        };
-        let mut to = stdout::Stdout::lock();
-        zoo::run(&options, &self.common.place()?, reporter, &mut Output { to: &mut to, json: self.common.json })
-    }
-}
-
 impl Freeze {
     fn run(&self) -> Result<()> {
         let preset = Preset::named(&self.preset)?;
@@ -241,5 +228,18 @@ impl Freeze {
             bail!("the process of a configuration ended with {}", said.status; "its own message stands above; on a small machine take a smaller --preset, --micro or --seq")
         }
         Ok(String::from_utf8_lossy(&said.stdout).into_owned())
+    }
+}
+
+impl Zoo {
+    fn run(&self, reporter: &Reporter) -> Result<()> {
+        let options = zoo::Options {
+            recipe: self.recipe.clone(),
+            sets: self.sets.clone(),
+            out: self.out.clone(),
+            only: self.only.clone(),
+        };
+        let mut to = stdout::Stdout::lock();
+        zoo::run(&options, &self.common.place()?, reporter, &mut Output { to: &mut to, json: self.common.json })
     }
 }

@@ -71,8 +71,8 @@ pub struct GroupReport {
     pub name: String,
     /// Highest learning rate used in the step.
     pub lr: f64,
-    /// Lowest one; another than the highest where it decays layer by layer.
-    pub lr_lowest: f64,
+    /// Lowest one, where it decays layer by layer.
+    pub lr_lowest: Option<f64>,
     /// Norm of the group's gradients, before clipping.
     pub grad_norm: f64,
 }
@@ -145,7 +145,8 @@ impl AdamW {
         self.state.retain(|_, s| s.updates > 0);
         let norms = norms?;
         let report = |((g, lr), norm): ((&Group, &f64), &f64)| {
-            let [lr_lowest, lr] = g.factors.map(|factor| factor * lr);
+            let [low, high] = g.factors;
+            let (lr, lr_lowest) = (high * lr, (low < high).then_some(low * lr));
             GroupReport { name: g.name.clone(), lr, lr_lowest, grad_norm: *norm }
         };
         let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();

@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn explosions_are_told_more_and_more_rarely() {
         let group =
-            |name: &str, grad_norm: f64| GroupReport { name: name.into(), lr: 1e-3, lr_lowest: 1e-3, grad_norm };
+            |name: &str, grad_norm: f64| GroupReport { name: name.into(), lr: 1e-3, lr_lowest: None, grad_norm };
         let report = |norm: f64| StepReport {
             step: 0,
             grad_norm: norm,

@@ -252,7 +252,7 @@ fn metrics_line(
         stage: stage.to_string(),
         loss: done.loss,
         lr: report.groups.iter().map(|g| (g.name.clone(), g.lr)).collect(),
-        lr_lowest: report.groups.iter().filter(|g| g.lr_lowest < g.lr).map(|g| (g.name.clone(), g.lr_lowest)).collect(),
+        lr_lowest: report.groups.iter().filter_map(|g| Some((g.name.clone(), g.lr_lowest?))).collect(),
         grad_norm: report.groups.iter().map(|g| (g.name.clone(), g.grad_norm)).collect(),
         grad_norm_total: report.grad_norm,
         label_tokens: done.label_tokens,

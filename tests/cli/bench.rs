@@ -1,4 +1,4 @@
-//! `bench kernels`, `step`, `freeze` and `zoo` on the CPU, in small.
+//! `bench kernels`, `bench step`, `bench freeze` and `bench zoo` on the CPU, in small.
 
 use super::folder::{Folder, THREE_STAGES};
 use serde_json::Value;

