@@ -219,7 +219,7 @@ fn tell(
     trained: u64,
     measured: Measured,
 ) -> Result<()> {
-    let (flops_by_part, median) = (Flops::of(&o.preset, pass), measured.times.median);
+    let (flops_by_part, median) = (Flops::of(&o.preset, pass)?, measured.times.median);
     let (flops, tokens) = (flops_by_part.total(), pass.sequences * pass.length);
     let (flops_per_s, possible) = (flops as f64 / median, bench.machine.matmul_flops_per_s);
     // Every sample or pair shows a picture of its own.

@@ -6,9 +6,9 @@ use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
-use crate::model::init::{Fresh, FromWeights, Place, Source};
+use crate::model::init::{Fresh, FromWeights, Partly, Place, Source};
 use crate::model::language::Language;
-use crate::model::projector::Projector;
+use crate::model::projector::{Projector, published};
 use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{Weights, source};
@@ -102,6 +102,21 @@ fn described(a: &LoraAdapter) -> schema::Lora {
     schema::Lora { name, rank: a.rank, alpha: a.alpha, dropout: a.dropout, target, rslora: a.rslora, freeze: false }
 }
 
+/// A part of the projector that begins with fresh values only if the recipe says so must be in its source.
+fn has_all_but(cfg: &schema::Projector, weights: &Weights, source: &str) -> Result<()> {
+    let mut lacks = cfg.may_be_fresh();
+    lacks.retain(|p| !cfg.fresh().contains(p) && !weights.names().any(|n| n.starts_with(p)));
+    let Some(first) = lacks.first() else { return Ok(()) };
+    let list: Vec<String> = lacks.iter().chain(&cfg.fresh()).map(|p| format!("\"{}\"", part_name(p))).collect();
+    bail!("{source} has no `{}`", part_name(first);
+        "to begin there with random values, say so beside `source`: fresh = [{}]", list.join(", "))
+}
+
+/// What a recipe calls the part of a projector whose parameters' names begin with `prefix`.
+fn part_name(prefix: &str) -> &str {
+    prefix.trim_start_matches("projector.").trim_end_matches('.')
+}
+
 /// Name of the adapter that `model.adapter` brings along.
 pub const START_ADAPTER: &str = "start";
 
@@ -168,9 +183,22 @@ impl Parts {
     }
 
     /// Builds a part from weights and makes sure that all of them were used.
-    fn load<T>(&mut self, mut weights: Weights, build: impl FnOnce(&mut dyn Source) -> Result<T>) -> Result<T> {
+    fn load<T>(&mut self, weights: Weights, build: impl FnOnce(&mut dyn Source) -> Result<T>) -> Result<T> {
+        self.load_but(&[], weights, build)
+    }
+
+    /// [`Parts::load`], but with fresh values for the parameters whose names begin with one of `prefixes`.
+    fn load_but<T>(
+        &mut self,
+        prefixes: &[&str],
+        mut weights: Weights,
+        build: impl FnOnce(&mut dyn Source) -> Result<T>,
+    ) -> Result<T> {
         self.files.extend(weights.files().map(Path::to_path_buf));
-        let built = build(&mut FromWeights { weights: &mut weights, place: &self.place })?;
+        prefixes.iter().for_each(|p| weights.skip(p));
+        let fresh = self.fresh();
+        let weights_of = FromWeights { weights: &mut weights, place: &self.place };
+        let built = build(&mut Partly { weights: weights_of, fresh, prefixes })?;
         weights.finish()?;
         Ok(built)
     }
@@ -267,7 +295,25 @@ impl Parts {
         let path = PathBuf::from(source);
         let path = if path.exists() { path } else { self.find("model.projector", source, source::PROJECTOR)? };
         let weights = Weights::projector(&path)?;
-        self.load(weights, |src| Projector::new(&cfg, d_in, d_out, bias, src)).context("model.projector")
+        let fresh = cfg.fresh();
+        self.published(&cfg, &path).and_then(|()| has_all_but(&cfg, &weights, source)).context("model.projector")?;
+        for part in fresh.iter().map(|p| part_name(p)) {
+            self.warnings
+                .push(format!("model.projector: `{part}` begins with random values, not with those of {source}"));
+        }
+        self.load_but(&fresh, weights, |src| Projector::new(&cfg, d_in, d_out, bias, src)).context("model.projector")
+    }
+
+    /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.
+    fn published(&mut self, cfg: &schema::Projector, dir: &Path) -> Result<()> {
+        let file = dir.join("config.json");
+        if !dir.is_dir() || !file.is_file() {
+            return Ok(());
+        }
+        let text = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let config = serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))?;
+        self.note(dir, &["config.json"]);
+        published::check(cfg, &config)
     }
 
     fn encoder(&mut self, recipe: &Recipe, language: &LanguagePart, tokens_per_image: usize) -> Result<TextEncoder> {

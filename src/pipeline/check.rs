@@ -209,7 +209,8 @@ fn is_random(model: &Model, name: &str) -> bool {
     }
     part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
         || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
-        || part("projector.") && model.projector.as_ref().is_some_and(|p| p.source().is_none())
+        || part("projector.")
+            && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
 }
 
 /// Decodes pictures, at most [`DECODED`]; returns how many. Errors name the picture and the first sample that shows it.

@@ -66,6 +66,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
+    assembly.warnings.iter().for_each(|w| reporter.warn(w));
     let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = None;

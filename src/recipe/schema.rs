@@ -3,8 +3,10 @@
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
 
 mod adapters;
+mod resamplers;
 
 pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Prefix, Sees};
+pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -112,6 +114,10 @@ pub enum Projector {
     Bottleneck(BottleneckProjector),
     /// Squares of neighbouring patches become one token.
     PixelShuffle(PixelShuffleProjector),
+    /// Latents look at the features: a fixed number of tokens.
+    Perceiver(PerceiverProjector),
+    /// BLIP-2's Querying Transformer: a fixed number of tokens.
+    Qformer(QformerProjector),
 }
 
 impl Projector {
@@ -122,8 +128,28 @@ impl Projector {
             Self::Mlp(p) => &p.source,
             Self::Bottleneck(p) => &p.source,
             Self::PixelShuffle(p) => p.then.source(),
+            Self::Perceiver(p) => &p.source,
+            Self::Qformer(p) => &p.source,
         };
         source.as_deref()
+    }
+
+    /// Parts that a published `source` may lack, and which may be `fresh`: what their parameters' names begin with.
+    pub fn may_be_fresh(&self) -> Vec<&'static str> {
+        match self {
+            Self::Qformer(_) => {
+                [QformerPart::QueryTokens, QformerPart::LanguageProjection].map(|p| p.prefix()).to_vec()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What the names of parameters begin with that have fresh values in spite of a [`Projector::source`].
+    pub fn fresh(&self) -> Vec<&'static str> {
+        match self {
+            Self::Qformer(p) => p.fresh.iter().map(|part| part.prefix()).collect(),
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -123,6 +123,8 @@ fn projector(p: &Projector) -> Result<()> {
         Projector::PixelShuffle(PixelShuffleProjector { then: Layers::Mlp(p), .. }) => {
             mlp(p).context("pixel_shuffle: then")
         }
+        Projector::Perceiver(p) => p.check().context("perceiver"),
+        Projector::Qformer(p) => p.check().context("qformer"),
         Projector::Linear(_) | Projector::Bottleneck(_) | Projector::PixelShuffle(_) => Ok(()),
     }
 }
