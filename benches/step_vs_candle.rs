@@ -106,7 +106,7 @@ fn model(task: &str) -> Vlm {
     if task == "lora" {
         let target = vec!["language.*".to_string()];
         let cfg =
-            schema::Lora { name: None, rank: 16, alpha: 32.0, dropout: 0.0, target, rslora: false, freeze: false };
+            schema::Lora { rank: 16, alpha: 32.0, target, ..Default::default() };
         lora::attach(&mut vlm, &cfg, "sft", Key::new(2, "lora")).unwrap();
     }
     let trains = |n: &String| match task {

@@ -145,7 +145,7 @@ fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTree
     if work != Work::Align && lora::names(vlm).is_empty() {
         let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
         let alpha = 2.0 * rank as f64;
-        let cfg = schema::Lora { name: None, rank, alpha, dropout, target, rslora: false, freeze: false };
+        let cfg = schema::Lora { rank, alpha, dropout, target, ..Default::default() };
         lora::attach(vlm, &cfg, "sft", Key::new(1, "lora"))?;
     }
     let trains = |n: &String| match work {

@@ -79,15 +79,17 @@ impl AdamW {
         Self { groups, schedule, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
     }
 
-    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape).
+    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape), of which some have a
+    /// multiple of their group's learning rate (name → factor).
     pub fn of_stage(
         stage: &schema::Stage,
         name: &str,
         total_steps: usize,
         trained: &BTreeMap<String, Vec<usize>>,
+        factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
         let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
-        let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?;
+        let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?.multiplied(factors)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));
         Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise))

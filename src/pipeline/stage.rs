@@ -56,7 +56,7 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
 /// A fresh optimizer for what trains in an entered stage.
 pub fn optimizer(stage: &Stage, name: &str, state: &mut State, total: usize) -> Result<AdamW> {
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    AdamW::of_stage(stage, name, total, &shapes)
+    AdamW::of_stage(stage, name, total, &shapes, &state.lr_factors())
 }
 
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a

@@ -4,6 +4,7 @@
 use super::emulator::{OnCpu, Order};
 use adfreeze::error::Result;
 use adfreeze::model::build;
+use adfreeze::model::dora::Magnitude;
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::linear::{InputGrad, Linear, LowRank, backward_all, forward_all};
 use adfreeze::model::params::{Grads, Module, Param};
@@ -51,6 +52,12 @@ fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) 
             adapter: adapter.to_string(),
             a: matrix("A", &[*rank, IN]),
             b: matrix("B", &[out, *rank]),
+            magnitude: adapter.starts_with("dora").then(|| {
+                // In f32 beside bf16.
+                let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                let name = format!("{name}.lora_magnitude_vector.{adapter}.weight");
+                Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], wide) + 4.0).unwrap()))
+            }),
             scale: 0.5,
             dropout: *dropout,
         });
