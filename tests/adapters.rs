@@ -165,9 +165,7 @@ fn gradients_of_what_lies_below_and_beside() {
         let lengths = all_lengths(&mut vlm);
         let grads = gradients(&vlm, &batch, &weights, Mode::default());
         let zero = |n: &str| n.ends_with("k_proj.bias");
-        check_params(text, &mut vlm, &grads, zero, |vlm| {
-            held_loss(vlm, &lengths, &batch, &weights, Mode::default())
-        });
+        check_params(text, &mut vlm, &grads, zero, |vlm| held_loss(vlm, &lengths, &batch, &weights, Mode::default()));
     }
 }
 
@@ -319,10 +317,12 @@ fn a_row_of_zeros_has_no_direction() {
     vlm.visit(&mut |p| {
         if p.name == "language.layers.1.self_attn.v_proj.weight" {
             let rows: Vec<f64> = (0..12).map(|i| if i == 7 { 0.0 } else { 1.0 }).collect();
-            p.value = p.value.broadcast_mul(&Tensor::new(rows, p.value.device()).unwrap().unsqueeze(1).unwrap()).unwrap();
+            p.value =
+                p.value.broadcast_mul(&Tensor::new(rows, p.value.device()).unwrap().unsqueeze(1).unwrap()).unwrap();
         }
     });
-    let lora = |dora| format!("{{ lora = {{ rank = 2, alpha = 4, dora = {dora}, target = ['language.layers.*.v_proj'] }} }}");
+    let lora =
+        |dora| format!("{{ lora = {{ rank = 2, alpha = 4, dora = {dora}, target = ['language.layers.*.v_proj'] }} }}");
     let e = attach(&mut vlm, &config(&lora(true)), "new", key("adapter")).unwrap_err();
     assert!(e.to_string().contains("language.layers.1.self_attn.v_proj.weight: row 7 has length 0"), "{e}");
     attach(&mut vlm, &config(&lora(false)), "other", key("adapter")).unwrap();
@@ -332,7 +332,8 @@ fn a_row_of_zeros_has_no_direction() {
 #[test]
 fn merged_they_give_the_same() {
     let lora = "{ lora = { rank = 3, alpha = 5, target = ['language.layers.*', 'vision.encoder.layers.*'] } }";
-    let dora = "{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*', 'vision.encoder.layers.*'] } }";
+    let dora =
+        "{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*', 'vision.encoder.layers.*'] } }";
     for both in [[lora, dora], [dora, lora], [dora, dora]] {
         let mut vlm = plain("lora");
         for (text, name) in both.iter().zip(["z", "a"]) {
@@ -376,7 +377,8 @@ fn lengths_follow_the_weight() {
     let batch = batch(&vlm);
     let name = "language.layers.0.self_attn.q_proj.weight";
     let again = |vlm: &mut Vlm| {
-        let mut other = adapted("{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*.q_proj'] } }");
+        let mut other =
+            adapted("{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*.q_proj'] } }");
         other.assign(&vlm.params()).unwrap();
         logps(&other, &batch, Mode::default())
     };

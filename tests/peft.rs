@@ -1,5 +1,6 @@
 //! Agreement with PEFT: DoRA, rsLoRA, several adapters at once, what they leave in merged weights, LoRA+, prompt tuning. The
-//! values are made by `golden/lora/make.py`, in f64, and so is what is held against them.
+//! values are made by `golden/lora/make.py`, in f64, and so is what is held against them; but LLaMA's norms, rotations and softmax
+//! are in f32 there whatever the model is in, so outputs agree as f32 does. Merged weights are f64 throughout.
 
 mod tiny;
 
@@ -21,6 +22,10 @@ use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use tiny::{distance, flat, gradients};
+
+/// Bounds of an error relative to the largest number, and of a gradient's relative to its norm.
+const OUTPUTS: f64 = 1e-6;
+const GRADIENTS: f64 = 2e-6;
 
 const IMAGE_TOKENS: usize = 16;
 const TEXT: [u32; 8] = [5, 40, 112, 9, 300, 77, 21, 2];
@@ -85,13 +90,13 @@ fn logps(vlm: &Vlm, batch: &Batch) -> Vec<f64> {
 fn check_outputs(case: &str, vlm: &Vlm, batch: &Batch, want: &BTreeMap<String, Tensor>) {
     let logps = Tensor::new(logps(vlm, batch), &Device::Cpu).unwrap();
     let off = distance(&logps, &want[&format!("{case}.logps")]);
-    assert!(off < 1e-12, "{case}: log-probabilities are off by {off:e}");
+    assert!(off < OUTPUTS, "{case}: log-probabilities are off by {off:e}");
     let soft = vlm.prefixes.iter().map(|p| p.embeddings.value.dims()[0]).sum::<usize>();
     let side = vlm.language.side(&[batch.ids.len() + soft], None, false).unwrap();
     let rows: Vec<u32> = batch.targets[..2].iter().map(|(row, _)| row + soft as u32).collect();
     let logits = vlm.language.logits(vlm.embed_prompt(batch).unwrap(), &side, &rows).unwrap();
     let off = distance(&logits, &want[&format!("{case}.logits")]);
-    assert!(off < 1e-12, "{case}: logits are off by {off:e}");
+    assert!(off < OUTPUTS, "{case}: logits are off by {off:e}");
 }
 
 /// Gradients of the mean loss of all parameters of adapters.
@@ -107,7 +112,7 @@ fn check_gradients(case: &str, vlm: &mut Vlm, batch: &Batch, want: &BTreeMap<Str
     let norm = |t: &Tensor| flat(t).iter().map(|x| x * x).sum::<f64>().sqrt();
     for (name, g) in got {
         let off = norm(&(&g - want[&name]).unwrap()) / norm(want[&name]);
-        assert!(off < 1e-10, "{case}: the gradient of {name} is off by {off:e} of its norm");
+        assert!(off < GRADIENTS, "{case}: the gradient of {name} is off by {off:e} of its norm");
     }
 }
 
@@ -189,7 +194,7 @@ fn lora_plus() {
     let (batch, params) = (batch(&state.vlm, 1), state.vlm.trainable());
     for (step, want) in flat(&expected()["loraplus.losses"]).into_iter().enumerate() {
         let loss = -logps(&state.vlm, &batch).iter().sum::<f64>() / TEXT.len() as f64;
-        assert!((loss - want).abs() < 1e-9, "step {step}: {loss}, PEFT {want}");
+        assert!((loss - want).abs() < OUTPUTS, "step {step}: {loss}, PEFT {want}");
         let grads = gradients(&state.vlm, &batch, &[-1.0 / TEXT.len() as f64; TEXT.len()], Mode::default());
         optimizer.step(&Weight::plain(&params), &grads).unwrap();
     }
@@ -206,7 +211,7 @@ fn prompt_tuning() {
     vlm.train_only(&["language.prefix.start.weight".to_string()].into());
     let got = gradients(&vlm, &batch, &[-1.0 / TEXT.len() as f64; TEXT.len()], Mode::default());
     let off = distance(&got["language.prefix.start.weight"], &want["prompt.grad"]);
-    assert!(off < 1e-12, "the gradient is off by {off:e}");
+    assert!(off < GRADIENTS, "the gradient is off by {off:e}");
     // Another width, another model.
     let narrow = embeddings.narrow(1, 0, 16).unwrap();
     let e = inserts::attach_loaded_prefix(&mut vlm, &narrow, "other").unwrap_err();
@@ -256,8 +261,13 @@ fn written_for_peft() {
     }
     let mut vlm = language();
     let base = vlm.params();
-    attach(&mut vlm, &Adapter::Prefix(schema::Prefix { name: None, tokens: 4, freeze: false }), "soft", Key::new(1, "p"))
-        .unwrap();
+    attach(
+        &mut vlm,
+        &Adapter::Prefix(schema::Prefix { name: None, tokens: 4, freeze: false }),
+        "soft",
+        Key::new(1, "p"),
+    )
+    .unwrap();
     nudge(&mut vlm, &base);
     told.insert("prompt", logps(&vlm, &batch(&vlm, 0)));
     let soft = vlm.prefixes[0].embeddings.value.to_dtype(DType::F32).unwrap();

@@ -3,10 +3,10 @@
 use crate::bail;
 use crate::error::{Context, Result};
 use crate::model::init::{Fresh, Place};
-use crate::model::params::Param;
 use crate::model::insert::Inserts;
 use crate::model::insert::bottleneck::Bottleneck;
 use crate::model::insert::cross_attention::CrossAttention;
+use crate::model::params::Param;
 use crate::model::vlm::{Prefix, Vlm};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;

@@ -215,5 +215,14 @@ pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> Result<LoraAd
         tensors.insert(name, (d.a.value, d.b.value));
     }
     let (name, rank) = (adapter.to_string(), cfg.rank);
-    Ok(LoraAdapter { name, rank, alpha: cfg.alpha, rslora: cfg.rslora, dropout: cfg.dropout, alphas, tensors, magnitudes })
+    Ok(LoraAdapter {
+        name,
+        rank,
+        alpha: cfg.alpha,
+        rslora: cfg.rslora,
+        dropout: cfg.dropout,
+        alphas,
+        tensors,
+        magnitudes,
+    })
 }

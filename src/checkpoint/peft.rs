@@ -7,11 +7,11 @@ mod prompt;
 
 use super::{atomic, safetensors};
 pub use crate::adapters::lora::LoraAdapter;
-pub use prompt::save_prompt;
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::model::weights::{Tensors, names};
 use candle_core::{Device, Tensor};
+pub use prompt::save_prompt;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

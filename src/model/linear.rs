@@ -6,7 +6,9 @@
 //! L = s·x·Aᵀ·Bᵀ, y becomes b + g∘(y − b + L), g its gain (`model::dora`). Under dropout y becomes y + (g − 1)∘(x̃·Wᵀ) + g∘L, both
 //! of x̃ = drop(x). Either way that is y + L + (g − 1)∘z, where z is what the gain multiplies.
 
-use super::dora::{Gain, Magnitude};
+mod scaled;
+
+use super::dora::Magnitude;
 use super::init::Place;
 use super::params::{Grads, Module, Param};
 use super::segment::Side;
@@ -16,6 +18,7 @@ use crate::ops::matmul::{Mat, add_, linear, matmul, matmul_add, sum_rows};
 use crate::ops::random::{Key, dropout};
 use crate::ops::{bytes, lora};
 use candle_core::Tensor;
+use scaled::{Dropped, Scaled, scale, unscale};
 
 /// `y = x·Wᵀ + b + Σ s·(drop(x)·Aᵀ)·Bᵀ`.
 #[derive(Debug, Clone)]
@@ -75,13 +78,6 @@ struct Ran {
     scaled: Vec<Scaled>,
 }
 
-/// How a magnitude scaled an output.
-struct Scaled {
-    gain: Gain,
-    /// What it multiplied, `[N, out]`, if the magnitude trains.
-    z: Option<Tensor>,
-}
-
 /// What [`backward_to_input`] leaves.
 pub struct Rest {
     /// u of each group in which an A trains, laid out as h in [`Saved`].
@@ -89,14 +85,6 @@ pub struct Rest {
     /// dY as each layer's own product sees it.
     dy: Vec<Tensor>,
     dropped: Vec<Dropped>,
-}
-
-/// A second product of a layer: that of its dropped input, which a magnitude scales under dropout.
-struct Dropped {
-    layer: usize,
-    mask: (Key, f64),
-    /// (g − 1)∘dY.
-    dy: Tensor,
 }
 
 impl Saved {
@@ -224,73 +212,6 @@ pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, side: &Side
         Ok(y) => Ok((y, Saved(saved))),
         Err(y) => bail!("{N} layers gave {} outputs", y.len()),
     }
-}
-
-/// Scales the outputs `y` to which a group's updates, of hidden rows `h`, have been added, if they have magnitudes.
-fn scale(
-    layers: &[&Linear],
-    group: &Group,
-    x: &Tensor,
-    h: &Tensor,
-    updates: &[lora::Update],
-    y: &mut [Tensor],
-) -> Result<Vec<Scaled>> {
-    let (n, mut out) = (x.dim(0)?, Vec::new());
-    for (k, (i, j)) in group.0.iter().enumerate() {
-        let (l, u) = (layers[*i], &updates[k]);
-        let Some(m) = &l.deltas[*j].magnitude else { continue };
-        let gain = m.gain(&l.weight, u.a, u.b, u.scale)?;
-        let z = match (u.mask, &l.bias) {
-            (Some((key, p)), _) => {
-                let z = matmul(Mat::N(&dropout(key, x, p)?), Mat::T(l.weight.compute()))?;
-                lora::up_(&[&z], &h.narrow(0, k * n, n)?, &updates[k..=k])?;
-                z
-            }
-            (None, Some(b)) => y[*i].broadcast_sub(b.compute())?,
-            (None, None) => y[*i].clone(),
-        };
-        y[*i] = gain.apply(&y[*i], &z)?;
-        out.push(Scaled { gain, z: m.param.trainable.then_some(z) });
-    }
-    Ok(out)
-}
-
-/// dY as each part of the layers sees it.
-struct Seen {
-    /// Of each group, its members'.
-    groups: Vec<Vec<Tensor>>,
-    /// Of each layer's own product.
-    layers: Vec<Tensor>,
-    dropped: Vec<Dropped>,
-}
-
-/// Takes dY back through the gains, the last update's first, and adds the magnitudes' gradients.
-fn unscale(layers: &[&Linear], saved: &Saved, dy: &[&Tensor], side: &Side, grads: &mut Grads) -> Result<Seen> {
-    let whole = dy.iter().map(|t| (*t).clone()).collect();
-    let mut seen = Seen { groups: Vec::new(), layers: whole, dropped: Vec::new() };
-    for ran in saved.0.iter().rev() {
-        let mut own = Vec::with_capacity(ran.group.0.len());
-        for (k, (i, j)) in ran.group.0.iter().enumerate() {
-            let (d, dy) = (&layers[*i].deltas[*j], &mut seen.layers[*i]);
-            let (Some(m), Some(s)) = (&d.magnitude, ran.scaled.get(k)) else {
-                own.push(dy.clone());
-                continue;
-            };
-            if let Some(z) = &s.z {
-                grads.add(&m.param.name, s.gain.grad(dy, z)?)?;
-            }
-            let more = s.gain.more(dy)?;
-            let scaled = (&more + &*dy)?;
-            match d.mask(side) {
-                Some(mask) => seen.dropped.push(Dropped { layer: *i, mask, dy: more }),
-                None => *dy = scaled.clone(),
-            }
-            own.push(scaled);
-        }
-        seen.groups.push(own);
-    }
-    seen.groups.reverse();
-    Ok(seen)
 }
 
 /// Adds the layers' gradients to `grads`, and the gradient of their common input to `dx` if it is wanted.

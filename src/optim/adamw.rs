@@ -89,7 +89,8 @@ impl AdamW {
         factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
         let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
-        let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?.multiplied(factors)?;
+        let groups =
+            Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?.multiplied(factors)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));
         Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise))

@@ -268,7 +268,11 @@ fn lora(what: &str, a: &Lora) -> Result<()> {
     positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
     share(what, "dropout", a.dropout)?;
     if let Some(ratio) = a.lr_ratio {
-        positive(&format!("{what}: lr_ratio"), ratio, "B's learning rate in learning rates of A, e.g. 16; leave it out for one")?;
+        positive(
+            &format!("{what}: lr_ratio"),
+            ratio,
+            "B's learning rate in learning rates of A, e.g. 16; leave it out for one",
+        )?;
         if a.freeze {
             bail!("{what}: lr_ratio = {ratio} for an adapter that stays as it is"; "drop `lr_ratio`, or `freeze`");
         }

@@ -2,8 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
-use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::dora;
+use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::linear::{Linear, LowRank};
 use adfreeze::model::params::{Grads, Module};

@@ -58,6 +58,9 @@ pub(super) fn load(dir: &Path, config: &Value) -> Result<Tensor> {
     let said = config.get("num_virtual_tokens").and_then(Value::as_u64);
     match embeddings.dims() {
         [tokens, _] if said.is_none_or(|said| said == *tokens as u64) => Ok(embeddings),
-        dims => bail!("{}: `{EMBEDDINGS}` is {dims:?}, the configuration says {said:?} tokens", file.display()),
+        dims => {
+            let said = said.map_or("nothing of".to_string(), |n| n.to_string());
+            bail!("{}: `{EMBEDDINGS}` is {dims:?}, the configuration says {said} tokens", file.display())
+        }
     }
 }

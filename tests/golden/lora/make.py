@@ -110,47 +110,53 @@ def merged(case, model):
     out[f"{case}.merged.vision.encoder.layers.1.self_attn.k_proj.weight"] = layer.self_attn.k_proj.weight.detach().clone()
 
 
-merged("dora", fresh("dora", 1, r=4, lora_alpha=8, use_dora=True))
-fresh("rslora", 2, r=4, lora_alpha=6, use_rslora=True)
-patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"fc1": 5, "v_proj": 3}}
-fresh("dora_rslora", 3, r=3, lora_alpha=4, use_dora=True, use_rslora=True, **patterns)
 
-# Two adapters at once, in both orders: the later one acts on what the earlier one gives.
-for case, names in [("rslora_then_dora", ["rslora", "dora"]), ("dora_then_rslora", ["dora", "rslora"])]:
-    model = PeftModel.from_pretrained(llava(), HERE / names[0], adapter_name=names[0])
-    model.load_adapter(HERE / names[1], adapter_name=names[1])
-    model.base_model.set_adapter(names)
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name)
-    model = model.double()
-    record(case, model, grads=case == "rslora_then_dora")
-    merged(case, model)
+def main():
+    merged("dora", fresh("dora", 1, r=4, lora_alpha=8, use_dora=True))
+    fresh("rslora", 2, r=4, lora_alpha=6, use_rslora=True)
+    patterns = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"fc1": 5, "v_proj": 3}}
+    fresh("dora_rslora", 3, r=3, lora_alpha=4, use_dora=True, use_rslora=True, **patterns)
 
-# LoRA+: B and magnitudes learn at RATIO times A's rate.
-model = PeftModel.from_pretrained(llava(), HERE / "dora", is_trainable=True).double().eval()
-adamw = {"betas": (0.9, 0.999), "eps": 1e-8}
-optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, **adamw)
-losses = []
-for _ in range(STEPS):
-    optimizer.zero_grad()
-    loss = -logps(forward(model), ROWS, TEXT).mean()
-    losses.append(loss.item())
-    loss.backward()
-    optimizer.step()
-out["loraplus.losses"] = torch.tensor(losses, dtype=torch.float64)
+    # Two adapters at once, in both orders: the later one acts on what the earlier one gives.
+    for case, names in [("rslora_then_dora", ["rslora", "dora"]), ("dora_then_rslora", ["dora", "rslora"])]:
+        model = PeftModel.from_pretrained(llava(), HERE / names[0], adapter_name=names[0])
+        model.load_adapter(HERE / names[1], adapter_name=names[1])
+        model.base_model.set_adapter(names)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)
+        model = model.double()
+        record(case, model, grads=case == "rslora_then_dora")
+        merged(case, model)
 
-# Prompt tuning, on the language model alone.
-torch.manual_seed(4)
-language = LlamaForCausalLM.from_pretrained(MODELS / "language", dtype=torch.float32)
-model = get_peft_model(language, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-perturb(model, 4)
-save("prompt", model)
-model = model.double().eval()
-logits = model(input_ids=torch.tensor([[1] + TEXT]), attention_mask=torch.ones(1, 1 + len(TEXT))).logits
-lp = logps(logits, 3 + torch.arange(len(TEXT)), TEXT)
-(-lp.mean()).backward()
-out["prompt.logps"] = lp.detach()
-out["prompt.logits"] = logits[0, 3:5].detach().contiguous()
-out["prompt.grad"] = model.prompt_encoder["default"].embedding.weight.grad.clone()
-save_file({k: v.contiguous() for k, v in out.items()}, HERE / "expected.safetensors")
-(HERE / "expected.safetensors").chmod(0o644)
+    # LoRA+: B and magnitudes learn at RATIO times A's rate.
+    model = PeftModel.from_pretrained(llava(), HERE / "dora", is_trainable=True).double().eval()
+    adamw = {"betas": (0.9, 0.999), "eps": 1e-8}
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, **adamw)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = -logps(forward(model), ROWS, TEXT).mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    out["loraplus.losses"] = torch.tensor(losses, dtype=torch.float64)
+
+    # Prompt tuning, on the language model alone.
+    torch.manual_seed(4)
+    language = LlamaForCausalLM.from_pretrained(MODELS / "language", dtype=torch.float32)
+    model = get_peft_model(language, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    perturb(model, 4)
+    save("prompt", model)
+    model = model.double().eval()
+    logits = model(input_ids=torch.tensor([[1] + TEXT]), attention_mask=torch.ones(1, 1 + len(TEXT))).logits
+    lp = logps(logits, 3 + torch.arange(len(TEXT)), TEXT)
+    (-lp.mean()).backward()
+    out["prompt.logps"] = lp.detach()
+    out["prompt.logits"] = logits[0, 3:5].detach().contiguous()
+    out["prompt.grad"] = model.prompt_encoder["default"].embedding.weight.grad.clone()
+    save_file({k: v.contiguous() for k, v in out.items()}, HERE / "expected.safetensors")
+    (HERE / "expected.safetensors").chmod(0o644)
+
+
+if __name__ == "__main__":
+    main()
