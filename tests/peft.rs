@@ -35,7 +35,8 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn expected() -> BTreeMap<String, Tensor> {
-    safetensors::load(&golden("lora/expected.safetensors")).unwrap()
+    let all = safetensors::load(&golden("lora/expected.safetensors")).unwrap();
+    all.into_iter().map(|(n, t)| (n, t.to_dtype(DType::F64).unwrap())).collect()
 }
 
 fn model(dtype: DType) -> Vlm {
