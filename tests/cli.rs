@@ -8,6 +8,7 @@ mod cli {
     mod folder;
     mod hand_over;
     mod hub;
+    mod learning;
     mod output;
     mod projectors;
     mod recipes;

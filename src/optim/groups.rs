@@ -1,13 +1,14 @@
 //! Parameter groups: which learning rate and weight decay each trained parameter gets.
 //!
 //! A recipe's `param_groups` are tried in order and the first match wins; the rest forms the group [`REST`] with the
-//! stage's values. The optimizer's own weight decay spares biases and norms (tensors of fewer than two dimensions),
+//! stage's values, which are also what a group has that states none of its own. The optimizer's own weight decay spares biases and norms (tensors of fewer than two dimensions),
 //! as is usual; a group that states `weight_decay` means all that it matches.
 
+use super::layers::Depths;
 use crate::bail;
 use crate::error::{Context, Result};
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::ParamGroup;
+use crate::recipe::schema::{ParamGroup, Scheduler};
 use std::collections::BTreeMap;
 
 /// Name of the group of everything that no entry of `param_groups` takes.
@@ -20,10 +21,28 @@ pub struct Group {
     pub name: String,
     /// Peak learning rate; the schedule scales it.
     pub lr: f64,
+    /// Its own schedule, if it is not the stage's.
+    pub scheduler: Option<Scheduler>,
+    /// Its own layer-wise decay, if it is not the stage's; see [`Groups::decay_layers`].
+    pub layer_decay: Option<f64>,
+    /// Lowest and highest [`Member::factor`].
+    pub factors: [f64; 2],
     /// Number of parameter tensors.
     pub tensors: usize,
     /// Number of parameters.
     pub elements: usize,
+}
+
+impl Group {
+    /// Without parameters.
+    fn named(name: String, lr: f64) -> Self {
+        Self { name, lr, scheduler: None, layer_decay: None, factors: [1.0; 2], tensors: 0, elements: 0 }
+    }
+
+    /// Lowest and highest peak learning rate of its parameters.
+    pub fn peaks(&self) -> [f64; 2] {
+        self.factors.map(|factor| factor * self.lr)
+    }
 }
 
 /// What the optimizer knows about one parameter.
@@ -31,6 +50,8 @@ pub struct Group {
 pub struct Member {
     /// Index into [`Groups::list`].
     pub group: usize,
+    /// Of its group's learning rate.
+    pub factor: f64,
     /// Decoupled; 0 for biases and norms unless their group states one.
     pub weight_decay: f64,
     /// The parameter's shape.
@@ -63,9 +84,10 @@ impl Groups {
             if name == REST || list.iter().any(|other: &Group| other.name == name) {
                 bail!("param_groups[{i}]: the name `{name}` is taken"; "give the group another `name`");
             }
-            list.push(Group { name, lr: g.lr.unwrap_or(lr), tensors: 0, elements: 0 });
+            let (scheduler, layer_decay) = (g.lr_scheduler.clone(), g.layer_decay);
+            list.push(Group { lr: g.lr.unwrap_or(lr), scheduler, layer_decay, ..Group::named(name, lr) });
         }
-        list.push(Group { name: REST.into(), lr, tensors: 0, elements: 0 });
+        list.push(Group::named(REST.into(), lr));
 
         let mut members = BTreeMap::new();
         for (name, shape) in trained {
@@ -74,8 +96,8 @@ impl Groups {
             let spared = if shape.len() < 2 { 0.0 } else { weight_decay };
             list[group].tensors += 1;
             list[group].elements += shape.iter().product::<usize>();
-            members
-                .insert(name.clone(), Member { group, weight_decay: stated.unwrap_or(spared), shape: shape.clone() });
+            let (weight_decay, shape) = (stated.unwrap_or(spared), shape.clone());
+            members.insert(name.clone(), Member { group, factor: 1.0, weight_decay, shape });
         }
         if let Some(i) = list[..param_groups.len()].iter().position(|g| g.tensors == 0) {
             bail!(
@@ -104,7 +126,7 @@ impl Groups {
                 if self.list.iter().any(|g| f != 1.0 && g.name == name) {
                     bail!("param_groups: the name `{name}` is taken"; "give the group another `name`");
                 }
-                let mut split = Group { name, lr: group.lr * f, tensors: 0, elements: 0 };
+                let mut split = Group { name, lr: group.lr * f, tensors: 0, elements: 0, ..group.clone() };
                 for (name, m) in members.iter().filter(|(name, _)| factor(name) == f) {
                     split.tensors += 1;
                     split.elements += m.shape.iter().product::<usize>();
@@ -113,7 +135,39 @@ impl Groups {
                 out.list.push(split);
             }
         }
+        out.measure();
         Ok(out)
+    }
+
+    /// Lets learning rates fall layer by layer from the top of a backbone of these `depths` (see [`super::layers`]), in the groups
+    /// that state a decay, and in the others by the stage's, if it has one. A decay that reaches no layer is an error.
+    pub fn decay_layers(mut self, stage: Option<f64>, depths: Depths) -> Result<Self> {
+        let reached = |group: usize, this: &Self| {
+            this.members.iter().any(|(name, m)| m.group == group && depths.from_top(name) > 0)
+        };
+        let own = |g: &Group| g.layer_decay.is_some();
+        let hint = "it is for layers and embeddings of `vision.` and `language.`; drop it";
+        if let Some(i) = (0..self.list.len()).find(|i| own(&self.list[*i]) && !reached(*i, &self)) {
+            bail!("param_groups: `{}` has layer_decay, but no parameter in a layer", self.list[i].name; "{hint}")
+        }
+        if stage.is_some() && !(0..self.list.len()).any(|i| !own(&self.list[i]) && reached(i, &self)) {
+            bail!("layer_decay: no parameter in a layer takes the stage's"; "{hint}")
+        }
+        for (name, m) in &mut self.members {
+            if let Some(decay) = self.list[m.group].layer_decay.or(stage) {
+                m.factor *= decay.powi(depths.from_top(name) as i32);
+            }
+        }
+        self.measure();
+        Ok(self)
+    }
+
+    /// Notes each group's lowest and highest factor.
+    fn measure(&mut self) {
+        for (i, g) in self.list.iter_mut().enumerate() {
+            let factors = || self.members.values().filter(|m| m.group == i).map(|m| m.factor);
+            g.factors = [factors().fold(f64::INFINITY, f64::min), factors().fold(0.0, f64::max)];
+        }
     }
 
     /// The groups that have parameters, in the recipe's order; [`REST`] last.
@@ -152,7 +206,7 @@ mod tests {
     }
 
     fn group(pattern: &str, lr: Option<f64>, weight_decay: Option<f64>) -> ParamGroup {
-        ParamGroup { name: None, r#match: vec![pattern.into()], lr, weight_decay }
+        ParamGroup { r#match: vec![pattern.into()], lr, weight_decay, ..Default::default() }
     }
 
     #[test]
@@ -190,6 +244,34 @@ mod tests {
         let g = Groups::resolve(&[group("projector.*", None, Some(0.3))], 1e-3, 0.1, &trained()).unwrap();
         assert_eq!(g.member("projector.linear_1.bias").unwrap().weight_decay, 0.3);
         assert_eq!(g.list()[0].lr, 1e-3);
+    }
+
+    #[test]
+    fn rates_fall_layer_by_layer() {
+        let names =
+            ["language.embed_tokens.weight", "language.layers.0.a", "language.layers.1.a", "language.norm.weight"];
+        let trained: BTreeMap<String, Vec<usize>> =
+            names.iter().chain(&["projector.linear_1.weight"]).map(|n| (n.to_string(), vec![2, 2])).collect();
+        let depths = Depths { vision: 0, language: 2 };
+        let resolve = |groups: &[ParamGroup], stage| {
+            Groups::resolve(groups, 1e-3, 0.0, &trained).unwrap().decay_layers(stage, depths)
+        };
+        let g = resolve(&[group("projector.*", Some(1e-2), None)], Some(0.5)).unwrap();
+        let factors: Vec<f64> = names.iter().map(|n| g.member(n).unwrap().factor).collect();
+        assert_eq!(factors, [0.125, 0.25, 0.5, 1.0]);
+        assert_eq!((g.list()[0].peaks(), g.list()[1].peaks()), ([1e-2; 2], [1.25e-4, 1e-3]));
+        // A group's own decay goes before the stage's; 1 is none.
+        let low = ParamGroup { layer_decay: Some(1.0), ..group("language.layers[0].*", None, None) };
+        let g = resolve(&[low], Some(0.5)).unwrap();
+        assert_eq!(g.list()[0].factors, [1.0; 2]);
+        assert_eq!(g.list()[1].factors, [0.125, 1.0]);
+        // What reaches no layer is an error.
+        let none = ParamGroup { layer_decay: Some(0.9), ..group("projector.*", None, None) };
+        let e = resolve(&[none], None).unwrap_err();
+        assert!(e.cause().contains("`projector.*` has layer_decay"), "{e}");
+        let all = ParamGroup { layer_decay: Some(0.9), ..group("language.*", None, None) };
+        let e = resolve(&[all], Some(0.5)).unwrap_err();
+        assert!(e.cause().contains("takes the stage's"), "{e}");
     }
 
     #[test]

@@ -3,9 +3,11 @@
 //! Every stage starts from what its parent stage left in the run directory, so that a resumed run and an unbroken one
 //! compute the same bits.
 
+pub mod align;
 pub mod assemble;
 pub mod check;
 pub mod checkpoints;
+pub mod components;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
@@ -182,6 +184,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
             state.enter(stage, name)?;
             let data = dataset(recipe, stage, &assembly.encoder)?;
             check_reachable(&mut state, !data.images().is_empty())?;
+            align::samples(stage, &mut state, &data)?;
             optimizer(stage, name, &mut state, step_counts(stage, data.items.len()).0)?;
             pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);

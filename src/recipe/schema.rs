@@ -286,9 +286,13 @@ pub struct Stage {
     pub max_steps: Option<usize>,
     #[serde(default)]
     pub lr_scheduler: Scheduler,
+    /// Layer-wise decay: a layer's learning rate is this power of its distance from the top of its backbone, in every group that
+    /// states none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
     #[serde(default)]
     pub optimizer: Optimizer,
-    /// Learning rate and weight decay by pattern; first match wins, the rest takes the stage's.
+    /// Learning rate, schedule and weight decay by pattern; first match wins, the rest takes the stage's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub param_groups: Vec<ParamGroup>,
     /// Clip by the global norm of all trained gradients; `0` switches it off.
@@ -306,6 +310,25 @@ pub struct Stage {
     /// Names of the evaluations that run at the end of this stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub eval: Vec<String>,
+    /// At the stage's end: how near visual tokens have come to the embeddings of their captions, beside the stage's start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub align_check: Option<AlignCheck>,
+}
+
+/// A look at what a projector has learnt. Not made unless a stage asks for it: visual tokens may be of use far from the words.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AlignCheck {
+    /// A mean cosine below it is worth a warning.
+    pub threshold: f64,
+    /// Samples to look at, evenly spread over the stage's data.
+    pub samples: usize,
+}
+
+impl Default for AlignCheck {
+    fn default() -> Self {
+        Self { threshold: 0.3, samples: 256 }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -478,6 +501,14 @@ pub enum Scheduler {
     Constant(Warmup),
 }
 
+impl Scheduler {
+    /// Its warm-up.
+    pub fn warmup(&self) -> &Warmup {
+        let (Self::Cosine(w) | Self::Linear(w) | Self::Constant(w)) = self;
+        w
+    }
+}
+
 impl Default for Scheduler {
     fn default() -> Self {
         Self::Cosine(Warmup { warmup_ratio: Some(0.03), warmup_steps: None })
@@ -535,7 +566,7 @@ impl Default for AdamW {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParamGroup {
     /// Default: the first pattern.
@@ -546,6 +577,12 @@ pub struct ParamGroup {
     pub lr: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+    /// Its own schedule over the stage's steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler: Option<Scheduler>,
+    /// Layer-wise decay of its learning rate, see the stage's; 1 is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

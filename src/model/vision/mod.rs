@@ -147,6 +147,11 @@ impl Tower {
         })
     }
 
+    /// Layers that run.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
     /// How the features of one picture lie.
     pub fn grid(&self) -> Grid {
         let VisionConfig { image_size, patch_size, .. } = self.config;
@@ -204,6 +209,11 @@ impl Tower {
             SelectFeature::Patch => gather(&y, &self.patch_rows(b))?,
         };
         Ok((features, frontier.map(|_| Saved { side, patches, embedded, stats, tape })))
+    }
+
+    /// The first layer that backward reaches; `None` if it does not reach the tower.
+    pub fn frontier(&self) -> Option<usize> {
+        self.frontier
     }
 
     /// Bytes a picture that a recorded pass keeps of the layers.
@@ -271,7 +281,8 @@ impl Tower {
         (0..b * t).filter(|i| i % t != 0).map(|i| i as u32).collect()
     }
 
-    fn embeddings_train(&self) -> bool {
+    /// Does something below the layers train?
+    pub fn embeddings_train(&self) -> bool {
         let pre = &self.pre_layrnorm;
         [&self.class_embedding, &self.patch_embedding, &self.position_embedding, &pre.weight]
             .iter()

@@ -3,8 +3,8 @@
     python make.py
 
 writes the adapters as PEFT saves them (`dora/`, `dora_rslora/`, `rslora/`, `prompt/`; f32), and `expected.safetensors`, computed in
-f64: for each case log-probabilities of the targets, logits at two of them, gradients of the mean loss; weights that a merge leaves;
-the losses of a few steps with PEFT's LoRA+ optimizer.
+f64: for each case log-probabilities of the targets, logits at two of them and gradients of the mean loss (both kept in f32);
+weights that a merge leaves; the losses of a few steps with PEFT's LoRA+ optimizer.
 """
 import json
 from pathlib import Path
@@ -83,12 +83,12 @@ def record(case, model, grads=True):
     logits = forward(model)
     lp = logps(logits, ROWS, TEXT)
     out[f"{case}.logps"] = lp.detach()
-    out[f"{case}.logits"] = logits[0, ROWS[:2]].detach().contiguous()
+    out[f"{case}.logits"] = logits[0, ROWS[:2]].detach().float()
     if grads:
         (-lp.mean()).backward()
         for name, p in model.named_parameters():
             if p.requires_grad:
-                out[f"{case}.grad.{short(name)}"] = p.grad.clone()
+                out[f"{case}.grad.{short(name)}"] = p.grad.float()
 
 
 def fresh(case, seed, **kwargs):
@@ -152,8 +152,8 @@ def main():
     lp = logps(logits, 3 + torch.arange(len(TEXT)), TEXT)
     (-lp.mean()).backward()
     out["prompt.logps"] = lp.detach()
-    out["prompt.logits"] = logits[0, 3:5].detach().contiguous()
-    out["prompt.grad"] = model.prompt_encoder["default"].embedding.weight.grad.clone()
+    out["prompt.logits"] = logits[0, 3:5].detach().float()
+    out["prompt.grad"] = model.prompt_encoder["default"].embedding.weight.grad.float()
     save_file({k: v.contiguous() for k, v in out.items()}, HERE / "expected.safetensors")
     (HERE / "expected.safetensors").chmod(0o644)
 
