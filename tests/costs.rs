@@ -43,7 +43,7 @@ fn model(dtype: DType) -> Vlm {
 
 fn optimizer(stage: &Stage, vlm: &mut Vlm) -> AdamW {
     let shapes = vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    AdamW::of_stage(stage, "s", 3, &shapes, Depths { vision: 2, language: 4 }).unwrap()
+    AdamW::of_stage(stage, "s", 3, &shapes, Depths { vision: 2, language: 4 }, &BTreeMap::new()).unwrap()
 }
 
 fn size(t: &Tensor) -> u64 {

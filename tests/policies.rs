@@ -43,7 +43,15 @@ fn enter(stage: &Stage, tied: bool) -> State {
 fn optimizer(stage: &Stage, vlm: &mut Vlm, total: usize) -> AdamW {
     let shapes = vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
     let vision = vlm.vision.as_ref().map_or(0, Tower::depth);
-    AdamW::of_stage(stage, "s", total, &shapes, Depths { vision, language: vlm.language.layers.len() }).unwrap()
+    AdamW::of_stage(
+        stage,
+        "s",
+        total,
+        &shapes,
+        Depths { vision, language: vlm.language.layers.len() },
+        &BTreeMap::new(),
+    )
+    .unwrap()
 }
 
 fn step(vlm: &mut Vlm, optimizer: &mut AdamW) -> adfreeze::optim::StepReport {

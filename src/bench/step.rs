@@ -90,7 +90,7 @@ pub(super) fn room(preset: &Preset, sequence: Option<usize>) -> Result<()> {
 pub(super) fn low_rank(vlm: &mut Vlm, rank: usize, dropout: f64) -> Result<()> {
     let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
     let alpha = 2.0 * rank as f64;
-    let cfg = schema::Lora { name: None, rank, alpha, dropout, target, rslora: false, freeze: false };
+    let cfg = schema::Lora { rank, alpha, dropout, target, ..Default::default() };
     lora::attach(vlm, &cfg, "sft", Key::new(1, "lora")).map(drop)
 }
 

@@ -86,16 +86,18 @@ impl AdamW {
     }
 
     /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape) of backbones of
-    /// these `depths`.
+    /// these `depths`, of which some have a multiple of their group's learning rate (name → factor).
     pub fn of_stage(
         stage: &schema::Stage,
         name: &str,
         total_steps: usize,
         trained: &BTreeMap<String, Vec<usize>>,
         depths: Depths,
+        factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
         let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
         let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?
+            .multiplied(factors)?
             .decay_layers(stage.layer_decay, depths)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));

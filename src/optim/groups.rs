@@ -111,6 +111,34 @@ impl Groups {
         Ok(Self { list, members })
     }
 
+    /// Splits groups by what the learning rates of their members are multiplied by (name → factor; 1 if it is not there): what
+    /// has another factor forms a group of its own behind the one it comes from, called e.g. `default ×16`.
+    pub fn multiplied(self, factors: &BTreeMap<String, f64>) -> Result<Self> {
+        let factor = |name: &str| factors.get(name).copied().unwrap_or(1.0);
+        let mut out = Self { list: Vec::new(), members: BTreeMap::new() };
+        for (i, group) in self.list.iter().enumerate() {
+            let members: Vec<_> = self.members.iter().filter(|(_, m)| m.group == i).collect();
+            let mut own: Vec<f64> = members.iter().map(|(name, _)| factor(name)).collect();
+            own.sort_by(|a, b| (*a != 1.0).cmp(&(*b != 1.0)).then(a.total_cmp(b)));
+            own.dedup();
+            for f in own {
+                let name = if f == 1.0 { group.name.clone() } else { format!("{} ×{f}", group.name) };
+                if self.list.iter().any(|g| f != 1.0 && g.name == name) {
+                    bail!("param_groups: the name `{name}` is taken"; "give the group another `name`");
+                }
+                let mut split = Group { name, lr: group.lr * f, tensors: 0, elements: 0, ..group.clone() };
+                for (name, m) in members.iter().filter(|(name, _)| factor(name) == f) {
+                    split.tensors += 1;
+                    split.elements += m.shape.iter().product::<usize>();
+                    out.members.insert((*name).clone(), Member { group: out.list.len(), ..(*m).clone() });
+                }
+                out.list.push(split);
+            }
+        }
+        out.measure();
+        Ok(out)
+    }
+
     /// Lets learning rates fall layer by layer from the top of a backbone of these `depths` (see [`super::layers`]), in the groups
     /// that state a decay, and in the others by the stage's, if it has one. A decay that reaches no layer is an error.
     pub fn decay_layers(mut self, stage: Option<f64>, depths: Depths) -> Result<Self> {
@@ -189,6 +217,26 @@ mod tests {
         assert_eq!(g.member("projector.linear_1.weight").unwrap().weight_decay, 0.1);
         assert_eq!(g.member("projector.linear_1.bias").unwrap().weight_decay, 0.0);
         assert!(g.member("vision.x").unwrap_err().cause().contains("vision.x"));
+    }
+
+    #[test]
+    fn what_has_a_multiple_of_its_groups_learning_rate_is_a_group_of_its_own() {
+        let resolve = |groups: &[ParamGroup]| Groups::resolve(groups, 2e-4, 0.1, &trained()).unwrap();
+        let b = "language.layers.0.self_attn.q_proj.lora_B.sft.weight";
+        let factors = BTreeMap::from([(b.to_string(), 16.0)]);
+        let g = resolve(&[group("projector.*", Some(2e-5), None)]).multiplied(&factors).unwrap();
+        let names: Vec<_> = g.list().iter().map(|g| (g.name.as_str(), g.lr, g.tensors, g.elements)).collect();
+        assert_eq!(names, [("projector.*", 2e-5, 2, 56), (REST, 2e-4, 1, 32), ("default ×16", 16.0 * 2e-4, 1, 32)]);
+        assert_eq!((g.member(b).unwrap().group, g.member(b).unwrap().weight_decay), (2, 0.1));
+        assert_eq!(g.member("language.layers.0.self_attn.q_proj.lora_A.sft.weight").unwrap().group, 1);
+        // A group that has nothing else takes the place of the one it comes from.
+        let g = resolve(&[group("*lora_B*", Some(1e-3), Some(0.0))]).multiplied(&factors).unwrap();
+        let names: Vec<_> = g.list().iter().map(|g| (g.name.as_str(), g.lr)).collect();
+        assert_eq!(names, [("*lora_B* ×16", 1.6e-2), (REST, 2e-4)]);
+        assert_eq!(g.member(b).unwrap().weight_decay, 0.0);
+        let taken = ParamGroup { name: Some("default ×16".into()), ..group("projector.*", None, None) };
+        assert!(resolve(&[taken]).multiplied(&factors).unwrap_err().cause().contains("`default ×16` is taken"));
+        assert_eq!(resolve(&[]).multiplied(&BTreeMap::new()).unwrap(), resolve(&[]));
     }
 
     #[test]

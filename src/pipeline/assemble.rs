@@ -1,6 +1,6 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
-use crate::adapters::lora::LoraAdapter;
+use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, TextEncoder, TextSettings};
@@ -22,7 +22,7 @@ pub struct Assembly {
     /// Where it computes.
     pub place: Place,
     /// How the adapter of `model.adapter` was made, if there is one.
-    pub start_adapter: Option<schema::Lora>,
+    pub start_adapter: Option<schema::Adapter>,
     /// Has a run begun to change the weights?
     pub used: bool,
     pub encoder: TextEncoder,
@@ -76,9 +76,17 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;
         parts.note(&dir, &["adapter_config.json"]);
         parts.files.push(peft::weight_file(&dir)?);
-        let loaded = LoraAdapter::load(&dir, START_ADAPTER)?;
-        crate::adapters::lora::attach_loaded(&mut vlm, &loaded)?;
-        start_adapter = Some(described(&loaded));
+        start_adapter = Some(match peft::load(&dir, START_ADAPTER)? {
+            peft::Loaded::Lora(loaded) => {
+                adapters::lora::attach_loaded(&mut vlm, &loaded)?;
+                schema::Adapter::Lora(described(&loaded))
+            }
+            peft::Loaded::Prompt(embeddings) => {
+                adapters::inserts::attach_loaded_prefix(&mut vlm, &embeddings, START_ADAPTER)?;
+                let (name, tokens) = (Some(START_ADAPTER.to_string()), embeddings.dim(0)?);
+                schema::Adapter::Prefix(schema::Prefix { name, tokens, freeze: false })
+            }
+        });
     }
     let Parts { place, files, sources, warnings, .. } = parts;
     Ok(Assembly {
@@ -98,8 +106,16 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
 /// A loaded adapter in the words of a recipe.
 fn described(a: &LoraAdapter) -> schema::Lora {
     let target = a.tensors.keys().cloned().collect();
-    let name = Some(a.name.clone());
-    schema::Lora { name, rank: a.rank, alpha: a.alpha, dropout: a.dropout, target, rslora: a.rslora, freeze: false }
+    schema::Lora {
+        name: Some(a.name.clone()),
+        rank: a.rank,
+        alpha: a.alpha,
+        dropout: a.dropout,
+        target,
+        rslora: a.rslora,
+        dora: a.dora(),
+        ..schema::Lora::default()
+    }
 }
 
 /// A part of the projector that begins with fresh values only if the recipe says so must be in its source.

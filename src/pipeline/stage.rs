@@ -61,7 +61,7 @@ pub fn optimizer(stage: &Stage, name: &str, state: &mut State, total: usize) -> 
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
     let vision = state.vlm.vision.as_ref().map_or(0, Tower::depth);
     let depths = Depths { vision, language: state.vlm.language.layers.len() };
-    AdamW::of_stage(stage, name, total, &shapes, depths)
+    AdamW::of_stage(stage, name, total, &shapes, depths, &state.lr_factors())
 }
 
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a

@@ -379,7 +379,7 @@ pub enum HandOver {
     Merge,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// Default: the stage's name.
@@ -394,6 +394,12 @@ pub struct Lora {
     /// Scale alpha/√rank instead of alpha/rank.
     #[serde(default)]
     pub rslora: bool,
+    /// A trained length for each row of W + s·B·A (DoRA).
+    #[serde(default)]
+    pub dora: bool,
+    /// Learning rate of B, and of DoRA's lengths, in learning rates of A (LoRA+, Hayou et al. 2024).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_ratio: Option<f64>,
     #[serde(default)]
     pub freeze: bool,
 }

@@ -286,6 +286,16 @@ fn lora(what: &str, a: &Lora) -> Result<()> {
     at_least_one(what, [("rank", a.rank, 16)])?;
     positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
     share(what, "dropout", a.dropout)?;
+    if let Some(ratio) = a.lr_ratio {
+        positive(
+            &format!("{what}: lr_ratio"),
+            ratio,
+            "B's learning rate in learning rates of A, e.g. 16; leave it out for one",
+        )?;
+        if a.freeze {
+            bail!("{what}: lr_ratio = {ratio} for an adapter that stays as it is"; "drop `lr_ratio`, or `freeze`");
+        }
+    }
     if a.target.is_empty() {
         bail!("{what}: target is empty"; "give patterns over linear layers, e.g. [\"language.layers.*.self_attn.*_proj\"]");
     }

@@ -179,7 +179,7 @@ fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
     assert_eq!(
         message("rank = 4", "rnk = 4"),
         "recipe.toml: stage.sft.adapters[0].lora.rnk: unknown key\n\n\
-         hint: did you mean `rank`? known: `name`, `rank`, `alpha`, `dropout`, `target`, `rslora`, `freeze`"
+         hint: did you mean `rank`? known: `name`, `rank`, `alpha`, `dropout`, `target`, `rslora`, `dora`, `lr_ratio`, `freeze`"
     );
     assert!(
         message("[model]", "[modle]").starts_with("recipe.toml: modle: unknown key\n\nhint: did you mean `model`?")
@@ -304,6 +304,13 @@ fn rules_between_values() {
         ("stage.sft.adapters[0].lora.rank=0".into(), "adapters[0].lora: rank = 0", "rank = 16"),
         ("stage.sft.adapters[0].lora.dropout=1.0".into(), "adapters[0].lora: dropout = 1", "below 1"),
         ("stage.sft.adapters[0].lora.target=[]".into(), "target is empty", "self_attn"),
+        (
+            "stage.sft.adapters[0].lora.lr_ratio=0.0".into(),
+            "adapters[0].lora: lr_ratio = 0 is not a number above 0",
+            "learning rates of A",
+        ),
+        ("stage.sft.adapters[0].lora.lr_ratio=-2".into(), "lr_ratio = -2 is not a number above 0", "e.g. 16"),
+        ("stage.sft.adapters[0].lora.lr_ratio=inf".into(), "lr_ratio = inf is not a number above 0", "leave it out"),
         ("stage.sft.adapters[0].lora.name=a.b".into(), "adapters[0].lora.name: `a.b` cannot be a name", "letters"),
         (
             "stage.align.adapters=[{lora={name='sft',rank=1,alpha=1,target=['*']}}]".into(),
