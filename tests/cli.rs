@@ -10,6 +10,7 @@ mod cli {
     mod hub;
     mod output;
     mod projectors;
+    mod resolution;
     mod resume;
     mod signals;
     mod sources;
