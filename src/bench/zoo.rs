@@ -49,10 +49,16 @@ pub const ZOO: &[Entry] = &[
     projector("mlp, norm", "{mlp={depth=2,norm=true}}"),
     projector("bottleneck", "{bottleneck={dim=48}}"),
     projector("pixel_shuffle", "{pixel_shuffle={factor=2,then={mlp={depth=2}}}}"),
+    projector("perceiver", "{perceiver={queries=16,depth=2,heads=4,kv_heads=2,head_dim=24}}"),
+    projector("qformer", "{qformer={queries=16,width=96,layers=4,heads=4,intermediate=256,dropout=0.0}}"),
     adapters("no adapter", "[]"),
     adapters(
         "lora, rslora",
         "[{lora={rank=16,alpha=8,rslora=true,target=[\"language.layers.*.{self_attn,mlp}.*_proj\"]}}]",
+    ),
+    adapters(
+        "lora, dora",
+        "[{lora={rank=16,alpha=32,dora=true,target=[\"language.layers.*.{self_attn,mlp}.*_proj\"]}}]",
     ),
     adapters("bottleneck adapter", "[{bottleneck={dim=32,target=[\"language.layers.*.{self_attn,mlp}\"]}}]"),
     adapters("prefix", "[{prefix={tokens=16}}]"),
