@@ -12,6 +12,7 @@ mod cli {
     mod output;
     mod projectors;
     mod recipes;
+    mod resolution;
     mod resume;
     mod signals;
     mod sources;

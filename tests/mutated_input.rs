@@ -5,12 +5,12 @@
 
 use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::image::{ImageProcessor, decode};
-use adfreeze::data::{TextEncoder, TextSettings, source};
+use adfreeze::data::{Picture, Sight, TextEncoder, TextSettings, source};
 use adfreeze::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use adfreeze::model::weights::{Tensors, Weights};
 use adfreeze::ops::random::Key;
 use adfreeze::recipe::pattern::Patterns;
-use adfreeze::recipe::schema::{Alpha, Data, Template};
+use adfreeze::recipe::schema::{Alpha, Data, Deliver, Resize, Template};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -110,7 +110,7 @@ fn settings() -> TextSettings {
         image_token: "<image>".into(),
         image_token_id: None,
         vocab_size: 384,
-        tokens_per_image: 16,
+        sight: Some(Sight { size: 56, tokens: 16, deliver: Deliver::Splice }),
         bos: Some(1),
         eos: vec![2],
         system: None,
@@ -128,7 +128,8 @@ fn encode(dir: &Path) {
             let _ = encoder.conversation(&c, template).map(|s| encoder.decode(&s.ids));
         }
     }
-    let _ = encoder.prompt("what is this?", 1, Template::Chat);
+    let picture = Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop };
+    let _ = encoder.prompt("what is this?", &[picture], Template::Chat);
 }
 
 #[test]

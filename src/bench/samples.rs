@@ -40,8 +40,8 @@ impl Batch {
             ids.extend((0..text).map(word));
             let first = 1 + visual + prompt;
             let labels = ids.iter().enumerate().map(|(t, id)| if t < first { IGNORE } else { *id as i32 }).collect();
-            let image =
-                ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default() };
+            let (path, size) = (format!("picture {i}").into(), preset.vision.image_size);
+            let image = ImageRef { path, resize: Default::default(), alpha: Default::default(), size };
             let id = format!("sample {i}");
             Sample { id, ids, labels, images: vec![image], category: None, absent: Vec::new() }
         };
@@ -50,10 +50,10 @@ impl Batch {
             _ => Item::Sample(sample(i, 1)),
         };
         let items: Vec<Item> = (0..micro).map(item).collect();
-        let (edge, mut pixels) = (preset.vision.image_size, Pixels::new());
+        let mut pixels = Pixels::new();
         for (i, image) in items.iter().flat_map(Item::images).enumerate() {
             if !pixels.contains_key(image) {
-                let values = normal(Key::new(1, "pixels").index(i as u64), &[3 * edge * edge], 1.0, DType::F32)?;
+                let values = normal(Key::new(1, "pixels").index(i as u64), &[image.numbers()], 1.0, DType::F32)?;
                 pixels.insert(image.clone(), Arc::new(values.to_vec1()?));
             }
         }

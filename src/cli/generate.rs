@@ -2,7 +2,7 @@
 
 use super::{device, model};
 use crate::bail;
-use crate::data::{ImageRef, Item, Sample, load_pixels};
+use crate::data::{Item, Picture, Sample, load_pixels};
 use crate::error::Result;
 use crate::train::collate::collate;
 use crate::train::generate::{Sampling, generate};
@@ -44,9 +44,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let m = args.model.load(&args.compute)?;
     let encoder = &m.assembly.encoder;
-    let ids = encoder.prompt(&args.prompt, args.image.len(), m.template)?;
     let (resize, alpha) = args.pictures.of(&m);
-    let images = args.image.iter().map(|p| ImageRef { path: p.clone(), resize, alpha }).collect();
+    let pictures: Vec<Picture> = args.image.iter().map(|p| Picture { path: p.clone(), resize, alpha }).collect();
+    let (ids, images) = encoder.prompt(&args.prompt, &pictures, m.template)?;
     let labels = vec![crate::data::IGNORE; ids.len()];
     let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });
     let pixels = load_pixels([&item], m.assembly.images.as_ref())?;

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::model::init::Place;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_llava, source};
-use crate::pipeline::assemble::{Assembly, assemble};
+use crate::pipeline::assemble::{Assembly, assemble, sight};
 use crate::pipeline::{Opened, open_run};
 use crate::recipe::schema::{Alpha, Recipe, Resize, Template};
 use std::collections::BTreeMap;
@@ -117,6 +117,7 @@ impl Args {
             }
             (None, None) => bail!("neither --run nor --model is given"),
         };
+        loaded.assembly.encoder = loaded.assembly.encoder.seeing(sight(&loaded.vlm)?);
         loaded.template = match self.template {
             Some(TemplateArg::Plain) => Template::Plain,
             Some(TemplateArg::VicunaV1) => Template::VicunaV1,

@@ -182,7 +182,8 @@ fn together(mut problems: Vec<Error>) -> Result<()> {
 mod tests {
     use super::*;
     use crate::data::encode::TextSettings;
-    use crate::recipe::schema::{Alpha, Resize};
+    use crate::data::sight::Sight;
+    use crate::recipe::schema::{Alpha, Deliver, Resize};
     use std::path::{Path, PathBuf};
 
     fn golden(name: &str) -> PathBuf {
@@ -194,7 +195,7 @@ mod tests {
             image_token: "<image>".into(),
             image_token_id: None,
             vocab_size: 384,
-            tokens_per_image: 16,
+            sight: Some(Sight { size: 56, tokens: 16, deliver: Deliver::Splice }),
             bos: None,
             eos: vec![],
             system: None,

@@ -1,16 +1,18 @@
 //! Text to token ids and labels.
 //!
 //! The rendered text is encoded once and whole, without special tokens added; bos goes in front if the tokenizer uses one;
-//! each image token becomes `tokens_per_image` copies. A token is a target if its first byte lies in a trained span.
+//! each image token becomes as many copies as its picture takes ([`Sight::image_tokens`]). A token is a target if its first byte lies in a trained span.
 
 use super::image::ImageRef;
-use super::source::{Conversation, IMAGE_PLACEHOLDER, Preference, Role, Turn};
+use super::sight::Sight;
+use super::source::{Conversation, IMAGE_PLACEHOLDER, Picture, Preference, Role, Turn};
 use super::template::{self, ChatTemplate, Marks, Rendered, VICUNA_OPENING, VICUNA_SYSTEM};
 use super::tokenizer::TokenizerFiles;
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::recipe::schema::Template;
 use std::path::Path;
+use std::sync::Arc;
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 /// The label of a position that is no target.
@@ -20,7 +22,7 @@ pub const IGNORE: i32 = -100;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     pub id: String,
-    /// `[T]`; a picture takes `tokens_per_image` copies of the image token.
+    /// `[T]`; a picture takes [`Sight::image_tokens`] copies of the image token.
     pub ids: Vec<u32>,
     /// `[T]`; `labels[t]` is the target *at* position t, or [`IGNORE`]. The model shifts.
     pub labels: Vec<i32>,
@@ -45,7 +47,8 @@ pub struct TextSettings {
     pub image_token_id: Option<u32>,
     /// Rows of the embedding table.
     pub vocab_size: usize,
-    pub tokens_per_image: usize,
+    /// How pictures are seen at first; `None`: the model takes none.
+    pub sight: Option<Sight>,
     /// bos of config.json, for a tokenizer folder that names none.
     pub bos: Option<u32>,
     /// eos of config.json: further end tokens, and the one of a tokenizer folder that names none.
@@ -56,9 +59,10 @@ pub struct TextSettings {
     pub truncate: bool,
 }
 
-/// Renders and encodes conversations for one model.
+/// Renders and encodes conversations for one model; a clone shares the tokenizer.
+#[derive(Clone)]
 pub struct TextEncoder {
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     post_processor: Option<PostProcessorWrapper>,
     settings: TextSettings,
     bos: Option<u32>,
@@ -67,7 +71,7 @@ pub struct TextEncoder {
     image_token_id: Option<u32>,
     image_token_added: bool,
     marks: Marks,
-    chat: Option<Result<ChatTemplate>>,
+    chat: Option<Arc<Result<ChatTemplate>>>,
 }
 
 impl TextEncoder {
@@ -80,9 +84,9 @@ impl TextEncoder {
         let mut files = TokenizerFiles::read(dir_or_file)?;
         let here = dir_or_file.display();
         // A model without a tower needs no image token, and its embedding table may have no room for one.
-        let (image_token_id, image_token_added) = match settings.tokens_per_image {
-            0 => (None, false),
-            _ => {
+        let (image_token_id, image_token_added) = match settings.sight {
+            None => (None, false),
+            Some(_) => {
                 let (text, expected) = (&settings.image_token, settings.image_token_id);
                 let (id, added) = files.image_token(text, expected, settings.vocab_size).with_context(|| &here)?;
                 (Some(id), added)
@@ -107,8 +111,10 @@ impl TextEncoder {
         let bos_text = bos.as_ref().and_then(text_of).or(bos_text).unwrap_or_default();
         let marks = Marks { bos: bos_text, eos: eos_text, image: settings.image_token.clone() };
         let special = files.special_texts();
-        let chat = files.chat_template.as_deref().map(|source| ChatTemplate::new(source, marks.clone(), special));
+        let chat =
+            files.chat_template.as_deref().map(|source| Arc::new(ChatTemplate::new(source, marks.clone(), special)));
         let TokenizerFiles { tokenizer, post_processor, .. } = files;
+        let tokenizer = Arc::new(tokenizer);
         Ok(Self { tokenizer, post_processor, settings, bos, eos_ids, image_token_id, image_token_added, marks, chat })
     }
 
@@ -126,8 +132,32 @@ impl TextEncoder {
         self.image_token_id
     }
 
-    pub fn tokens_per_image(&self) -> usize {
-        self.settings.tokens_per_image
+    /// How it sees pictures.
+    pub fn sight(&self) -> Option<Sight> {
+        self.settings.sight
+    }
+
+    /// The same encoder for a model that sees pictures so.
+    pub fn seeing(&self, sight: Option<Sight>) -> Self {
+        let settings = TextSettings { sight, ..self.settings.clone() };
+        Self { settings, ..self.clone() }
+    }
+
+    /// Pictures as the model sees them; an error if it sees none.
+    fn images(&self, pictures: &[Picture]) -> Result<Vec<ImageRef>> {
+        let Some(sight) = self.settings.sight else {
+            if pictures.is_empty() {
+                return Ok(Vec::new());
+            }
+            bail!("there are {} image(s), but the model has no vision tower", pictures.len();
+                "name a tower in model.vision, use a whole LLaVA folder, or leave the pictures out")
+        };
+        Ok(pictures.iter().map(|p| sight.of(p)).collect())
+    }
+
+    /// Image tokens of each picture.
+    fn image_tokens(&self, images: &[ImageRef]) -> Vec<usize> {
+        images.iter().map(|i| self.settings.sight.map_or(0, |s| s.image_tokens(i))).collect()
     }
 
     /// Whether the image token is new, so that a saved model needs [`Self::tokenizer_json`] and not the original file.
@@ -137,7 +167,7 @@ impl TextEncoder {
 
     /// The tokenizer with the image token, as `tokenizer.json`.
     pub fn tokenizer_json(&self) -> Result<String> {
-        let mut tokenizer = self.tokenizer.clone();
+        let mut tokenizer = Tokenizer::clone(&self.tokenizer);
         tokenizer.with_post_processor(self.post_processor.clone());
         tokenizer.to_string(true).map_err(|e| Error::new(format!("cannot write the tokenizer: {e}")))
     }
@@ -164,8 +194,9 @@ impl TextEncoder {
 
     fn sample(&self, c: &Conversation, template: Template) -> Result<Sample> {
         let rendered = self.render(c, template)?;
-        let (mut ids, mut labels) = self.encode(&rendered)?;
-        let mut images = c.images.clone();
+        let mut images = self.images(&c.images)?;
+        let tokens = self.image_tokens(&images);
+        let (mut ids, mut labels) = self.encode(&rendered, &tokens)?;
         let max = self.settings.max_seq_len;
         if ids.len() > max {
             let len = ids.len();
@@ -173,9 +204,8 @@ impl TextEncoder {
                 bail!("{len} tokens are more than max_seq_len = {max}";
                     "raise model.max_seq_len, set model.truncate = true, or shorten the sample");
             }
-            self.truncate(&mut ids, max);
+            images.truncate(self.truncate(&mut ids, max, &tokens));
             labels.truncate(ids.len());
-            images.truncate(self.whole_images(&ids));
         }
         let (category, absent) = (c.category.clone(), c.absent.clone());
         let sample = Sample { id: c.id.clone(), ids, labels, images, category, absent };
@@ -185,16 +215,20 @@ impl TextEncoder {
         Ok(sample)
     }
 
-    /// Cuts to `max` tokens, or before a picture that would be cut in two.
-    fn truncate(&self, ids: &mut Vec<u32>, max: usize) {
+    /// Cuts to `max` tokens, or before a picture that would be cut in two; returns how many pictures are left. `tokens`: of each
+    /// picture.
+    fn truncate(&self, ids: &mut Vec<u32>, max: usize, tokens: &[usize]) -> usize {
         ids.truncate(max);
-        let pictures = ids.iter().filter(|&&id| Some(id) == self.image_token_id).count();
-        let part = pictures % self.settings.tokens_per_image.max(1);
-        ids.truncate(ids.len() - part);
-    }
-
-    fn whole_images(&self, ids: &[u32]) -> usize {
-        ids.iter().filter(|&&id| Some(id) == self.image_token_id).count() / self.settings.tokens_per_image.max(1)
+        let mut left = ids.iter().filter(|&&id| Some(id) == self.image_token_id).count();
+        let mut whole = 0;
+        for n in tokens.iter().take_while(|n| **n > 0) {
+            if *n > left {
+                break;
+            }
+            (left, whole) = (left - n, whole + 1);
+        }
+        ids.truncate(ids.len() - left);
+        whole
     }
 
     /// The text of a conversation and its trained spans.
@@ -206,13 +240,14 @@ impl TextEncoder {
         }
     }
 
-    /// The tokens of a question, through the opening of the assistant's answer.
+    /// The tokens of a question, through the opening of the assistant's answer, and its pictures.
     ///
     /// `text` may say with `<image>` where the pictures are; without, they come first.
     ///
     /// # Errors
-    /// If the marks in `text` are neither none nor `n_images`.
-    pub fn prompt(&self, text: &str, n_images: usize, template: Template) -> Result<Vec<u32>> {
+    /// If the marks in `text` are neither none nor as many as `pictures`.
+    pub fn prompt(&self, text: &str, pictures: &[Picture], template: Template) -> Result<(Vec<u32>, Vec<ImageRef>)> {
+        let (images, n_images) = (self.images(pictures)?, pictures.len());
         let marks = text.matches(IMAGE_PLACEHOLDER).count();
         let text = match marks {
             0 => format!("{}{text}", format!("{IMAGE_PLACEHOLDER}\n").repeat(n_images)),
@@ -229,7 +264,8 @@ impl TextEncoder {
             }
             Template::Chat => self.chat()?.render(&turns, true)?,
         };
-        Ok(self.encode(&Rendered { text: rendered, trained: vec![], images: n_images })?.0)
+        let rendered = Rendered { text: rendered, trained: vec![], images: n_images };
+        Ok((self.encode(&rendered, &self.image_tokens(&images))?.0, images))
     }
 
     /// The text of some tokens, special ones left out.
@@ -243,33 +279,29 @@ impl TextEncoder {
 
     fn chat(&self) -> Result<&ChatTemplate> {
         let hint = "use the template `vicuna_v1`, or a tokenizer with chat_template.jinja";
-        match &self.chat {
+        match self.chat.as_deref() {
             Some(Ok(template)) => Ok(template),
             Some(Err(e)) => Err(Error::new(e.to_string()).hint(e.hint_text().unwrap_or(hint))),
             None => bail!("the tokenizer has no chat template"; "{hint}"),
         }
     }
 
-    /// Ids and labels of a rendered text.
-    fn encode(&self, r: &Rendered) -> Result<(Vec<u32>, Vec<i32>)> {
-        if r.images > 0 && self.image_token_id.is_none() {
-            bail!("there are {} image(s), but the model has no vision tower", r.images;
-                "name a tower in model.vision, use a whole LLaVA folder, or leave the pictures out");
-        }
+    /// Ids and labels of a rendered text; its pictures take `image_tokens`.
+    fn encode(&self, r: &Rendered, image_tokens: &[usize]) -> Result<(Vec<u32>, Vec<i32>)> {
         let encoding = self
             .tokenizer
             .encode(r.text.as_str(), false)
             .map_err(|e| Error::new(format!("the tokenizer cannot encode the text: {e}")))?;
         let tokens = encoding.get_ids();
-        let mut ids = Vec::with_capacity(tokens.len() + 1 + r.images * self.settings.tokens_per_image);
+        let mut ids = Vec::with_capacity(tokens.len() + 1 + image_tokens.iter().sum::<usize>());
         // A chat template may write bos itself.
         ids.extend(self.bos.filter(|bos| tokens.first() != Some(bos)));
         let mut labels = vec![IGNORE; ids.len()];
         let mut images = 0;
         for (&id, &(start, _)) in tokens.iter().zip(encoding.get_offsets()) {
             if Some(id) == self.image_token_id {
+                ids.extend(std::iter::repeat_n(id, image_tokens.get(images).copied().unwrap_or(0)));
                 images += 1;
-                ids.extend(std::iter::repeat_n(id, self.settings.tokens_per_image));
                 labels.resize(ids.len(), IGNORE);
                 continue;
             }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::source;
-use crate::recipe::schema::{Alpha, Data, Resize};
+use crate::recipe::schema::{Alpha, Data, Deliver, Resize};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -14,13 +14,21 @@ fn json(path: &str) -> Value {
     serde_json::from_slice(&std::fs::read(golden().join(path)).unwrap()).unwrap()
 }
 
+fn sight(tokens: usize) -> Option<Sight> {
+    Some(Sight { size: 56, tokens, deliver: Deliver::Splice })
+}
+
+fn pictures(n: usize) -> Vec<Picture> {
+    vec![Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop }; n]
+}
+
 fn settings() -> TextSettings {
     let (tokens, config) = (json("tokens.json"), json("model/config.json"));
     TextSettings {
         image_token: "<image>".into(),
         image_token_id: config["image_token_index"].as_u64().map(|n| n as u32),
         vocab_size: config["text_config"]["vocab_size"].as_u64().unwrap() as usize,
-        tokens_per_image: tokens["n_image_tokens"].as_u64().unwrap() as usize,
+        sight: sight(tokens["n_image_tokens"].as_u64().unwrap() as usize),
         bos: None,
         eos: vec![],
         system: None,
@@ -88,14 +96,15 @@ fn a_prompt_is_what_comes_before_the_first_label() {
     for c in source::conversations(&data("sft.json")).unwrap() {
         for template in [Template::VicunaV1, Template::Chat] {
             let sample = encoder.conversation(&c, template).unwrap();
-            let prompt = encoder.prompt(&c.turns[0].text, usize::from(c.turns[0].text.contains("<image>")), template);
+            let shown = pictures(usize::from(c.turns[0].text.contains("<image>")));
+            let prompt = encoder.prompt(&c.turns[0].text, &shown, template).map(|p| p.0);
             let first = sample.labels.iter().position(|&l| l != IGNORE).unwrap();
             assert_eq!(prompt.unwrap(), &sample.ids[..first], "{}", c.id);
         }
     }
-    let front = encoder.prompt("What is it?", 1, Template::VicunaV1).unwrap();
-    assert_eq!(front, encoder.prompt("What is <image>it?", 1, Template::VicunaV1).unwrap());
-    assert!(encoder.prompt("<image><image>", 1, Template::VicunaV1).is_err());
+    let front = encoder.prompt("What is it?", &pictures(1), Template::VicunaV1).unwrap();
+    assert_eq!(front, encoder.prompt("What is <image>it?", &pictures(1), Template::VicunaV1).unwrap());
+    assert!(encoder.prompt("<image><image>", &pictures(1), Template::VicunaV1).is_err());
 }
 
 fn text_only(turns: &[(Role, &str)]) -> Conversation {
@@ -132,15 +141,18 @@ fn refuses_or_cuts_long_samples() {
 #[test]
 fn a_cut_through_a_picture_takes_the_whole_picture_away() {
     let encoder = encoder();
-    let (img, n) = (encoder.image_token_id().unwrap(), encoder.tokens_per_image());
+    let (img, n) = (encoder.image_token_id().unwrap(), encoder.sight().unwrap().tokens);
     let mut ids = vec![encoder.eos_ids()[0]; 2];
     ids.extend(std::iter::repeat_n(img, n));
     ids.push(encoder.eos_ids()[0]);
     ids.extend(std::iter::repeat_n(img, n));
     let end = ids.len();
-    encoder.truncate(&mut ids, end - 1);
+    assert_eq!(encoder.truncate(&mut ids, end - 1, &[n, n]), 1);
     assert_eq!(ids.len(), end - n);
-    assert_eq!(encoder.whole_images(&ids), 1);
+    // Pictures of different sizes; the second one is cut.
+    let mut ids = vec![img; 5];
+    assert_eq!(encoder.truncate(&mut ids, 4, &[2, 3]), 1);
+    assert_eq!(ids.len(), 2);
 }
 
 #[test]
@@ -157,13 +169,15 @@ fn finds_a_place_for_the_image_token() {
     let free = TextEncoder::load(&dir, base.clone()).unwrap();
     assert!(free.image_token_added());
     assert!(free.tokenizer_json().unwrap().contains("<picture>"));
-    let ids = free.prompt("hello", 1, Template::Plain).unwrap();
-    assert_eq!(ids[1..], vec![free.image_token_id().unwrap(); free.tokens_per_image()]);
+    let ids = free.prompt("hello", &pictures(1), Template::Plain).unwrap().0;
+    assert_eq!(ids[1..], vec![free.image_token_id().unwrap(); free.sight().unwrap().tokens]);
     let full = TextSettings { vocab_size: free.image_token_id().unwrap() as usize, ..base.clone() };
-    let no_tower = TextEncoder::load(&dir, TextSettings { tokens_per_image: 0, ..full.clone() }).unwrap();
+    let no_tower = TextEncoder::load(&dir, TextSettings { sight: None, ..full.clone() }).unwrap();
     assert_eq!((no_tower.image_token_id(), no_tower.image_token_added()), (None, false));
-    assert!(no_tower.prompt("hello", 0, Template::VicunaV1).is_ok());
-    assert!(no_tower.prompt("hello", 1, Template::VicunaV1).unwrap_err().cause().contains("no vision tower"));
+    assert!(no_tower.prompt("hello", &pictures(0), Template::VicunaV1).is_ok());
+    assert!(
+        no_tower.prompt("hello", &pictures(1), Template::VicunaV1).unwrap_err().cause().contains("no vision tower")
+    );
     let e = TextEncoder::load(&dir, full).err().unwrap();
     assert!(e.cause().contains("embedding table") && e.hint_text().unwrap().contains("model.image_token"), "{e}");
     let other = TextSettings { image_token_id: Some(7), ..base };

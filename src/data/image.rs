@@ -28,6 +28,15 @@ pub struct ImageRef {
     pub path: PathBuf,
     pub resize: Resize,
     pub alpha: Alpha,
+    /// Height and width that it is given, in pixels.
+    pub size: usize,
+}
+
+impl ImageRef {
+    /// Numbers that it becomes, `[3, size, size]`.
+    pub fn numbers(&self) -> usize {
+        3 * self.size * self.size
+    }
 }
 
 /// HF's `CLIPImageProcessor`: resize, centre crop, rescale, normalise.
@@ -135,18 +144,24 @@ impl ImageProcessor {
         })
     }
 
-    /// Reads a file: `[3, crop, crop]`, channels first, normalised.
+    /// The same processor for results of `edge` pixels; a shortest edge that is larger than what is cut out stays so in proportion.
+    pub fn at(&self, edge: usize) -> Self {
+        let size = (self.size as f64 * edge as f64 / self.crop as f64).round() as usize;
+        Self { size: if self.size == self.crop { edge } else { size.max(1) }, crop: edge, ..self.clone() }
+    }
+
+    /// Reads a picture: [`ImageRef::numbers`], channels first, normalised.
     ///
     /// # Errors
     /// A missing, corrupt or unsupported file; the error names it.
-    pub fn load(&self, path: &Path, resize: Resize, alpha: Alpha) -> Result<Vec<f32>> {
-        let rgb = load_rgb(path, alpha)?;
+    pub fn load(&self, image: &ImageRef) -> Result<Vec<f32>> {
+        let rgb = load_rgb(&image.path, image.alpha)?;
         let edge = rgb.width.max(rgb.height) as u64;
-        if resize == Resize::Pad && edge * edge > MAX_PIXELS {
-            bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", path.display();
+        if image.resize == Resize::Pad && edge * edge > MAX_PIXELS {
+            bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", image.path.display();
                 "scale the picture down, or use resize = \"crop\"")
         }
-        Ok(self.process(rgb, resize))
+        Ok(self.at(image.size).process(rgb, image.resize))
     }
 
     /// What [`Self::load`] does after decoding.

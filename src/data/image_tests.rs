@@ -13,6 +13,10 @@ fn f32s(t: &SafeTensors, name: &str) -> Option<Vec<f32>> {
     Some(t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
 }
 
+fn load(p: &ImageProcessor, path: &Path, resize: Resize, alpha: Alpha) -> Result<Vec<f32>> {
+    p.load(&ImageRef { path: path.into(), resize, alpha, size: p.crop })
+}
+
 #[track_caller]
 fn same(name: &str, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{name}");
@@ -38,7 +42,7 @@ fn pixel_values_equal_the_reference() {
         for (mode, resize, alpha) in modes {
             let key = format!("{mode}.{name}");
             let Some(want) = f32s(&want, &key) else { continue };
-            same(&key, &processor.load(&path, resize, alpha).unwrap(), &want);
+            same(&key, &load(&processor, &path, resize, alpha).unwrap(), &want);
             cases += 1;
         }
     }
@@ -96,11 +100,20 @@ fn reads_old_and_new_configurations() {
 }
 
 #[test]
+fn another_size_keeps_the_proportion_of_resize_and_crop() {
+    let plain = processor(8, 8).at(12);
+    assert_eq!((plain.size, plain.crop), (12, 12));
+    let larger = processor(10, 8).at(12);
+    assert_eq!((larger.size, larger.crop), (15, 12));
+    assert_eq!(processor(10, 8).at(8), processor(10, 8));
+}
+
+#[test]
 fn bad_files_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let p = processor(8, 8);
     let missing = dir.path().join("none.png");
-    let e = p.load(&missing, Resize::Crop, Alpha::Drop).unwrap_err();
+    let e = load(&p, &missing, Resize::Crop, Alpha::Drop).unwrap_err();
     assert!(e.cause().contains("none.png") && e.hint_text().unwrap().contains("images"), "{e}");
     let whole = std::fs::read(Path::new(GOLDEN).join("images/landscape.png")).unwrap();
     for (name, bytes) in
@@ -108,7 +121,7 @@ fn bad_files_are_named() {
     {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
-        let e = p.load(&path, Resize::Crop, Alpha::Drop).unwrap_err();
+        let e = load(&p, &path, Resize::Crop, Alpha::Drop).unwrap_err();
         assert!(e.cause().contains(name) && e.hint_text().is_some(), "{e}");
     }
 }
@@ -121,8 +134,8 @@ fn a_long_strip_is_not_padded() {
     let gray = png::ColorType::Grayscale;
     std::fs::write(&path, png_file(40_000, 1, gray, png::BitDepth::Eight, Extra::default(), &[7; 40_000])).unwrap();
     let p = processor(8, 8);
-    assert_eq!(p.load(&path, Resize::Crop, Alpha::Drop).unwrap().len(), 3 * 8 * 8);
-    let e = p.load(&path, Resize::Pad, Alpha::Drop).unwrap_err();
+    assert_eq!(load(&p, &path, Resize::Crop, Alpha::Drop).unwrap().len(), 3 * 8 * 8);
+    let e = load(&p, &path, Resize::Pad, Alpha::Drop).unwrap_err();
     assert!(e.cause().contains("strip.png") && e.cause().contains("40000 × 40000"), "{e}");
 }
 

@@ -88,7 +88,6 @@ impl Loader {
         let (job_tx, job_rx) = bounded::<Job>(threads * 2);
         // The consumer holds one step and the feeder works on another.
         let (pending_tx, pending_rx) = bounded(options.ahead.saturating_sub(1));
-        let bytes = processor.as_ref().map_or(0, |p| 3 * p.crop * p.crop * size_of::<f32>());
         let stop = Arc::new(AtomicBool::new(false));
         let mut loader =
             Self { dataset: dataset.clone(), pending: Some(pending_rx), stop: stop.clone(), threads: vec![] };
@@ -97,7 +96,7 @@ impl Loader {
             loader.spawn(move || work(&jobs, processor.as_deref(), &stop))?;
         }
         let batches = batches.into_iter();
-        let cache = Cache::new(options.cache_bytes / bytes.max(1));
+        let cache = Cache::new(options.cache_bytes);
         loader.spawn(move || feed(&dataset, batches, cache, &job_tx, &pending_tx))?;
         Ok(loader)
     }
@@ -191,7 +190,7 @@ fn work(jobs: &Receiver<Job>, processor: Option<&ImageProcessor>, stop: &AtomicB
             continue;
         }
         let load = || match processor {
-            Some(processor) => processor.load(&image.path, image.resize, image.alpha),
+            Some(processor) => processor.load(&image),
             None => bail!("the model has no vision tower for {}", image.path.display();
                 "set model.vision, or leave the pictures out of the data"),
         };
@@ -211,9 +210,11 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic")
 }
 
-/// The pictures used last; all have the same size, so they are counted.
+/// The pictures used last.
 struct Cache {
+    /// Bytes that they may take, and do.
     capacity: usize,
+    held: usize,
     clock: u64,
     slots: BTreeMap<ImageRef, (Slot, u64)>,
     /// Pictures by the time of their last use.
@@ -222,7 +223,7 @@ struct Cache {
 
 impl Cache {
     fn new(capacity: usize) -> Self {
-        Self { capacity, clock: 0, slots: BTreeMap::new(), uses: BTreeMap::new() }
+        Self { capacity, held: 0, clock: 0, slots: BTreeMap::new(), uses: BTreeMap::new() }
     }
 
     /// The slot of a picture, and whether it is new and has to be filled.
@@ -234,18 +235,25 @@ impl Cache {
             self.uses.insert(self.clock, image.clone());
             return (slot.clone(), false);
         }
-        let slot = Slot::default();
-        if self.capacity > 0 {
-            if self.slots.len() >= self.capacity
+        let (slot, bytes) = (Slot::default(), bytes(image));
+        if bytes <= self.capacity {
+            while self.held + bytes > self.capacity
                 && let Some((_, oldest)) = self.uses.pop_first()
             {
                 self.slots.remove(&oldest);
+                self.held -= self::bytes(&oldest);
             }
+            self.held += bytes;
             self.slots.insert(image.clone(), (slot.clone(), self.clock));
             self.uses.insert(self.clock, image.clone());
         }
         (slot, true)
     }
+}
+
+/// Bytes of a picture once it is decoded.
+fn bytes(image: &ImageRef) -> usize {
+    image.numbers() * size_of::<f32>()
 }
 
 #[cfg(test)]
@@ -266,7 +274,7 @@ mod tests {
     }
 
     fn image(path: PathBuf) -> ImageRef {
-        ImageRef { path, resize: Resize::Crop, alpha: Alpha::Drop }
+        ImageRef { path, resize: Resize::Crop, alpha: Alpha::Drop, size: 56 }
     }
 
     /// One item an image; then one without.
@@ -298,7 +306,7 @@ mod tests {
                 assert_eq!((data.step, data.indices.len(), data.pixels.len()), (steps, 4, 2));
                 assert_eq!(data.indices[1], (steps + 1) % 4);
                 for (image, pixels) in &data.pixels {
-                    assert_eq!(**pixels, p.load(&image.path, image.resize, image.alpha).unwrap());
+                    assert_eq!(**pixels, p.load(image).unwrap());
                 }
                 steps += 1;
             }
@@ -356,9 +364,14 @@ mod tests {
     #[test]
     fn keeps_the_pictures_used_last() {
         let [a, b, c] = ["a", "b", "c"].map(|n| image(n.into()));
-        let mut cache = Cache::new(2);
+        let mut cache = Cache::new(2 * bytes(&a));
         let new: Vec<bool> = [&a, &b, &a, &c, &a, &b, &c].map(|i| cache.slot(i).1).to_vec();
         assert_eq!(new, [true, true, false, true, false, true, true]);
-        assert_eq!(cache.slots.len(), 2);
+        assert_eq!((cache.slots.len(), cache.held), (2, 2 * bytes(&a)));
+        // A larger one takes the place of both, and one that is larger than all is not kept.
+        let large = |size| ImageRef { size, ..a.clone() };
+        assert!(cache.slot(&large(79)).1 && cache.slots.len() == 1 && cache.held == bytes(&large(79)));
+        assert!(cache.slot(&large(80)).1 && cache.slots.len() == 1);
+        assert!(cache.slot(&a).1 && cache.held == bytes(&a));
     }
 }

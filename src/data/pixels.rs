@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Prepared pictures, `[3, side, side]` each.
+/// Prepared pictures, [`ImageRef::numbers`] each.
 pub type Pixels = BTreeMap<ImageRef, Arc<Vec<f32>>>;
 
 /// Decodes every picture that `items` show, on all threads. Errors name the sample.
@@ -30,7 +30,7 @@ pub fn load_pixels<'a>(
         return Ok(Pixels::new());
     };
     let load = |(image, id): (&ImageRef, &str)| -> Result<_> {
-        let px = processor.load(&image.path, image.resize, image.alpha).with_context(|| format!("sample {id}"))?;
+        let px = processor.load(image).with_context(|| format!("sample {id}"))?;
         Ok((image.clone(), Arc::new(px)))
     };
     wanted.into_par_iter().map(load).collect()

@@ -1,9 +1,8 @@
 //! Samples from files: LLaVA conversations (JSON or JSON lines) and preference pairs.
 
-use super::image::ImageRef;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::recipe::schema::Data;
+use crate::recipe::schema::{Alpha, Data, Resize};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -25,12 +24,20 @@ pub struct Turn {
     pub text: String,
 }
 
+/// A picture as the data name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    pub path: PathBuf,
+    pub resize: Resize,
+    pub alpha: Alpha,
+}
+
 /// A conversation: an optional system turn, then user and assistant in turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversation {
     pub id: String,
     /// In the order of the `<image>` marks of the user's turns, as many as there are marks.
-    pub images: Vec<ImageRef>,
+    pub images: Vec<Picture>,
     pub turns: Vec<Turn>,
     /// Evaluation figures are also given by category.
     pub category: Option<String>,
@@ -42,7 +49,7 @@ pub struct Conversation {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Preference {
     pub id: String,
-    pub images: Vec<ImageRef>,
+    pub images: Vec<Picture>,
     pub prompt: String,
     pub chosen: String,
     pub rejected: String,
@@ -130,7 +137,7 @@ pub fn conversations(data: &Data) -> Result<Vec<Conversation>> {
     let raw: Vec<RawConversation> = read(data, hint)?;
     let convert = |(i, raw): (usize, RawConversation)| {
         let id = sample_id(raw.id, data, i);
-        let images = image_refs(raw.image, data);
+        let images = pictures(raw.image, data);
         let turns = turns(raw.conversations).and_then(|turns| {
             let texts = turns.iter().filter(|t| t.role == Role::User).map(|t| t.text.as_str());
             count_images(texts, images.len()).map(|()| turns)
@@ -150,7 +157,7 @@ pub fn preferences(data: &Data) -> Result<Vec<Preference>> {
     let raw: Vec<RawPreference> = read(data, hint)?;
     let convert = |(i, raw): (usize, RawPreference)| {
         let id = sample_id(raw.id, data, i);
-        let images = image_refs(raw.image, data);
+        let images = pictures(raw.image, data);
         count_images(std::iter::once(raw.prompt.as_str()), images.len())
             .with_context(|| format!("{}: sample {id}", data.path.display()))?;
         Ok(Preference { id, images, prompt: raw.prompt, chosen: raw.chosen, rejected: raw.rejected })
@@ -166,9 +173,9 @@ fn sample_id(id: Option<Id>, data: &Data, index: usize) -> String {
     }
 }
 
-fn image_refs(paths: Option<OneOrMany>, data: &Data) -> Vec<ImageRef> {
+fn pictures(paths: Option<OneOrMany>, data: &Data) -> Vec<Picture> {
     let root = data.images.as_deref().or_else(|| data.path.parent()).unwrap_or(Path::new(""));
-    let with = |p: PathBuf| ImageRef { path: root.join(p), resize: data.resize, alpha: data.alpha };
+    let with = |p: PathBuf| Picture { path: root.join(p), resize: data.resize, alpha: data.alpha };
     OneOrMany::list(paths).into_iter().map(with).collect()
 }
 
@@ -238,7 +245,6 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::schema::{Alpha, Resize};
 
     fn entry(name: &str, text: &str) -> (tempfile::TempDir, Data) {
         let dir = tempfile::tempdir().unwrap();
@@ -262,7 +268,7 @@ mod tests {
         assert_eq!(a[0].id, "7");
         assert_eq!(a[0].turns.len(), 2);
         assert_eq!(a[0].turns, b[0].turns);
-        assert_eq!(a[0].images, [ImageRef { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop }]);
+        assert_eq!(a[0].images, [Picture { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop }]);
         assert_eq!(a[1].id, format!("{}:1", json.path.display()));
         assert_eq!((a[1].category.as_deref(), &a[1].absent[..]), (Some("c"), &["x".to_string()][..]));
         let limited = conversations(&Data { limit: Some(1), ..lines }).unwrap();

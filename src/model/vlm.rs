@@ -151,6 +151,15 @@ impl Vlm {
         self.plan();
     }
 
+    /// Lets the tower see pictures of `size` pixels a side from now on; an error if it, or the projector, cannot.
+    pub fn set_image_size(&mut self, size: usize) -> Result<()> {
+        let Some(tower) = &mut self.vision else {
+            bail!("the model has no vision tower"; "leave image_size out, or set model.vision")
+        };
+        tower.set_size(size)?;
+        self.visual_tokens_per_image().map(drop)
+    }
+
     /// Visual tokens of one picture, none without a tower; an error if the projector cannot take the tower's grid.
     pub fn visual_tokens_per_image(&self) -> Result<usize> {
         let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(0) };
@@ -422,7 +431,7 @@ impl Vlm {
             most = most.max(load.tokens * l.bytes_per_row(Kept::All)?);
         }
         if let Some(v) = &self.vision {
-            let rows = load.pictures * (v.config.num_patches() + 1);
+            let rows = load.pictures * v.rows();
             for l in &v.layers {
                 most = most.max(rows * l.bytes_per_row(Kept::All)?);
             }

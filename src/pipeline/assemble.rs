@@ -3,7 +3,7 @@
 use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
-use crate::data::{ImageProcessor, TextEncoder, TextSettings};
+use crate::data::{ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use crate::model::init::{Fresh, FromWeights, Partly, Place, Source};
@@ -25,6 +25,7 @@ pub struct Assembly {
     pub start_adapter: Option<schema::Adapter>,
     /// Has a run begun to change the weights?
     pub used: bool,
+    /// Sees pictures as the first stage does.
     pub encoder: TextEncoder,
     pub images: Option<ImageProcessor>,
     /// Everything that was read: weights, configurations, tokenizer, adapter, for the checksums of the run.
@@ -53,15 +54,19 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
-    let (mut tower, mut projector, mut tokens_per_image) = (None, None, 0);
+    let (mut tower, mut projector, mut see) = (None, None, None);
     if let Some(v) = &vision {
         let p =
             parts.projector(recipe, whole.as_ref(), v.tower.config.hidden_size, language.model.config.hidden_size)?;
-        let visual = p.tokens(v.tower.grid()).context("model.projector")?;
-        tokens_per_image = recipe.model.deliver.image_tokens(visual);
-        (tower, projector) = (Some(v.tower.clone()), Some(p));
+        let (mut t, first) = (v.tower.clone(), recipe.stages.first());
+        // A projector need not be able to take a size that no stage has.
+        if let Some(size) = first.and_then(|s| recipe.stage.get(s)).and_then(|s| s.image_size) {
+            t.set_size(size).with_context(|| format!("stage.{}.image_size", recipe.stages[0]))?;
+        }
+        see = Some(seen(&t, &p, recipe.model.deliver).context("model.projector")?);
+        (tower, projector) = (Some(t), Some(p));
     }
-    let encoder = parts.encoder(recipe, &language, tokens_per_image)?;
+    let encoder = parts.encoder(recipe, &language, see)?;
     let images = vision.as_ref().map(|v| parts.processor(v)).transpose()?;
     if let (Some(p), Some(t)) = (&images, &tower)
         && p.crop != t.config.image_size
@@ -101,6 +106,17 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         tokenizer_dir: language.tokenizer,
         warnings,
     })
+}
+
+fn seen(tower: &Tower, projector: &Projector, deliver: schema::Deliver) -> Result<Sight> {
+    let grid = tower.grid();
+    Ok(Sight { size: grid.image_size, tokens: projector.tokens(grid)?, deliver })
+}
+
+/// How a model sees pictures now; `None` if it sees none.
+pub fn sight(vlm: &Vlm) -> Result<Option<Sight>> {
+    let (Some(tower), Some(projector)) = (&vlm.vision, &vlm.projector) else { return Ok(None) };
+    seen(tower, projector, vlm.deliver).map(Some)
 }
 
 /// A loaded adapter in the words of a recipe.
@@ -332,7 +348,7 @@ impl Parts {
         published::check(cfg, &config)
     }
 
-    fn encoder(&mut self, recipe: &Recipe, language: &LanguagePart, tokens_per_image: usize) -> Result<TextEncoder> {
+    fn encoder(&mut self, recipe: &Recipe, language: &LanguagePart, sight: Option<Sight>) -> Result<TextEncoder> {
         let (m, c) = (&recipe.model, &language.model.config);
         let (dir, file) = if language.tokenizer.is_dir() {
             (language.tokenizer.as_path(), language.tokenizer.join("tokenizer.json"))
@@ -345,7 +361,7 @@ impl Parts {
             image_token: m.image_token.clone(),
             image_token_id: language.image_token,
             vocab_size: c.vocab_size,
-            tokens_per_image,
+            sight,
             bos: c.bos_token_id,
             eos: c.eos_token_ids.clone(),
             system: m.system.clone(),

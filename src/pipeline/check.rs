@@ -3,7 +3,7 @@
 //! Nothing is written into the run directory. Problems of all stages and evaluations are reported together.
 
 use super::align;
-use super::assemble::{Assembly, START_ADAPTER, assemble};
+use super::assemble::{Assembly, START_ADAPTER, assemble, sight};
 use super::components::{self, Training};
 use super::freeze::thousands;
 use super::memory;
@@ -11,7 +11,7 @@ use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data};
 use crate::bail;
-use crate::data::{Dataset, ImageProcessor, ImageRef, Plan};
+use crate::data::{Dataset, ImageProcessor, ImageRef, Plan, Sight};
 use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
 use crate::model::params::{Module, adapter_of};
@@ -39,7 +39,7 @@ pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Resul
     write!(out, "{}", sources(&assembly).render())?;
     let (ends, random, masters) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let warnings = assembly.warnings.clone();
-    let mut all = Check { recipe, assembly: &assembly, ends, random, masters, warnings, steps: 0 };
+    let mut all = Check { recipe, assembly: &assembly, ends, random, masters, sights: Vec::new(), warnings, steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
@@ -75,6 +75,8 @@ struct Check<'a> {
     random: BTreeMap<&'a str, BTreeSet<String>>,
     /// What has an f32 master at a stage's end, where the model computes in bf16.
     masters: BTreeMap<&'a str, BTreeSet<String>>,
+    /// The evaluations of the stages that could be checked, and how their model sees.
+    sights: Vec<(&'a str, Option<Sight>)>,
     warnings: Vec<String>,
     steps: usize,
 }
@@ -97,7 +99,9 @@ impl<'a> Check<'a> {
         state.enter(stage, name)?;
         let fresh = self.fresh(name, &mut state)?;
         self.ends.insert(name, state.clone());
-        let data = dataset(self.recipe, stage, &self.assembly.encoder)?;
+        let sight = sight(&state.vlm)?;
+        self.sights.extend(stage.eval.iter().map(|e| (e.as_str(), sight)));
+        let data = dataset(self.recipe, stage, &self.assembly.encoder.seeing(sight))?;
         check_reachable(&mut state, !data.images().is_empty())?;
         align::samples(stage, &mut state, &data)?;
         let (total, epoch) = step_counts(stage, data.items.len());
@@ -107,7 +111,7 @@ impl<'a> Check<'a> {
         write!(out, "{}", groups(name, stage, &optimizer).render())?;
         writeln!(out)?;
         let decoded = decode(&data, self.assembly.images.as_ref())?;
-        write!(out, "{}", data_table(name, stage, &data, decoded, (total, epoch)).render())?;
+        write!(out, "{}", data_table(name, stage, &data, sight, decoded, (total, epoch)).render())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
         Ok(())
@@ -176,9 +180,21 @@ impl<'a> Check<'a> {
             (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures"]));
         for name in wanted {
             let eval = &self.recipe.eval[name];
+            let encoder = &self.assembly.encoder;
+            let mut sights: Vec<Option<Sight>> = Vec::new();
+            let of_stages = self.sights.iter().filter(|(eval, _)| eval == name);
+            of_stages.for_each(|(_, s)| {
+                if !sights.contains(s) {
+                    sights.push(*s)
+                }
+            });
             let load = || -> Result<Dataset> {
-                let data = evaluation::dataset(self.recipe, eval, &self.assembly.encoder)?;
+                let first = sights.first().copied().unwrap_or(encoder.sight());
+                let data = evaluation::dataset(self.recipe, eval, &encoder.seeing(first))?;
                 decode(&data, self.assembly.images.as_ref())?;
+                for other in sights.iter().skip(1) {
+                    evaluation::dataset(self.recipe, eval, &encoder.seeing(*other))?;
+                }
                 Ok(data)
             };
             match load() {
@@ -227,9 +243,7 @@ fn decode(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
         return Ok(0);
     };
     let some: Vec<_> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).collect();
-    let load = |(i, id): &(&&ImageRef, &&str)| {
-        images.load(&i.path, i.resize, i.alpha).err().map(|e| e.context(format!("sample {id}")))
-    };
+    let load = |(i, id): &(&&ImageRef, &&str)| images.load(i).err().map(|e| e.context(format!("sample {id}")));
     together(some.par_iter().filter_map(load).collect())?;
     Ok(some.len())
 }
@@ -276,7 +290,14 @@ fn schedule(s: &Scheduler) -> String {
     }
 }
 
-fn data_table(name: &str, stage: &Stage, data: &Dataset, decoded: usize, (total, epoch): (usize, usize)) -> Table {
+fn data_table(
+    name: &str,
+    stage: &Stage,
+    data: &Dataset,
+    sight: Option<Sight>,
+    decoded: usize,
+    (total, epoch): (usize, usize),
+) -> Table {
     let s = data.stats();
     let mut t = Table::new(format!("stage {name}: data"), ["", ""]);
     let mut row = |k: &str, v: String| t.row([k.to_string(), v]);
@@ -284,6 +305,10 @@ fn data_table(name: &str, stage: &Stage, data: &Dataset, decoded: usize, (total,
     row("of them without a picture", thousands(s.text_only));
     row("pictures (all there)", thousands(s.images));
     row("of them decoded to see whether they are whole", thousands(decoded));
+    if let Some(Sight { size, tokens, .. }) = sight {
+        row("what the tower sees at once", format!("{size} × {size} px"));
+        row("visual tokens of that", thousands(tokens));
+    }
     row("tokens of an epoch", thousands(s.tokens));
     row("label tokens of an epoch", thousands(s.labels));
     row("longest sample, in tokens", thousands(s.max_len));

@@ -1,7 +1,7 @@
 //! A run's held-out evaluations: their data, encoded and decoded once, and the tables of the figures so far.
 
 use crate::bail;
-use crate::data::{Dataset, ImageProcessor, Item, Pixels, TextEncoder, load_pixels};
+use crate::data::{Dataset, ImageProcessor, Item, Pixels, Sight, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
 use crate::recipe::schema::{Eval, Metric, Recipe};
@@ -28,30 +28,39 @@ pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Da
 /// Evaluations by name, ready to run.
 pub struct Evaluations<'a> {
     recipe: &'a Recipe,
+    /// How the model sees pictures in `data`; `None` before anything is loaded.
+    sight: Option<Option<Sight>>,
     data: BTreeMap<String, (Dataset, Pixels)>,
 }
 
 impl<'a> Evaluations<'a> {
-    /// Loads the data of every evaluation that the named stages run.
-    pub fn load(
-        recipe: &'a Recipe,
-        stages: &[&str],
-        encoder: &TextEncoder,
-        images: Option<&ImageProcessor>,
-    ) -> Result<Self> {
-        let wanted: BTreeSet<&String> =
-            stages.iter().filter_map(|s| recipe.stage.get(*s)).flat_map(|s| &s.eval).collect();
-        let mut data = BTreeMap::new();
-        for name in wanted {
+    /// Nothing is loaded yet.
+    pub fn new(recipe: &'a Recipe) -> Self {
+        Self { recipe, sight: None, data: BTreeMap::new() }
+    }
+
+    /// Loads what `stage` needs and lacks: at first the data of every stage, so that a broken picture is found before any of
+    /// them trains; later, where pictures are seen in another way, its own.
+    pub fn load(&mut self, stage: &str, encoder: &TextEncoder, images: Option<&ImageProcessor>) -> Result<()> {
+        let recipe = self.recipe;
+        let of = |s: &String| recipe.stage.get(s).map_or(&[][..], |s| &s.eval);
+        let mut wanted: BTreeSet<&String> = recipe.stages.iter().filter(|s| *s == stage).flat_map(of).collect();
+        if self.sight.is_none() {
+            wanted = recipe.stages.iter().flat_map(of).collect();
+        }
+        if self.sight.replace(encoder.sight()) != Some(encoder.sight()) {
+            self.data.clear();
+        }
+        for name in wanted.into_iter().filter(|n| !self.data.contains_key(*n)).collect::<Vec<_>>() {
             let e = &recipe.eval[name];
             let load = || -> Result<(Dataset, Pixels)> {
                 let set = dataset(recipe, e, encoder)?;
                 let pixels = load_pixels(&set.items, images)?;
                 Ok((set, pixels))
             };
-            data.insert(name.clone(), load().with_context(|| format!("eval.{name}"))?);
+            self.data.insert(name.clone(), load().with_context(|| format!("eval.{name}"))?);
         }
-        Ok(Self { recipe, data })
+        Ok(())
     }
 
     /// Runs the named evaluations.

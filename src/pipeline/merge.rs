@@ -1,6 +1,6 @@
 //! Entering a stage; where adapters are merged on the way, the drift of the log-probabilities is measured.
 
-use super::assemble::Assembly;
+use super::assemble::{Assembly, sight};
 use super::stage::dataset;
 use super::state::{State, hand_over};
 use crate::bail;
@@ -33,7 +33,8 @@ pub fn measured(
     if hand_over(stage) != HandOver::Merge || state.adapters.is_empty() {
         return state.enter(stage, name);
     }
-    let data = dataset(recipe, stage, &assembly.encoder)?;
+    state.look(stage)?;
+    let data = dataset(recipe, stage, &assembly.encoder.seeing(sight(&state.vlm)?))?;
     let items = &data.items[..data.items.len().min(SAMPLES)];
     let before = logps(&state.vlm, items, assembly)?;
     state.enter(stage, name)?;

@@ -20,12 +20,12 @@ pub mod stage;
 pub mod state;
 
 use crate::bail;
-use crate::data::synth;
+use crate::data::{Sight, synth};
 use crate::error::{Context, Result};
 use crate::model::init::Place;
 use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
-use assemble::{Assembly, assemble};
+use assemble::{Assembly, assemble, sight};
 use evaluation::Evaluations;
 use run_dir::{RunDir, checksums};
 use signals::Signals;
@@ -69,7 +69,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     assembly.warnings.iter().for_each(|w| reporter.warn(w));
     let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
-    let mut evals = None;
+    let mut evals = Evaluations::new(recipe);
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
     for name in wanted {
@@ -79,22 +79,18 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         }
         nothing_to_do = false;
         let mut state = start(recipe, &dir, &mut assembly, at.take(), name, reporter)?;
-        if evals.is_none() {
-            let names: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
-            evals = Some(Evaluations::load(recipe, &names, &assembly.encoder, assembly.images.as_ref())?);
-        }
+        let encoder = assembly.encoder.seeing(sight(&state.vlm)?);
+        evals.load(name, &encoder, assembly.images.as_ref())?;
         let run = Run {
             recipe,
             dir: &dir,
-            encoder: &assembly.encoder,
+            encoder: &encoder,
             images: assembly.images.as_ref(),
             tokenizer: &assembly.tokenizer_dir,
             reporter,
             signals: &options.signals,
         };
-        if let Some(evals) = &evals
-            && run_stage(&run, &mut state, name, evals)?.is_none()
-        {
+        if run_stage(&run, &mut state, name, &evals)?.is_none() {
             return Ok(Outcome::Stopped);
         }
         for table in evaluation::tables(recipe, &dir.results()?)? {
@@ -175,7 +171,8 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
 fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, String>> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
-    let mut evals: BTreeSet<&String> = BTreeSet::new();
+    let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
+    let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
     for name in &recipe.stages {
         let stage = &recipe.stage[name];
@@ -183,9 +180,15 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
             let before = parent(recipe, name)?.and_then(|p| ends.get(p)).cloned();
             let mut state = before.unwrap_or_else(|| State::new(assembly.vlm.clone(), assembly.start_adapter.clone()));
             state.enter(stage, name)?;
-            let data = dataset(recipe, stage, &assembly.encoder)?;
+            let see = sight(&state.vlm)?;
+            let data = dataset(recipe, stage, &assembly.encoder.seeing(see))?;
             check_reachable(&mut state, !data.images().is_empty())?;
             align::samples(stage, &mut state, &data)?;
+            let at = sights.iter().position(|s| *s == see).unwrap_or_else(|| {
+                sights.push(see);
+                sights.len() - 1
+            });
+            evals.extend(stage.eval.iter().map(|e| (e, at)));
             optimizer(stage, name, &mut state, step_counts(stage, data.items.len()).0)?;
             pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
@@ -195,11 +198,10 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
         // A merge works in place, on weights that all copies of the model share: they are read again.
         assembly.used |= hand_over(stage) == HandOver::Merge;
         files.extend(stage.data.iter().map(|d| d.path.clone()));
-        evals.extend(&stage.eval);
     }
-    for name in evals {
-        let eval = &recipe.eval[name];
-        let data = evaluation::dataset(recipe, eval, &assembly.encoder).with_context(|| format!("eval.{name}"))?;
+    for (name, at) in evals {
+        let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
+        let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         files.extend(eval.data.iter().map(|d| d.path.clone()));
     }

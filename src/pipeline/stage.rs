@@ -33,6 +33,7 @@ use std::time::Instant;
 pub struct Run<'a> {
     pub recipe: &'a Recipe,
     pub dir: &'a RunDir,
+    /// Sees pictures as the stage does.
     pub encoder: &'a TextEncoder,
     pub images: Option<&'a ImageProcessor>,
     /// Folder or file of the tokenizer, whose files go with an exported language model.

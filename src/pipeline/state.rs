@@ -36,8 +36,16 @@ impl State {
         Self { vlm, adapters, changed: projector }
     }
 
-    /// Does what the stage says about structure: hand-over of adapters, fresh parameters, new adapters, what trains.
+    /// Lets the model see pictures as large as the stage says.
+    pub fn look(&mut self, stage: &Stage) -> Result<()> {
+        let size = |size| self.vlm.set_image_size(size);
+        stage.image_size.map_or(Ok(()), size).context("image_size")
+    }
+
+    /// Does what the stage says about structure: size of pictures, hand-over of adapters, fresh parameters, new adapters, what
+    /// trains.
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
+        self.look(stage)?;
         match hand_over(stage) {
             HandOver::Merge => self.merge()?,
             HandOver::Stack => self.adapters.values_mut().for_each(Adapter::set_freeze),

@@ -299,6 +299,10 @@ pub struct Stage {
     /// Adapters declared (and trained) here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<Adapter>,
+    /// Height and width of what the tower sees, in pixels; default: the stage before's, at first the tower's own. Position
+    /// embeddings are interpolated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
     #[serde(default)]
     pub objective: Objective,
     pub data: Vec<Data>,

@@ -152,6 +152,9 @@ fn one_start(source: bool, init: bool, whole: bool) -> Result<()> {
 fn numbers(s: &Stage) -> Result<()> {
     positive("lr", s.lr, "to keep parameters as they are, leave them out of `train`")?;
     positive("epochs", s.epochs, "passes over the data, fractions allowed")?;
+    if s.image_size == Some(0) {
+        bail!("image_size = 0"; "pixels along an edge, e.g. 336; leave it out to go on as before");
+    }
     if s.max_steps == Some(0) {
         bail!("max_steps = 0"; "leave it out to run `epochs`, or leave the stage out of `stages`");
     }

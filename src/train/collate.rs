@@ -7,8 +7,8 @@ use crate::model::vlm::Batch;
 use crate::ops::tensor;
 use std::collections::BTreeMap;
 
-/// Packs `samples` in order. `pixels` holds every picture that they show, `[3, side, side]` each; in the batch they are
-/// f32 on the host.
+/// Packs `samples` in order. `pixels` holds every picture that they show, all of one size; in the batch they are f32 on the
+/// host.
 pub fn collate(samples: &[&Sample], pixels: &Pixels) -> Result<Batch> {
     let mut batch = Batch::default();
     let mut index: BTreeMap<&ImageRef, u32> = BTreeMap::new();
@@ -33,9 +33,12 @@ pub fn collate(samples: &[&Sample], pixels: &Pixels) -> Result<Batch> {
             batch.pictures.push(at);
         }
     }
-    if !index.is_empty() {
-        let side = ((values.len() / index.len() / 3) as f64).sqrt() as usize;
-        batch.pixels = Some(tensor(values, (index.len(), 3, side, side))?);
+    if let Some((first, _)) = index.first_key_value() {
+        let size = first.size;
+        if let Some((other, _)) = index.iter().find(|(i, _)| i.size != size) {
+            bail!("pictures of {size} px and of {} px in one batch", other.size)
+        }
+        batch.pixels = Some(tensor(values, (index.len(), 3, size, size))?);
     }
     Ok(batch)
 }

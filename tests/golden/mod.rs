@@ -12,7 +12,7 @@ use adfreeze::adapters::lora;
 use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::image::ImageProcessor;
 use adfreeze::data::source;
-use adfreeze::data::{Item, Pixels, Sample, TextEncoder, TextSettings, load_pixels};
+use adfreeze::data::{Item, Pixels, Sample, Sight, TextEncoder, TextSettings, load_pixels};
 use adfreeze::model::config::LlavaConfig;
 use adfreeze::model::init::{FromWeights, Place};
 use adfreeze::model::language::Language;
@@ -20,7 +20,7 @@ use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Vlm};
 use adfreeze::model::weights::Weights;
-use adfreeze::recipe::schema::{self, MlpProjector, Template};
+use adfreeze::recipe::schema::{self, Deliver, MlpProjector, Template};
 use adfreeze::train::collate::collate;
 use candle_core::{DType, Tensor};
 use serde_json::Value;
@@ -153,7 +153,11 @@ impl Golden {
             image_token: "<image>".into(),
             image_token_id: Some(config.image_token_index),
             vocab_size: config.text.vocab_size,
-            tokens_per_image: self.json["settings"]["n_image_tokens"].as_u64().unwrap() as usize,
+            sight: Some(Sight {
+                size: self.images().crop,
+                tokens: self.json["settings"]["n_image_tokens"].as_u64().unwrap() as usize,
+                deliver: Deliver::Splice,
+            }),
             bos: config.text.bos_token_id,
             eos: config.text.eos_token_ids.clone(),
             system: Some(self.json["settings"]["system"].as_str().unwrap().to_string()),

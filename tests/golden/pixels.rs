@@ -1,7 +1,7 @@
 //! Pixel values: PNG to the bit, JPEG from the reference's decoded picture.
 
 use super::Golden;
-use adfreeze::data::image::Rgb;
+use adfreeze::data::image::{ImageRef, Rgb};
 use adfreeze::recipe::schema::{Alpha, Resize};
 
 /// Our arithmetic after the 8-bit resize is the reference's up to rounding.
@@ -24,7 +24,10 @@ pub fn run(g: &Golden) {
                 let bytes = rgb.flatten_all().unwrap().to_vec1::<u8>().unwrap();
                 processor.process(Rgb { width: w, height: h, data: bytes }, resize)
             }
-            None => processor.load(&g.path("images").join(image), resize, alt).unwrap(),
+            None => {
+                let (path, size) = (g.path("images").join(image), processor.crop);
+                processor.load(&ImageRef { path, resize, alpha: alt, size }).unwrap()
+            }
         };
         let error = super::flat(want).iter().zip(&got).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
         assert_eq!(want.elem_count(), got.len());

@@ -186,7 +186,7 @@ pub fn pack(vlm: &Vlm, sequences: &[&Sequence]) -> Batch {
         batch.lengths.push(batch.ids.len() - start);
     }
     if let (false, Some(tower)) = (distinct.is_empty(), &vlm.vision) {
-        let side = tower.config.image_size;
+        let side = tower.grid().image_size;
         let pixels: Vec<Tensor> =
             distinct.iter().map(|p| noise(&format!("picture {p}"), &[3, side, side], 1.0)).collect();
         batch.pixels = Some(Tensor::stack(&pixels, 0).unwrap());

@@ -81,7 +81,7 @@ impl Layer {
         let name = |part: &str| format!("projector.qformer.encoder.layer.{i}.{part}");
         let (w, m) = (cfg.width, cfg.intermediate);
         let own = Attention::new(cfg, &name("attention"), w, src)?;
-        let looks = i % cfg.cross_every == 0;
+        let looks = i.is_multiple_of(cfg.cross_every);
         let features = if looks { Some(Attention::new(cfg, &name("crossattention"), vision, src)?) } else { None };
         let up = Linear::named(&name("intermediate_query.dense"), w, m, true, src)?;
         let down = Close::new(cfg, &name("output_query"), m, src)?;

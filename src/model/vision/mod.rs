@@ -2,6 +2,7 @@
 //! Layers past the selected one are loaded but never computed.
 
 pub mod layer;
+pub mod positions;
 
 use super::build::{linear, norm};
 use super::config::VisionConfig;
@@ -19,6 +20,7 @@ use crate::ops::{attention, patches};
 use crate::recipe::schema::SelectFeature;
 use candle_core::Tensor;
 use layer::Layer;
+use positions::Positions;
 
 /// The features of one picture: a square of patches row by row, a class token before it or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,10 @@ impl Grid {
 #[derive(Debug, Clone)]
 pub struct Tower {
     pub config: VisionConfig,
+    /// Height and width of the pictures that it sees now, in pixels; `config` has those that it was made for.
+    size: usize,
+    /// From the positions of `config` to those of `size`, where they differ.
+    positions: Option<Positions>,
     class_embedding: Param,
     /// `[D, C·p·p]` after flattening.
     patch_embedding: Param,
@@ -134,6 +140,8 @@ impl Tower {
         let post_layernorm = ln("post_layernorm", src)?;
         let depth = depth as usize;
         Ok(Self {
+            size: config.image_size,
+            positions: None,
             config,
             class_embedding,
             patch_embedding,
@@ -154,8 +162,32 @@ impl Tower {
 
     /// How the features of one picture lie.
     pub fn grid(&self) -> Grid {
-        let VisionConfig { image_size, patch_size, .. } = self.config;
+        let (image_size, patch_size) = (self.size, self.config.patch_size);
         Grid { image_size, patch_size, class_token: self.select == SelectFeature::Full }
+    }
+
+    /// Lets the tower see pictures of `size` pixels a side from now on.
+    ///
+    /// # Errors
+    /// If patches do not fill such a picture.
+    pub fn set_size(&mut self, size: usize) -> Result<()> {
+        let VisionConfig { image_size, patch_size: p, .. } = self.config;
+        if size == 0 || !size.is_multiple_of(p) {
+            let below = (size / p).max(1) * p;
+            bail!("patches of {p} px do not fill a picture of {size} px"; "sizes near it that they fill: {below}, {}", below + p)
+        }
+        if size != self.size {
+            let table = &self.position_embedding.value;
+            let positions = || Positions::new(image_size / p, size / p, table.dtype(), table.device());
+            self.positions = if size == image_size { None } else { Some(positions()?) };
+            self.size = size;
+        }
+        Ok(())
+    }
+
+    /// Tokens of one picture inside the tower: the class token and the patches.
+    pub fn rows(&self) -> usize {
+        (self.size / self.config.patch_size).pow(2) + 1
     }
 
     /// Recomputes where backward has to go; called when what trains has changed.
@@ -200,7 +232,7 @@ impl Tower {
         let b = pixels.dim(0)?;
         let (patches, embedded) = self.embed(pixels)?;
         let (x, stats) = self.pre_layrnorm.forward(&embedded)?;
-        let mut side = Side::packed(&vec![self.config.num_patches() + 1; b]);
+        let mut side = Side::packed(&vec![self.rows(); b]);
         (side.dropout, side.adapters_off) = (dropout, adapters_off);
         let frontier = if record { self.frontier } else { None };
         let (y, tape) = segment::forward(&self.layers[..self.depth], x, &side, frontier.unwrap_or(self.depth), kept)?;
@@ -219,7 +251,7 @@ impl Tower {
     /// Bytes a picture that a recorded pass keeps of the layers.
     pub fn bytes_per_picture(&self, kept: Kept) -> Result<usize> {
         let reached = &self.layers[self.frontier.unwrap_or(self.depth)..self.depth];
-        Ok((self.config.num_patches() + 1) * segment::bytes_per_row(reached, kept)?)
+        Ok(self.rows() * segment::bytes_per_row(reached, kept)?)
     }
 
     /// Gradients of what trains in the tower, from the gradient of its features.
@@ -239,10 +271,15 @@ impl Tower {
             return Ok(());
         };
         let dx = self.pre_layrnorm.backward(&embedded, &stats, &dx, grads)?;
-        let t = self.config.num_patches() + 1;
+        let t = self.rows();
         if self.position_embedding.trainable {
-            let rows: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
-            scatter_add_(grads.slot(&self.position_embedding)?, &rows, &dx)?;
+            match &self.positions {
+                Some(positions) => grads.add(&self.position_embedding.name, positions.backward(&dx)?)?,
+                None => {
+                    let rows: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
+                    scatter_add_(grads.slot(&self.position_embedding)?, &rows, &dx)?;
+                }
+            }
         }
         if self.class_embedding.trainable {
             let rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
@@ -258,17 +295,21 @@ impl Tower {
 
     /// Patches `[B·P, C·p·p]` and embedded tokens `[B·(P+1), D]`: class token first, positions added.
     fn embed(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (c, size) = (self.config.num_channels, self.config.image_size);
+        let (c, size) = (self.config.num_channels, self.size);
         if pixels.dims()[1..] != [c, size, size] {
             bail!("the tower takes pictures of [{c}, {size}, {size}], found {:?}", &pixels.dims()[1..])
         }
-        let (b, d, t) = (pixels.dim(0)?, self.config.hidden_size, self.config.num_patches() + 1);
+        let (b, d, t) = (pixels.dim(0)?, self.config.hidden_size, self.rows());
         let kernel = self.patch_embedding.compute().reshape((d, ()))?;
         let pixels = pixels.to_device(kernel.device())?.to_dtype(kernel.dtype())?;
         let patches = patches::unfold(&pixels, self.config.patch_size)?;
         // A copy in any case: `repeat` of a single picture would hand out the parameter itself.
         let positions: Vec<u32> = (0..b).flat_map(|_| 0..t as u32).collect();
-        let x = gather(self.position_embedding.compute(), &positions)?;
+        let table = self.position_embedding.compute();
+        let x = match &self.positions {
+            Some(at_size) => gather(&at_size.forward(table)?, &positions)?,
+            None => gather(table, &positions)?,
+        };
         let words = matmul(Mat::N(&patches), Mat::T(&kernel))?;
         scatter_add_(&x, &self.patch_rows(b), &words)?;
         let class_rows: Vec<u32> = (0..b as u32).map(|i| i * t as u32).collect();
@@ -277,7 +318,7 @@ impl Tower {
     }
 
     fn patch_rows(&self, b: usize) -> Vec<u32> {
-        let t = self.config.num_patches() + 1;
+        let t = self.rows();
         (0..b * t).filter(|i| i % t != 0).map(|i| i as u32).collect()
     }
 

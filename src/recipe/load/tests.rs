@@ -175,6 +175,14 @@ fn resamplers_have_recipes_of_their_own() {
 }
 
 #[test]
+fn pictures_grow_in_a_recipe_of_their_own() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/progressive-resolution.toml");
+    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
+    let sizes: Vec<Option<usize>> = r.stages.iter().map(|s| r.stage[s].image_size).collect();
+    assert_eq!(sizes, [Some(224), Some(336), Some(672)]);
+}
+
+#[test]
 fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
     assert_eq!(
         message("rank = 4", "rnk = 4"),
