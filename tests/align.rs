@@ -15,7 +15,7 @@ use tiny::*;
 const EMBEDDINGS: &str = "language.embed_tokens.weight";
 
 fn image(i: usize) -> ImageRef {
-    ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default(), size: 4 }
+    ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default(), size: 6 }
 }
 
 /// A text that shows `pictures` and says `words`; what is asked is not part of the caption.

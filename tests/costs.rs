@@ -63,9 +63,10 @@ fn standing(vlm: &mut Vlm) -> u64 {
 
 const LORA: &str = "adapters = [{ lora = { rank = 2, alpha = 4, target = ['language.layers[1..].*_proj'] } }]";
 
-const STAGES: [&str; 8] = [
+const STAGES: [&str; 9] = [
     "train = ['projector.*']",
     LORA,
+    "train = ['vision.encoder.layers[1].*']\nimage_size = 12",
     "train = ['language.layers[-2..].*']",
     "train = ['vision.encoder.layers[1].*', 'projector.*']\nrecompute = ['language.layers[0..2]']",
     "train = ['!vision.encoder.layers[-1].*', '!vision.post*', '*']",

@@ -384,7 +384,7 @@ impl Vlm {
         let mut all = BTreeMap::new();
         if let Some(v) = &self.vision {
             let reached = v.frontier().unwrap_or(v.depth())..v.depth();
-            let rows = load.pictures * (v.config.num_patches() + 1);
+            let rows = load.pictures * v.rows();
             for l in &v.layers[reached] {
                 all.insert(l.name.as_str(), rows * l.bytes_per_row(l.policy().unwrap_or(kept))?);
             }
