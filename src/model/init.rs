@@ -87,10 +87,14 @@ impl Source for Fresh {
     }
 }
 
+/// The token that ends a row of tiles.
+pub const NEWLINE: &str = "projector.image_newline";
+
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
 /// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B, a bottleneck's `up`, gates and an adapter's other biases
-/// zero; soft tokens normal with deviation 0.02. On the CPU.
+/// zero; soft tokens normal with deviation 0.02; the newline of tiles normal with
+/// deviation 1/√width. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);
@@ -103,6 +107,10 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
     }
     if name.contains(".lora_B.") || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
         return constant(0.0);
+    }
+    // transformers' deviation of LLaVA-NeXT's newline token.
+    if name == NEWLINE {
+        return normal(key, shape, 1.0 / (shape.iter().product::<usize>().max(1) as f64).sqrt(), dtype);
     }
     if name.starts_with("projector.") || adapter && !name.contains(".prefix.") {
         let fan_in = shape.get(1).or(shape.first()).copied().unwrap_or(1).max(1);
