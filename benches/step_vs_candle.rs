@@ -105,8 +105,7 @@ fn model(task: &str) -> Vlm {
     let mut vlm = Vlm::new(Some(tower), Some(projector), Language::new(text, &mut src).unwrap(), IMAGE);
     if task == "lora" {
         let target = vec!["language.*".to_string()];
-        let cfg =
-            schema::Lora { name: None, rank: 16, alpha: 32.0, dropout: 0.0, target, rslora: false, freeze: false };
+        let cfg = schema::Lora { rank: 16, alpha: 32.0, target, ..Default::default() };
         lora::attach(&mut vlm, &cfg, "sft", Key::new(2, "lora")).unwrap();
     }
     let trains = |n: &String| match task {

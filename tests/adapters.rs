@@ -3,15 +3,19 @@
 
 mod tiny;
 
-use adfreeze::adapters::attach;
+use adfreeze::adapters::{attach, lora};
+use adfreeze::error::Result;
+use adfreeze::model::config::LlamaConfig;
+use adfreeze::model::init::{Place, Source};
+use adfreeze::model::language::Language;
 use adfreeze::model::params::{Module, adapter_of};
 use adfreeze::model::segment::Kept;
 use adfreeze::model::visual::{Shown, Visual};
 use adfreeze::model::vlm::{Batch, Load, Mode, Vlm};
 use adfreeze::recipe::schema::{Adapter, Deliver, Sees, SelectFeature};
 use adfreeze::train::generate::{Sampling, generate};
-use candle_core::Tensor;
-use std::collections::BTreeSet;
+use candle_core::{DType, Tensor};
+use std::collections::{BTreeMap, BTreeSet};
 use tiny::*;
 
 /// In the words of a recipe.
@@ -21,7 +25,7 @@ fn config(text: &str) -> Adapter {
 }
 
 /// An adapter, whether it starts as the identity, and its parameters on the tiny model.
-const TABLE: [(&str, bool, usize); 9] = [
+const TABLE: [(&str, bool, usize); 11] = [
     ("{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }", true, 2 * (2 * 12 * 3 + 3 + 12)),
     (
         "{ bottleneck = { dim = 5, act = 'relu', norm = true, dropout = 0.3, target = ['language.layers[-1].*', 'vision.encoder.layers[0..2].self_attn'] } }",
@@ -50,6 +54,16 @@ const TABLE: [(&str, bool, usize); 9] = [
         "{ lora = { rank = 2, alpha = 4, target = ['language.layers.*.{q,o}_proj', 'vision.encoder.layers[0].*.fc1'] } }",
         true,
         2 * 2 * (12 + 24) * 2 + 2 * (8 + 14),
+    ),
+    (
+        "{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*.{q,k,v,o}_proj', 'vision.encoder.layers[0].*.{fc1,k_proj}'] } }",
+        true,
+        2 * (2 * (12 + 24) + 24 + 2 * (2 * (12 + 12) + 12) + 2 * (24 + 12) + 12) + 2 * (8 + 14) + 14 + 2 * (8 + 8) + 8,
+    ),
+    (
+        "{ lora = { rank = 3, alpha = 2, dora = true, rslora = true, dropout = 0.3, target = ['language.layers.*.mlp.*', 'vision.encoder.layers[1].*'] } }",
+        true,
+        2 * (2 * (3 * (12 + 10) + 10) + 3 * (10 + 12) + 12) + 4 * (3 * (8 + 8) + 8) + 2 * 3 * (8 + 14) + 14 + 8,
     ),
 ];
 
@@ -113,6 +127,7 @@ fn gradients_of_every_parameter() {
             let batch = batch(&vlm);
             let weights = coefs(batch.targets.len());
             let mode = Mode { dropout: Some(key("dropout")), ..Mode::default() };
+            let lengths = all_lengths(&mut vlm);
             let frozen = snapshot(&mut vlm);
             let grads = gradients(&vlm, &batch, &weights, mode);
             assert!(snapshot(&mut vlm) == frozen, "{text}: a parameter changed");
@@ -121,7 +136,7 @@ fn gradients_of_every_parameter() {
                 &mut vlm,
                 &grads,
                 |_| false,
-                |vlm| loss(vlm, &batch, &weights, mode),
+                |vlm| held_loss(vlm, &lengths, &batch, &weights, mode),
             );
             for kept in [Kept::All, Kept::Input] {
                 let again = gradients(&vlm, &batch, &weights, Mode { kept, ..mode });
@@ -147,9 +162,10 @@ fn gradients_of_what_lies_below_and_beside() {
         vlm.train_only(&some);
         let batch = batch(&vlm);
         let weights = coefs(batch.targets.len());
+        let lengths = all_lengths(&mut vlm);
         let grads = gradients(&vlm, &batch, &weights, Mode::default());
         let zero = |n: &str| n.ends_with("k_proj.bias");
-        check_params(text, &mut vlm, &grads, zero, |vlm| loss(vlm, &batch, &weights, Mode::default()));
+        check_params(text, &mut vlm, &grads, zero, |vlm| held_loss(vlm, &lengths, &batch, &weights, Mode::default()));
     }
 }
 
@@ -261,4 +277,128 @@ fn without_inserts_nobody_reads_what_stands_beside_the_text() {
     attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap();
     let e = attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap_err();
     assert!(e.to_string().contains("already an adapter named `new`"), "{e}");
+}
+
+/// Hands out weights of any size that take no memory.
+struct Weightless(Place);
+
+impl Source for Weightless {
+    fn place(&self) -> &Place {
+        &self.0
+    }
+    fn get(&mut self, _: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Ok(Tensor::ones(vec![1; shape.len()], dtype, &self.0.device)?.broadcast_as(shape)?)
+    }
+}
+
+#[test]
+fn a_known_number_of_parameters() {
+    let shape = LlamaConfig {
+        vocab_size: 32_000,
+        hidden_size: 4096,
+        intermediate_size: 11_008,
+        num_hidden_layers: 32,
+        num_attention_heads: 32,
+        num_key_value_heads: 32,
+        head_dim: 128,
+        ..llama()
+    };
+    let mut vlm = Vlm::new(None, None, Language::new(shape, &mut Weightless(Place::cpu())).unwrap(), None);
+    let text = "{ lora = { rank = 8, alpha = 16, target = ['language.layers.*.self_attn.{q,k,v,o}_proj'] } }";
+    attach(&mut vlm, &config(text), "new", key("adapter")).unwrap();
+    let own = own(&mut vlm);
+    let count: usize = vlm.params().iter().filter(|(n, _)| own.contains(*n)).map(|(_, t)| t.elem_count()).sum();
+    assert_eq!(count, 8_388_608);
+}
+
+#[test]
+fn a_row_of_zeros_has_no_direction() {
+    let mut vlm = plain("lora");
+    vlm.visit(&mut |p| {
+        if p.name == "language.layers.1.self_attn.v_proj.weight" {
+            let rows: Vec<f64> = (0..12).map(|i| if i == 7 { 0.0 } else { 1.0 }).collect();
+            p.value =
+                p.value.broadcast_mul(&Tensor::new(rows, p.value.device()).unwrap().unsqueeze(1).unwrap()).unwrap();
+        }
+    });
+    let lora =
+        |dora| format!("{{ lora = {{ rank = 2, alpha = 4, dora = {dora}, target = ['language.layers.*.v_proj'] }} }}");
+    let e = attach(&mut vlm, &config(&lora(true)), "new", key("adapter")).unwrap_err();
+    assert!(e.to_string().contains("language.layers.1.self_attn.v_proj.weight: row 7 has length 0"), "{e}");
+    attach(&mut vlm, &config(&lora(false)), "other", key("adapter")).unwrap();
+}
+
+/// An adapter that is taken into the weights leaves a model that computes the same, whatever it was stacked on.
+#[test]
+fn merged_they_give_the_same() {
+    let lora = "{ lora = { rank = 3, alpha = 5, target = ['language.layers.*', 'vision.encoder.layers.*'] } }";
+    let dora =
+        "{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*', 'vision.encoder.layers.*'] } }";
+    for both in [[lora, dora], [dora, lora], [dora, dora]] {
+        let mut vlm = plain("lora");
+        for (text, name) in both.iter().zip(["z", "a"]) {
+            attach(&mut vlm, &config(text), name, key(name)).unwrap();
+        }
+        let fresh = vlm.params();
+        perturb(&mut vlm);
+        let base: BTreeMap<_, _> = fresh.into_iter().filter(|(n, _)| adapter_of(n).is_none()).collect();
+        vlm.assign(&base).unwrap();
+        let batch = batch(&vlm);
+        let values = |vlm: &Vlm| vlm.forward(&batch, Mode::default()).unwrap().0.logps().unwrap();
+        let before = values(&vlm);
+        lora::merge(&mut vlm).unwrap();
+        assert!(vlm.params().keys().all(|n| adapter_of(n).is_none()));
+        let off = before.iter().zip(values(&vlm)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(off < 1e-12, "{both:?}: {off:e}");
+    }
+}
+
+#[test]
+fn a_reset_gives_magnitudes_the_lengths_of_their_rows() {
+    let text = TABLE[9].0;
+    let (mut fresh, mut vlm) = (adapted(text), adapted(text));
+    vlm.visit(&mut |p| {
+        if p.name.contains("magnitude") {
+            p.value = (&p.value * 1.5).unwrap();
+        }
+    });
+    lora::reset_magnitudes(&mut vlm, |n| n.contains("language.")).unwrap();
+    let (want, got) = (fresh.params(), vlm.params());
+    for (name, t) in want.iter().filter(|(n, _)| n.contains("magnitude")) {
+        assert_eq!(bits(t) == bits(&got[name]), name.contains("language."), "{name}");
+    }
+}
+
+/// Squares of a frozen weight's rows are kept: they must not outlive the weight, nor its being frozen.
+#[test]
+fn lengths_follow_the_weight() {
+    let mut vlm = adapted("{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*.q_proj'] } }");
+    perturb(&mut vlm);
+    let batch = batch(&vlm);
+    let name = "language.layers.0.self_attn.q_proj.weight";
+    let again = |vlm: &mut Vlm| {
+        let mut other =
+            adapted("{ lora = { rank = 2, alpha = 4, dora = true, target = ['language.layers.*.q_proj'] } }");
+        other.assign(&vlm.params()).unwrap();
+        logps(&other, &batch, Mode::default())
+    };
+    let before = logps(&vlm, &batch, Mode::default());
+    assert_eq!(before, again(&mut vlm));
+    // Another tensor.
+    let doubled = (&vlm.params()[name] * 2.0).unwrap();
+    vlm.assign(&[(name.to_string(), doubled)].into()).unwrap();
+    let replaced = logps(&vlm, &batch, Mode::default());
+    assert!(replaced != before && replaced == again(&mut vlm));
+    // The same tensor, trained in place and then frozen.
+    vlm.train_only(&[name.to_string()].into());
+    assert_eq!(logps(&vlm, &batch, Mode::default()), replaced);
+    let tripled = (&vlm.params()[name] * 3.0).unwrap();
+    vlm.visit(&mut |p| {
+        if p.name == name {
+            p.overwrite(&tripled).unwrap();
+        }
+    });
+    vlm.train_only(&Default::default());
+    let trained = logps(&vlm, &batch, Mode::default());
+    assert!(trained != replaced && trained == again(&mut vlm));
 }

@@ -9,8 +9,10 @@ mod cli {
     mod folder;
     mod hand_over;
     mod hub;
+    mod learning;
     mod output;
     mod projectors;
+    mod recipes;
     mod resolution;
     mod resume;
     mod signals;

@@ -165,7 +165,7 @@ fn the_chain_gives_the_gradients_of_stock_candle() {
         let mut vlm =
             vlm(clip(), -2, SelectFeature::Patch, &mlp(false), LlamaConfig { tie_word_embeddings: tie, ..llama() });
         let target = vec!["*".to_string()];
-        let cfg = Lora { name: None, rank: 2, alpha: 1.0, dropout: 0.0, target, rslora: false, freeze: false };
+        let cfg = Lora { rank: 2, alpha: 1.0, target, ..Lora::default() };
         lora::attach(&mut vlm, &cfg, "sft", key("lora")).unwrap();
         perturb(&mut vlm);
         for (what, trains) in settings {

@@ -1,13 +1,13 @@
 //! Every projector from one table: parameters, shapes at two resolutions, f64 gradients against finite differences, saved
-//! and loaded again, and the identity where one begins as it. Pixel shuffle also against transformers.
+//! and loaded again, and the identity where one begins as it. Where transformers has the same, also against it.
 
 mod tiny;
 
 use adfreeze::checkpoint::{hf, safetensors};
-use adfreeze::model::init::{Fresh, FromWeights, Place};
+use adfreeze::model::init::{Fresh, FromWeights, Partly, Place, Shapes};
 use adfreeze::model::island::{self, Pass};
 use adfreeze::model::params::{Grads, Module};
-use adfreeze::model::projector::Projector;
+use adfreeze::model::projector::{Projector, Work};
 use adfreeze::model::vision::Grid;
 use adfreeze::model::vlm::Mode;
 use adfreeze::model::weights::Weights;
@@ -28,7 +28,7 @@ fn grid(side: usize) -> Grid {
 }
 
 /// Each with its visual tokens of 4 × 4 and of 6 × 6 patches.
-const TABLE: [(&str, [usize; 2]); 9] = [
+const TABLE: [(&str, [usize; 2]); 13] = [
     ("{ linear = {} }", [16, 36]),
     ("{ linear = { input_norm = true } }", [16, 36]),
     ("{ mlp = { hidden = 9, act = 'quick_gelu' } }", [16, 36]),
@@ -38,7 +38,19 @@ const TABLE: [(&str, [usize; 2]); 9] = [
     ("{ pixel_shuffle = {} }", [4, 9]),
     ("{ pixel_shuffle = { factor = 1, then = { linear = { input_norm = true } } } }", [16, 36]),
     ("{ pixel_shuffle = { then = { mlp = { hidden = 7, norm = true } } } }", [4, 9]),
+    ("{ perceiver = { queries = 3, depth = 2, heads = 4, kv_heads = 2, head_dim = 3, hidden = 7 } }", [3, 3]),
+    ("{ perceiver = { queries = 1, depth = 1, heads = 1, kv_heads = 1, head_dim = 2, act = 'gelu' } }", [1, 1]),
+    ("{ qformer = { queries = 3, width = 6, layers = 3, heads = 2, intermediate = 7, dropout = 0.3 } }", [3, 3]),
+    (
+        "{ qformer = { queries = 2, width = 4, layers = 2, heads = 1, intermediate = 5, cross_every = 1, act = 'silu' } }",
+        [2, 2],
+    ),
 ];
+
+/// A bias of keys moves all scores of a query alike, which changes nothing.
+fn of_keys(name: &str) -> bool {
+    name.ends_with("attention.key.bias")
+}
 
 /// Σ y·g: a scalar whose gradient at y is g.
 fn against(y: &Tensor, g: &Tensor) -> f64 {
@@ -60,7 +72,7 @@ fn check_gradients(what: &str, p: &mut Projector, [d_in, d_out]: [usize; 2], gri
     assert!(snapshot(p) == before, "{what}: a parameter changed");
     let run = |p: &Projector, x: &Tensor| against(&p.forward(x, grid, plain).unwrap().0, &g);
     check_slope(&format!("{what}: x"), &x, &dx, 40, |x| run(p, &x));
-    check_params(what, p, grads.by_name(), |_| false, |p| run(p, &x));
+    check_params(what, p, grads.by_name(), of_keys, |p| run(p, &x));
     // Half of the parameters trained: they have the same gradients, the others none.
     let some = names(p, |n| n.ends_with(".weight"));
     p.set_trainable(&some);
@@ -112,8 +124,7 @@ fn saved_and_loaded_they_give_the_same() {
 
 /// Parameters of all tensors whose name `keep` accepts.
 fn count(text: &str, vision: usize, language: usize, keep: impl Fn(&str) -> bool) -> usize {
-    let mut fresh = Fresh { key: key("weights"), place: Place::cpu() };
-    let mut p = Projector::new(&config(text), vision, language, true, &mut fresh).unwrap();
+    let mut p = Projector::new(&config(text), vision, language, true, &mut Shapes(Place::cpu())).unwrap();
     p.params().iter().filter(|(n, _)| keep(n)).map(|(_, t)| t.elem_count()).sum()
 }
 
@@ -130,6 +141,58 @@ fn known_numbers_of_parameters() {
     assert_eq!(count(bottleneck, 1024, 1024, all), 524_288 + 256 + 1024 + 2 * 1024);
     assert_eq!(count(bottleneck, 1024, 4096, |n| n.contains(".out.")), 1024 * 4096 + 4096);
     assert_eq!(count("{ pixel_shuffle = {} }", 1024, 512, all), 4 * 1024 * 512 + 512);
+    // Those of `Blip2QFormerModel` and of Idefics2 8B's connector, as `tests/golden/projectors/make.py` prints them.
+    let qformer = "{ qformer = {} }";
+    assert_eq!(count(qformer, 1408, 2560, |n| n.starts_with("projector.qformer.")), 105_137_664);
+    assert_eq!(count(qformer, 1408, 2560, all), 105_137_664 + 32 * 768 + 768 * 2560 + 2560);
+    assert_eq!(count("{ perceiver = { hidden = 14336 } }", 1152, 4096, all), 743_219_200);
+}
+
+#[test]
+fn flops_by_hand() {
+    let work = |text: &str, side| {
+        Projector::new(&config(text), 8, 10, true, &mut Shapes(Place::cpu())).unwrap().work(grid(side)).unwrap()
+    };
+    let of = |features, inner, attention| Work { features, inner, attention };
+    assert_eq!(work("{ linear = {} }", 4), of(2 * 16 * 80, 0, 0));
+    assert_eq!(work("{ linear = { input_norm = true } }", 4), of(0, 2 * 16 * 80, 0));
+    assert_eq!(work("{ mlp = { hidden = 9 } }", 4), of(2 * 16 * 72, 2 * 16 * 90, 0));
+    assert_eq!(work("{ bottleneck = { dim = 3 } }", 4), of(0, 2 * 16 * (24 + 24 + 80), 0));
+    assert_eq!(work("{ pixel_shuffle = {} }", 4), of(2 * 4 * 320, 0, 0));
+    // 36 features and 3 latents of width 10; heads 4 × 3, keys and values of 2 × 3.
+    let perceiver = "{ perceiver = { queries = 3, depth = 2, heads = 4, kv_heads = 2, head_dim = 3, hidden = 7 } }";
+    let latents = 2 * 3 * (120 + 120 + 3 * 400);
+    let layer = latents + 2 * 39 * 2 * 60;
+    assert_eq!(work(perceiver, 6), of(2 * 36 * 2 * 56, 2 * 36 * 70 + 2 * layer, 2 * 4 * 3 * 39 * 12));
+    // Layers 0 and 2 of three look at 16 features of width 8.
+    let qformer = "{ qformer = { queries = 3, width = 6, layers = 3, heads = 2, intermediate = 7 } }";
+    let (own, mlp, cross) = (4 * 36, 2 * 42, 2 * 36);
+    let inner = 2 * 3 * (3 * (own + mlp) + 2 * cross + 60);
+    assert_eq!(work(qformer, 4), of(2 * 2 * 16 * 2 * 48, inner, 3 * 4 * 9 * 6 + 2 * 4 * 3 * 16 * 6));
+    assert_eq!(of(10, 100, 1000).forward(), 1110);
+    assert_eq!(of(10, 100, 1000).training(), 20 + 300 + 3500);
+}
+
+#[test]
+fn fresh_queries_differ_and_norms_and_biases_are_neutral() {
+    let bits = |t: &Tensor| -> Vec<Vec<f64>> { t.to_vec2().unwrap() };
+    for (text, queries) in [
+        ("{ perceiver = { queries = 3, depth = 1 } }", "projector.perceiver_resampler.latents"),
+        ("{ qformer = { queries = 3, width = 24, layers = 1 } }", "projector.query_tokens"),
+    ] {
+        let mut p = Projector::new(&config(text), 8, 16, true, &mut source()).unwrap();
+        let params = p.params();
+        let q = bits(&params[queries].reshape(((), params[queries].dims().last().copied().unwrap())).unwrap());
+        assert!(q.len() == 3 && q[0] != q[1] && q[1] != q[2], "{text}");
+        for (name, t) in params.iter().filter(|(_, t)| t.rank() == 1) {
+            let want = if name.ends_with(".weight") { 1.0 } else { 0.0 };
+            let bert = !name.starts_with("projector.language_projection");
+            assert!(!bert || flat(t).iter().all(|x| *x == want), "{name}");
+        }
+        let y = p.forward(&noise("x", &[16, 8], 1.0), grid(4), Pass::default()).unwrap().0;
+        let y = bits(&y);
+        assert!(y[0] != y[1] && y[1] != y[2], "{text}: tokens are alike");
+    }
 }
 
 #[test]
@@ -165,8 +228,17 @@ fn dropout_follows_the_pass_and_only_where_the_projector_trains() {
 #[test]
 fn whole_models_splice_what_the_projector_makes() {
     // 2 × 2 patches a picture.
-    for (text, per) in [("{ pixel_shuffle = {} }", 1), ("{ bottleneck = { dim = 3, dropout = 0.3 } }", 4)] {
-        let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &config(text), llama());
+    let perceiver = "{ perceiver = { queries = 2, depth = 1, heads = 2, kv_heads = 1, head_dim = 4 } }";
+    let qformer = "{ qformer = { queries = 3, width = 6, layers = 2, heads = 2, intermediate = 7, dropout = 0.2 } }";
+    let (patch, full) = (SelectFeature::Patch, SelectFeature::Full);
+    for (text, per, select) in [
+        ("{ pixel_shuffle = {} }", 1, patch),
+        ("{ bottleneck = { dim = 3, dropout = 0.3 } }", 4, patch),
+        (perceiver, 2, patch),
+        (perceiver, 2, full),
+        (qformer, 3, full),
+    ] {
+        let mut vlm = vlm(clip(), -2, select, &config(text), llama());
         assert_eq!(vlm.tokens_per_image().unwrap(), per);
         let chosen = names(&mut vlm, |n| n.starts_with("projector.") || n.contains("layers.1."));
         vlm.train_only(&chosen);
@@ -178,7 +250,7 @@ fn whole_models_splice_what_the_projector_makes() {
         let frozen = snapshot(&mut vlm);
         let grads = gradients(&vlm, &batch, &weights, mode);
         assert!(snapshot(&mut vlm) == frozen, "{text}: a parameter changed");
-        let zero = |n: &str| n.ends_with("k_proj.bias");
+        let zero = |n: &str| n.ends_with("k_proj.bias") || of_keys(n);
         check_params(text, &mut vlm, &grads, zero, |vlm| loss(vlm, &batch, &weights, mode));
     }
 }
@@ -214,5 +286,72 @@ fn pixel_shuffle_agrees_with_transformers() {
         let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
         let off = distance(&wide(&out), &wide(&y));
         assert!(off < 1e-6, "{side} × {side}, factor {factor}: {off:e}");
+    }
+}
+
+/// Loads a projector from its golden file, where transformers' names are, and holds its output and gradients to what stands
+/// there. `prefix` is what those names have in the place of `projector.`.
+fn agrees(file: &str, text: &str, prefix: &str) -> Projector {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/projectors").join(file);
+    let golden = safetensors::load(&path).unwrap();
+    let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let (x, y, dy) = (&golden["x"], &golden["y"], &golden["dy"]);
+    let mut weights = Weights::projector(&path).unwrap();
+    let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
+    let mut p = Projector::new(&config(text), x.dims()[1], y.dims()[1], true, &mut src).unwrap();
+    weights.finish().unwrap();
+    let all = names(&mut p, |_| true);
+    p.set_trainable(&all);
+    let (out, tape) = p.forward(x, grid(4), Pass { trains: true, need_dx: true, dropout: None }).unwrap();
+    let mut grads = Grads::new();
+    let dx = island::backward(tape.unwrap(), dy, &mut grads).unwrap().unwrap();
+    let mut worst = distance(&wide(&out), &wide(y)).max(distance(&wide(&dx), &wide(&golden["dx"])));
+    let mut seen = 0;
+    for (name, grad) in grads.by_name() {
+        let theirs = &golden[&format!("grad.{prefix}{}", name.strip_prefix("projector.").unwrap())];
+        seen += 1;
+        if of_keys(name) {
+            let largest = flat(&wide(grad)).iter().chain(&flat(&wide(theirs))).fold(0f64, |m, g| m.max(g.abs()));
+            assert!(largest < 1e-5, "{file}: {name} should be zero and is {largest:e}");
+            continue;
+        }
+        worst = worst.max(distance(&wide(grad), &wide(theirs)));
+    }
+    assert_eq!(seen, golden.keys().filter(|n| n.starts_with("grad.")).count());
+    eprintln!("{file}: off by {worst:e} at most");
+    assert!(worst < 3e-6, "{file}: off by {worst:e}");
+    p
+}
+
+#[test]
+fn perceiver_agrees_with_transformers() {
+    let text = "{ perceiver = { queries = 3, depth = 2, heads = 4, kv_heads = 2, head_dim = 3, hidden = 10, norm_eps = 1e-5 } }";
+    agrees("perceiver.safetensors", text, "model.connector.");
+}
+
+#[test]
+fn qformer_agrees_with_transformers_and_loads_a_model_of_its_own() {
+    let text = "{ qformer = { queries = 4, width = 12, layers = 3, heads = 3, intermediate = 20 } }";
+    let whole = agrees("qformer.safetensors", text, "").params();
+
+    // Saved alone it brings neither queries nor the way to the language model.
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/projectors/blip2_qformer");
+    let load = |text: &str| {
+        let cfg = config(text);
+        let mut weights = Weights::projector(&dir).unwrap();
+        let fresh = Fresh { key: key("weights"), place: Place::cpu() };
+        let place = Place::cpu();
+        let from = FromWeights { weights: &mut weights, place: &place };
+        let mut p = Projector::new(&cfg, 7, 5, true, &mut Partly { weights: from, fresh, prefixes: &cfg.fresh() })?;
+        weights.finish()?;
+        Ok::<_, adfreeze::error::Error>(p.params())
+    };
+    let e = load(text).unwrap_err();
+    assert!(e.cause().contains("tensor `projector.query_tokens` is missing"), "{e}");
+    let parts =
+        load(&text.replace("{ queries", "{ source = 'x', fresh = ['query_tokens', 'language_projection'], queries"));
+    for (name, t) in &parts.unwrap() {
+        let same = bits(&t.to_dtype(DType::F64).unwrap()) == bits(&whole[name].to_dtype(DType::F64).unwrap());
+        assert_eq!(same, name.starts_with("projector.qformer."), "{name}");
     }
 }

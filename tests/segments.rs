@@ -8,12 +8,14 @@ mod tiny;
 use adfreeze::adapters::lora;
 use adfreeze::model::build;
 use adfreeze::model::config::{LlamaConfig, RopeScaling};
+use adfreeze::model::dora::Magnitude;
 use adfreeze::model::language::Language;
 use adfreeze::model::linear::{InputGrad, Linear, LowRank};
 use adfreeze::model::params::{Grads, Module, Param};
 use adfreeze::model::segment::{self, Kept, Segment, Side};
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::ops::norm::Kind;
+use adfreeze::ops::random::dropout;
 use adfreeze::recipe::schema::{self, Activation, SelectFeature};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -29,7 +31,19 @@ fn low_rank(name: &str, adapter: &str, dropout: f64) -> LowRank {
         let name = format!("{name}.lora_{m}.{adapter}.weight");
         Param::new(name.clone(), noise(&name, shape, 0.5))
     };
-    LowRank { adapter: adapter.into(), a: matrix("A", &[2, 5]), b: matrix("B", &[7, 2]), scale: 0.7, dropout }
+    let (a, b) = (matrix("A", &[2, 5]), matrix("B", &[7, 2]));
+    LowRank { adapter: adapter.into(), a, b, magnitude: None, scale: 0.7, dropout }
+}
+
+/// The same with a magnitude.
+fn dora(name: &str, adapter: &str, dropout: f64) -> LowRank {
+    let d = low_rank(name, adapter, dropout);
+    LowRank { magnitude: Some(magnitude(name, adapter, d.b.value.dims()[0])), ..d }
+}
+
+fn magnitude(name: &str, adapter: &str, out: usize) -> Magnitude {
+    let name = format!("{name}.lora_magnitude_vector.{adapter}.weight");
+    Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], 0.3) + 1.0).unwrap()))
 }
 
 fn check_linear(what: &str, deltas: Vec<LowRank>, trains: impl Fn(&str) -> bool) {
@@ -47,7 +61,12 @@ fn check_linear(what: &str, deltas: Vec<LowRank>, trains: impl Fn(&str) -> bool)
     let mut dx = InputGrad::Empty;
     l.backward(&saved, l.needs_input().then_some(&x), &g, &side, &mut grads, &mut dx).unwrap();
     assert!(snapshot(&mut l) == before, "{what}: a parameter changed");
-    let run = |l: &Linear, x: &Tensor| against(&l.forward(x, &side).unwrap().0, &g);
+    let lengths = lengths(&l);
+    let run = |l: &Linear, x: &Tensor| {
+        let mut l = l.clone();
+        hold(&mut l, &lengths);
+        against(&l.forward(x, &side).unwrap().0, &g)
+    };
     check_slope(&format!("{what}: x"), &x, dx.sum().unwrap(), 30, |x| run(&l, &x));
     check_params(what, &mut l, grads.by_name(), |_| false, |l| run(l, &x));
 }
@@ -66,6 +85,58 @@ fn linear_layers_and_their_adapters() {
     check_linear("LoRA and weight", one(0.0), |_| true);
     check_linear("two adapters, the first frozen", two(), |n| n.contains(".dpo."));
     check_linear("two adapters, both trained", two(), |n| n.contains("lora"));
+    for p in [0.0, 0.4] {
+        let what = |case: &str| format!("DoRA with dropout {p}, {case}");
+        let one = || vec![dora("layer", "sft", p)];
+        check_linear(&what("alone"), one(), |n| n.contains("lora"));
+        check_linear(&what("magnitude"), one(), |n| n.contains("magnitude"));
+        check_linear(&what("A and B"), one(), |n| n.contains("lora_A") || n.contains("lora_B"));
+        check_linear(&what("everything"), one(), |_| true);
+        check_linear(&what("frozen under the layer's own weights"), one(), |n| !n.contains("lora"));
+        let three = || vec![low_rank("layer", "a", p), dora("layer", "b", p), low_rank("layer", "c", 0.3)];
+        check_linear(&what("between two of LoRA"), three(), |n| n.contains("lora"));
+        check_linear(&what("frozen between two of LoRA"), three(), |n| n.contains("lora") && !n.contains(".b."));
+        let twice = vec![dora("layer", "a", p), dora("layer", "b", 0.2)];
+        check_linear(&what("twice, with the weight"), twice, |_| true);
+    }
+}
+
+/// PEFT's `DoraLinearVariant.forward` in candle's products, on the same masks: each update after the other.
+#[test]
+fn dora_computes_what_peft_does() {
+    let x = noise("x", &[6, 5], 1.0);
+    for (bias, p) in [(false, 0.0), (true, 0.0), (false, 0.4), (true, 0.4)] {
+        let mut l = build::linear(&mut source(), "layer", 7, 5, bias).unwrap();
+        l.deltas = vec![low_rank("layer", "a", 0.0), dora("layer", "b", p), dora("layer", "c", 0.0)];
+        perturb(&mut l);
+        let all = names(&mut l, |_| true);
+        l.set_trainable(&all);
+        let mut side = Side::packed(&[6]);
+        side.dropout = Some(key("dropout"));
+        let w = &l.weight.value;
+        let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+        let b = l.bias.as_ref().map_or(noise("none", &[7], 0.0), |b| b.value.clone());
+        let mut y = product(&x, w).broadcast_add(&b).unwrap();
+        for d in &l.deltas {
+            let x = if d.dropout > 0.0 {
+                dropout(key("dropout").child(&d.a.name), &x, d.dropout).unwrap()
+            } else {
+                x.clone()
+            };
+            let update = (product(&product(&x, &d.a.value), &d.b.value) * d.scale).unwrap();
+            let Some(m) = &d.magnitude else {
+                y = (y + update).unwrap();
+                continue;
+            };
+            let whole = (w + (d.b.value.matmul(&d.a.value).unwrap() * d.scale).unwrap()).unwrap();
+            let gain = (&m.param.value / whole.sqr().unwrap().sum(1).unwrap().sqrt().unwrap()).unwrap();
+            let base = if d.dropout > 0.0 { product(&x, w) } else { y.broadcast_sub(&b).unwrap() };
+            let more = base.broadcast_mul(&(&gain - 1.0).unwrap()).unwrap();
+            y = (y + (more + update.broadcast_mul(&gain).unwrap()).unwrap()).unwrap();
+        }
+        let got = l.forward(&x, &side).unwrap().0;
+        assert!(distance(&got, &y) < 1e-12, "bias {bias}, dropout {p}");
+    }
 }
 
 #[test]
@@ -123,16 +194,28 @@ fn check_layer<S: Segment + Clone>(
             adapter: "sft".into(),
             a: matrix("A", &[2, d]),
             b: matrix("B", &[out, 2]),
+            magnitude: None,
             scale: 0.5,
             dropout: 0.3,
         });
     });
+    let mut stacked = adapted.clone();
+    linears(&mut stacked, &mut |l| {
+        let name = l.name().to_string();
+        let lora = l.deltas[0].clone();
+        let renamed = |p: &Param| Param::new(p.name.replace(".sft.", ".dpo."), p.value.clone());
+        let m = Some(magnitude(&name, "dpo", lora.b.value.dims()[0]));
+        let (a, b) = (renamed(&lora.a), renamed(&lora.b));
+        l.deltas.push(LowRank { adapter: "dpo".into(), a, b, magnitude: m, scale: 0.8, dropout: 0.2 });
+    });
     let g = noise("g", x.dims(), 1.0);
     let everything: fn(&str) -> bool = |_| true;
     #[allow(clippy::type_complexity, reason = "a table of name, segment, and what trains")]
-    let cases: [(&str, &S, fn(&str) -> bool); 5] = [
+    let cases: [(&str, &S, fn(&str) -> bool); 7] = [
         ("everything", layer, everything),
         ("LoRA", &adapted, |n| n.contains("lora")),
+        ("DoRA on LoRA", &stacked, |n| n.contains("lora")),
+        ("DoRA on frozen LoRA", &stacked, |n| n.contains(".dpo.")),
         ("norms", layer, |n| n.contains("norm")),
         ("biases", layer, |n| n.ends_with("_proj.bias")),
         ("frozen", layer, |_| false),
@@ -143,7 +226,13 @@ fn check_layer<S: Segment + Clone>(
         let chosen = names(&mut layer[0], trains);
         layer[0].set_trainable(&chosen);
         let before = snapshot(&mut layer[0]);
-        let run = |layer: &S, x: &Tensor| against(&layer.forward(x, side, Kept::Minimal).unwrap().0, &g);
+        let mut at = Lengths::new();
+        linears(&mut layer[0], &mut |l| at.extend(lengths(l)));
+        let run = |layer: &S, x: &Tensor| {
+            let mut layer = layer.clone();
+            linears(&mut layer, &mut |l| hold(l, &at));
+            against(&layer.forward(x, side, Kept::Minimal).unwrap().0, &g)
+        };
         let mut results = Vec::new();
         for (kept, need_dx) in [(Kept::Minimal, true), (Kept::All, true), (Kept::Input, true), (Kept::Minimal, false)] {
             let (_, tape) = segment::forward(&layer, x.clone(), side, 0, kept).unwrap();
@@ -363,7 +452,7 @@ fn adapters_on_tower_and_language_model() {
                 dropout,
                 target: vec![target.into()],
                 rslora: name == "dpo",
-                freeze: false,
+                ..Default::default()
             };
             lora::attach(&mut vlm, &cfg, name, key("lora")).unwrap();
         }
@@ -384,7 +473,7 @@ fn adapters_switched_off_leave_the_base_model() {
     let base = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
     let mut adapted = base.clone();
     let target = vec!["*".to_string()];
-    let cfg = schema::Lora { name: None, rank: 2, alpha: 3.0, dropout: 0.0, target, rslora: false, freeze: false };
+    let cfg = schema::Lora { rank: 2, alpha: 3.0, target, ..Default::default() };
     lora::attach(&mut adapted, &cfg, "sft", key("lora")).unwrap();
     let batch = pack(&base, &sequences().iter().collect::<Vec<_>>());
     let logps =

@@ -6,10 +6,12 @@ use crate::model::init::{Fresh, Place};
 use crate::model::insert::Inserts;
 use crate::model::insert::bottleneck::Bottleneck;
 use crate::model::insert::cross_attention::CrossAttention;
+use crate::model::params::Param;
 use crate::model::vlm::{Prefix, Vlm};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
 use crate::recipe::schema;
+use candle_core::Tensor;
 
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
 fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&str, usize, &mut Inserts) -> Result<()>) -> Result<()> {
@@ -68,14 +70,31 @@ pub fn attach_cross_attention(vlm: &mut Vlm, cfg: &schema::CrossAttention, adapt
     Ok(())
 }
 
+/// Name of an adapter's soft tokens.
+fn prefix_name(adapter: &str) -> String {
+    format!("language.prefix.{adapter}.weight")
+}
+
+/// Puts the soft tokens `[tokens, D]` of a PEFT folder in front of every sequence.
+pub fn attach_loaded_prefix(vlm: &mut Vlm, embeddings: &Tensor, adapter: &str) -> Result<()> {
+    let (d, place) = (vlm.language.config.hidden_size, place(vlm));
+    if !matches!(embeddings.dims(), [tokens, width] if *tokens > 0 && *width == d) {
+        bail!("adapter `{adapter}`: soft tokens {:?} for a language model of width {d}", embeddings.dims();
+            "the adapter belongs to another model")
+    }
+    let value = embeddings.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
+    let embeddings = Param::computed_in(prefix_name(adapter), value, place.dtype)?;
+    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
+    Ok(())
+}
+
 /// Puts fresh soft tokens in front of every sequence, behind those that are there.
 pub fn attach_prefix(vlm: &mut Vlm, cfg: &schema::Prefix, adapter: &str, key: Key) -> Result<()> {
     if vlm.prefixes.iter().any(|p| p.adapter == adapter) {
         bail!("there is already an adapter named `{adapter}`"; "give one of the two another `name`")
     }
     let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
-    let name = format!("language.prefix.{adapter}.weight");
-    let embeddings = crate::model::init::Source::master(&mut source, name, &[cfg.tokens, d])?;
+    let embeddings = crate::model::init::Source::master(&mut source, prefix_name(adapter), &[cfg.tokens, d])?;
     vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
     Ok(())
 }

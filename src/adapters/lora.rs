@@ -1,7 +1,9 @@
-//! LoRA (Hu et al. 2021) on linear layers of tower and language model: grafting, merging, taking out, in PEFT's terms.
+//! LoRA (Hu et al. 2021), with DoRA's magnitudes (Liu et al. 2024) or without, on linear layers of tower and language model:
+//! grafting, merging, taking out, in PEFT's terms.
 
 use crate::bail;
 use crate::error::Result;
+use crate::model::dora::{self, Magnitude};
 use crate::model::init::{Fresh, Source};
 use crate::model::linear::{Linear, LowRank};
 use crate::model::params::Param;
@@ -36,6 +38,8 @@ pub struct LoraAdapter {
     pub dropout: f64,
     /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
     pub tensors: BTreeMap<String, (Tensor, Tensor)>,
+    /// DoRA's magnitude [out] of every module; none of a plain LoRA.
+    pub magnitudes: BTreeMap<String, Tensor>,
 }
 
 impl LoraAdapter {
@@ -45,16 +49,24 @@ impl LoraAdapter {
         scale(self.rank_of(module), alpha, self.rslora)
     }
 
+    /// Has it magnitudes?
+    pub fn dora(&self) -> bool {
+        !self.magnitudes.is_empty()
+    }
+
     /// Rank of `module`: that of its tensors.
     pub fn rank_of(&self, module: &str) -> usize {
         self.tensors.get(module).and_then(|(a, _)| a.dims().first().copied()).unwrap_or(self.rank)
     }
 }
 
-/// Name of one matrix of an adapter, e.g. `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
-fn part(module: &str, matrix: &str, adapter: &str) -> String {
-    format!("{module}.lora_{matrix}.{adapter}.weight")
+/// Name of one tensor of an adapter, e.g. `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
+fn part(module: &str, tensor: &str, adapter: &str) -> String {
+    format!("{module}.lora_{tensor}.{adapter}.weight")
 }
+
+/// Kind of a magnitude, as [`part`] takes it.
+const MAGNITUDE: &str = "magnitude_vector";
 
 /// Names of the linear layers that `cfg.target` means, in order. A pattern that means none is an error.
 pub fn targets(vlm: &mut Vlm, cfg: &schema::Lora) -> Result<Vec<String>> {
@@ -73,15 +85,29 @@ pub fn attach(vlm: &mut Vlm, cfg: &schema::Lora, adapter: &str, key: Key) -> Res
         let ((d_out, d_in), place) = (l.dims()?, l.place());
         let mut source = Fresh { key, place };
         let mut matrix = |m: &str, shape: &[usize]| source.master(part(l.name(), m, adapter), shape);
-        Ok(LowRank {
-            adapter: adapter.to_string(),
-            a: matrix("A", &[cfg.rank, d_in])?,
-            b: matrix("B", &[d_out, cfg.rank])?,
-            scale: scale(cfg.rank, cfg.alpha, cfg.rslora),
-            dropout: cfg.dropout,
-        })
+        let (a, b) = (matrix("A", &[cfg.rank, d_in])?, matrix("B", &[d_out, cfg.rank])?);
+        let scale = scale(cfg.rank, cfg.alpha, cfg.rslora);
+        let unchanged = || dora::unchanged(l.name(), l.weight.compute(), a.compute(), b.compute(), scale);
+        let magnitude = |value| Magnitude::new(Param::new(part(l.name(), MAGNITUDE, adapter), value));
+        let magnitude = if cfg.dora { Some(magnitude(unchanged()?)) } else { None };
+        Ok(LowRank { adapter: adapter.to_string(), a, b, magnitude, scale, dropout: cfg.dropout })
     })?;
     Ok(names)
+}
+
+/// Gives magnitudes whose names `which` picks the lengths that the rows have with A and B as they are.
+pub fn reset_magnitudes(vlm: &mut Vlm, which: impl Fn(&str) -> bool) -> Result<()> {
+    let mut result = Ok(());
+    vlm.for_each_linear(&mut |l| {
+        for d in &l.deltas {
+            let picked = d.magnitude.as_ref().filter(|m| which(&m.param.name));
+            if let (Ok(()), Some(m)) = (&result, picked) {
+                let unchanged = dora::unchanged(l.name(), l.weight.compute(), d.a.compute(), d.b.compute(), d.scale);
+                result = unchanged.and_then(|value| m.param.overwrite(&value));
+            }
+        }
+    });
+    result
 }
 
 /// Grafts an adapter that was read from a PEFT folder.
@@ -109,13 +135,17 @@ pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
             let value = t.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
             Param::computed_in(part(l.name(), m, &loaded.name), value, place.dtype)
         };
-        Ok(LowRank {
-            adapter: loaded.name.clone(),
-            a: matrix("A", a)?,
-            b: matrix("B", b)?,
-            scale: loaded.scale(l.name()),
-            dropout: loaded.dropout,
-        })
+        let (a, b, scale) = (matrix("A", a)?, matrix("B", b)?, loaded.scale(l.name()));
+        let magnitude = |m: &Tensor| -> Result<Magnitude> {
+            if m.dims() != [d_out] {
+                bail!("adapter `{}`, {}: a magnitude {:?} for {d_out} rows", loaded.name, l.name(), m.dims())
+            }
+            dora::unchanged(l.name(), l.weight.compute(), a.compute(), b.compute(), scale)?;
+            let value = m.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
+            Ok(Magnitude::new(Param::new(part(l.name(), MAGNITUDE, &loaded.name), value)))
+        };
+        let magnitude = loaded.magnitudes.get(l.name()).map(magnitude).transpose()?;
+        Ok(LowRank { adapter: loaded.name.clone(), a, b, magnitude, scale, dropout: loaded.dropout })
     })
 }
 
@@ -138,23 +168,30 @@ fn graft(vlm: &mut Vlm, names: &[String], adapter: &str, make: impl Fn(&Linear) 
     result
 }
 
-/// Adds an adapter into the weights, W += s·B·A in the weight's dtype, and takes it off.
-pub fn merge(vlm: &mut Vlm, adapter: &str) -> Result<()> {
+/// Puts all adapters into the weights, in the weight's dtype, and takes them off. Each layer's go in the order in which they act:
+/// W += s·B·A, and with a magnitude the rows of the sum are scaled as the layer scales its outputs.
+pub fn merge(vlm: &mut Vlm) -> Result<()> {
     let mut result = Ok(());
     vlm.for_each_linear(&mut |l| {
-        let Some(i) = l.deltas.iter().position(|d| d.adapter == adapter) else { return };
-        let d = l.deltas.remove(i);
-        if result.is_ok() {
-            result = add_product(&l.weight, &d);
+        let deltas = std::mem::take(&mut l.deltas);
+        if result.is_ok() && !deltas.is_empty() {
+            result = merge_into(&l.weight, &deltas);
         }
     });
     result
 }
 
-/// W += s·B·A in place, summed in f32 (or the weight's own type).
-fn add_product(w: &Param, d: &LowRank) -> Result<()> {
-    let sum = widen(&w.value)?.copy()?;
-    matmul_add(&sum, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value))?;
+/// The sum is in f32 (or the weight's own type) until it is whole.
+fn merge_into(w: &Param, deltas: &[LowRank]) -> Result<()> {
+    let base = widen(&w.value)?;
+    let mut sum = base.copy()?;
+    for d in deltas {
+        matmul_add(&sum, d.scale, Mat::N(&d.b.value), Mat::N(&d.a.value))?;
+        if let Some(m) = &d.magnitude {
+            let lengths = dora::lengths(&base, &dora::row_squares(&base)?, &d.a.value, &d.b.value, d.scale)?;
+            sum = sum.broadcast_mul(&(&m.param.value / lengths)?.unsqueeze(1)?)?;
+        }
+    }
     w.overwrite(&sum)
 }
 
@@ -167,15 +204,25 @@ pub fn names(vlm: &mut Vlm) -> Vec<String> {
 
 /// An adapter as it is saved. Modules whose scale comes from an alpha of their own keep it.
 pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> Result<LoraAdapter> {
-    let (mut tensors, mut alphas) = (BTreeMap::new(), BTreeMap::new());
+    let (mut tensors, mut magnitudes, mut alphas) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, d) in vlm.deltas(adapter) {
         let rank = d.a.value.dim(0)? as f64;
         let alpha = d.scale * if cfg.rslora { rank.sqrt() } else { rank };
         if (alpha - cfg.alpha).abs() > 1e-9 * cfg.alpha.abs() {
             alphas.insert(name.clone(), alpha);
         }
+        magnitudes.extend(d.magnitude.map(|m| (name.clone(), m.param.value)));
         tensors.insert(name, (d.a.value, d.b.value));
     }
     let (name, rank) = (adapter.to_string(), cfg.rank);
-    Ok(LoraAdapter { name, rank, alpha: cfg.alpha, rslora: cfg.rslora, dropout: cfg.dropout, alphas, tensors })
+    Ok(LoraAdapter {
+        name,
+        rank,
+        alpha: cfg.alpha,
+        rslora: cfg.rslora,
+        dropout: cfg.dropout,
+        alphas,
+        tensors,
+        magnitudes,
+    })
 }

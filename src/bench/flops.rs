@@ -3,14 +3,16 @@
 //! matrix of scores does so; layers that run again (`recompute`) do not count.
 
 use super::preset::Preset;
+use crate::error::Result;
 use crate::model::config::{LlamaConfig, VisionConfig};
 use serde::Serialize;
 
 /// The formula, as it is printed.
 pub const FORMULA: &str = "linear layers of the language model 4·N a token (forward 2·N, dX 2·N, frozen: no dW), without dX of the \
     first q, k, v if nothing below trains; low-rank updates 6·r·(in + out) a token; attention 14·heads·width a layer and pair of \
-    tokens that see each other (forward 4, backward 10); head 4·V·D a label; tower forward only; projector 6 a weight and \
-    visual token, 4 in its first layer, 2 where it is frozen";
+    tokens that see each other (forward 4, backward 10); head 4·V·D a label; tower forward only; projector's own \
+    forward (2 a weight and row, 4·width a pair of attention), of which backward is twice as much, once in layers that read the \
+    frozen tower's features, 2.5 times in attention, nothing where it is frozen";
 
 /// One step's batch and what trains.
 #[derive(Debug, Clone)]
@@ -48,28 +50,27 @@ pub struct Flops {
 
 impl Flops {
     /// Of one step.
-    pub fn of(preset: &Preset, pass: &Pass) -> Self {
+    pub fn of(preset: &Preset, pass: &Pass) -> Result<Self> {
         let (c, d) = (&preset.language, preset.language.hidden_size as u64);
         let tokens = (pass.sequences * pass.length) as u64;
         // The first layer's q, k and v see no trained thing below them.
         let untouched = if pass.projector { 0 } else { first_qkv(c) };
-        let visual = (pass.pictures * preset.vision.num_patches()) as u64;
-        let (first, second) = (preset.vision.hidden_size as u64 * d, d * d);
-        let projector = if pass.projector { 4 * first + 6 * second } else { 2 * (first + second) };
+        let work = preset.projector_work()?;
+        let projector = if pass.projector { work.training() } else { work.forward() };
         let updates = pass.rank.map_or(0, |r| {
             let skipped = if pass.projector { 0 } else { 3 * d };
             r as u64 * (6 * update_widths(c) - 2 * skipped)
         });
         let pairs = (pass.sequences * pass.length * (pass.length + 1) / 2) as u64;
         let heads = (c.num_attention_heads * c.head_dim * c.num_hidden_layers) as u64;
-        Self {
+        Ok(Self {
             tower: pass.pictures as u64 * picture(&preset.vision, preset.depth()),
-            projector: visual * projector,
+            projector: pass.pictures as u64 * projector,
             linears: tokens * (4 * linears(c) - 2 * untouched),
             updates: tokens * updates,
             attention: 14 * pairs * heads,
             head: 4 * (pass.labels * c.vocab_size) as u64 * d,
-        }
+        })
     }
 
     /// All together.
@@ -120,7 +121,7 @@ mod tests {
     fn the_tiny_model_by_hand() {
         let preset = Preset::named("tiny").unwrap();
         let pass = Pass { pictures: 2, sequences: 2, length: 20, labels: 5, projector: true, rank: Some(4) };
-        let flops = Flops::of(&preset, &pass);
+        let flops = Flops::of(&preset, &pass).unwrap();
         // 16 patches of 4 × 4 pixels in 3 colours and a class token; two layers of width 32 and 64.
         let layer = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * (2 * 17 * 17 * 32);
         assert_eq!(flops.tower, 2 * (2 * 16 * 48 * 32 + 2 * layer));
@@ -132,11 +133,11 @@ mod tests {
         // Each token sees itself and those before: 210 pairs a sequence.
         assert_eq!(flops.attention, 14 * 2 * 210 * 48 * 2);
         assert_eq!(flops.head, 4 * 5 * 96 * 48);
-        let alone = Flops::of(&preset, &Pass { projector: false, ..pass.clone() });
+        let alone = Flops::of(&preset, &Pass { projector: false, ..pass.clone() }).unwrap();
         assert_eq!(flops.linears - alone.linears, 40 * 2 * (48 * 48 + 2 * 48 * 24));
         assert_eq!(flops.updates - alone.updates, 40 * 2 * 4 * 3 * 48);
         assert_eq!(alone.projector, 2 * 16 * 2 * (32 * 48 + 48 * 48));
-        assert_eq!(Flops::of(&preset, &Pass { rank: None, ..pass }).updates, 0);
+        assert_eq!(Flops::of(&preset, &Pass { rank: None, ..pass }).unwrap().updates, 0);
     }
 
     #[test]
@@ -146,8 +147,8 @@ mod tests {
         near((preset.language.vocab_size * preset.language.hidden_size) as u64, 0.131e9, 5e-3);
         near(picture(&preset.vision, preset.depth()), 366e9, 2e-3);
         let align = Pass { pictures: 1, sequences: 1, length: 620, labels: 43, projector: true, rank: None };
-        near(Flops::of(&preset, &align).total(), 16.7e12, 0.015);
+        near(Flops::of(&preset, &align).unwrap().total(), 16.7e12, 0.015);
         let sft = Pass { pictures: 8, sequences: 8, length: 2048, labels: 8 * 2048, projector: true, rank: Some(128) };
-        near(Flops::of(&preset, &sft).total(), 498e12, 5e-3);
+        near(Flops::of(&preset, &sft).unwrap().total(), 498e12, 5e-3);
     }
 }

@@ -1,10 +1,11 @@
-//! How fast this machine is at what training consists of: [`kernels`], each beside its floor, and [`step`], whole steps at a
-//! real model's shape.
+//! How fast this machine is at what training consists of: [`kernels`], each beside its floor, [`step`], whole steps at a
+//! real model's shape, and [`mod@freeze`], what freezing saves of them. How well each way to connect two backbones learns: [`zoo`].
 //!
 //! A floor is what the work needs at least: the bytes that must move at the bandwidth of a copy, or the FLOPs at the rate of a
 //! large matrix product, whichever takes longer. Both are measured in the same process before anything else ([`machine`]).
 
 pub mod flops;
+pub mod freeze;
 pub mod kernels;
 pub mod machine;
 pub mod noise;
@@ -13,6 +14,7 @@ pub mod preset;
 mod samples;
 pub mod step;
 pub mod timer;
+pub mod zoo;
 
 use crate::error::Result;
 use crate::model::init::Place;
@@ -58,6 +60,11 @@ impl<'a> Bench<'a> {
         let machine = Machine::measure(&place, &clock)?;
         out.record(&machine, || machine.lines())?;
         Ok(Self { place, clock, machine, out })
+    }
+
+    /// [`freeze::run`] behind what was told of the machine.
+    pub fn freeze(&mut self, measure: impl FnMut(usize) -> Result<String>) -> Result<()> {
+        freeze::run(&mut self.out, measure)
     }
 }
 

@@ -4,9 +4,10 @@ use super::noise::Noise;
 use crate::bail;
 use crate::error::Result;
 use crate::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use crate::model::init::{Place, Shapes};
 use crate::model::language::Language;
-use crate::model::projector::Projector;
-use crate::model::vision::Tower;
+use crate::model::projector::{Projector, Work};
+use crate::model::vision::{Grid, Tower};
 use crate::model::vlm::Vlm;
 use crate::recipe::schema::{self, Activation, MlpProjector, SelectFeature};
 
@@ -56,23 +57,27 @@ impl Preset {
         depth.clamp(0, n) as usize
     }
 
+    /// FLOPs of the projector's forward pass of one picture.
+    pub fn projector_work(&self) -> Result<Work> {
+        let (v, d) = (&self.vision, self.language.hidden_size);
+        let grid = Grid { image_size: v.image_size, patch_size: v.patch_size, class_token: false };
+        Projector::new(&projector(), v.hidden_size, d, true, &mut Shapes(Place::cpu()))?.work(grid)
+    }
+
     /// The model with random weights, everything frozen.
     pub fn build(&self, noise: &mut Noise) -> Result<Vlm> {
-        let act = Activation::Gelu;
-        let cfg = schema::Projector::Mlp(MlpProjector {
-            source: None,
-            depth: 2,
-            hidden: None,
-            act,
-            input_norm: false,
-            norm: false,
-        });
         let (v, d) = (self.vision.hidden_size, self.language.hidden_size);
         let tower = Tower::new(self.vision.clone(), self.select_layer, SelectFeature::Patch, noise)?;
-        let projector = Projector::new(&cfg, v, d, true, noise)?;
+        let projector = Projector::new(&projector(), v, d, true, noise)?;
         let language = Language::new(self.language.clone(), noise)?;
         Ok(Vlm::new(Some(tower), Some(projector), language, self.image_token))
     }
+}
+
+/// LLaVA-1.5's.
+fn projector() -> schema::Projector {
+    let act = Activation::Gelu;
+    schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden: None, act, input_norm: false, norm: false })
 }
 
 fn clip(hidden: usize, mlp: usize, layers: usize, heads: usize, edge: usize, patch: usize) -> VisionConfig {

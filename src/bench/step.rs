@@ -73,12 +73,25 @@ impl Options {
         if self.steps == 0 || none(self.micro) || none(self.rank) || self.peak.is_some_and(|p| p.is_nan() || p <= 0.0) {
             bail!("--steps, --micro, --rank or --peak is not above 0"; "leave it out for the default")
         }
-        let (visual, room) = (self.preset.vision.num_patches(), self.preset.vision.num_patches() + 3);
-        if let Some(n) = self.sequence.filter(|n| *n < room) {
-            bail!("--seq {n} has no room for a picture of {visual} tokens and a text"; "take {room} or more")
-        }
-        Ok(())
+        room(&self.preset, self.sequence)
     }
+}
+
+/// A sequence of so many tokens must hold a picture and a text.
+pub(super) fn room(preset: &Preset, sequence: Option<usize>) -> Result<()> {
+    let (visual, room) = (preset.vision.num_patches(), preset.vision.num_patches() + 3);
+    match sequence.filter(|n| *n < room) {
+        Some(n) => bail!("--seq {n} has no room for a picture of {visual} tokens and a text"; "take {room} or more"),
+        None => Ok(()),
+    }
+}
+
+/// Low-rank updates of every linear layer of the language model.
+pub(super) fn low_rank(vlm: &mut Vlm, rank: usize, dropout: f64) -> Result<()> {
+    let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
+    let alpha = 2.0 * rank as f64;
+    let cfg = schema::Lora { rank, alpha, dropout, target, ..Default::default() };
+    lora::attach(vlm, &cfg, "sft", Key::new(1, "lora")).map(drop)
 }
 
 /// What a step took and did.
@@ -143,10 +156,7 @@ pub fn run(bench: &mut Bench, o: &Options) -> Result<()> {
 /// Lets train what the work trains; returns its weights as the optimizer sees them.
 fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTreeMap<String, Weight>> {
     if work != Work::Align && lora::names(vlm).is_empty() {
-        let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
-        let alpha = 2.0 * rank as f64;
-        let cfg = schema::Lora { name: None, rank, alpha, dropout, target, rslora: false, freeze: false };
-        lora::attach(vlm, &cfg, "sft", Key::new(1, "lora"))?;
+        low_rank(vlm, rank, dropout)?;
     }
     let trains = |n: &String| match work {
         Work::Align => n.starts_with("projector."),
@@ -209,7 +219,7 @@ fn tell(
     trained: u64,
     measured: Measured,
 ) -> Result<()> {
-    let (flops_by_part, median) = (Flops::of(&o.preset, pass), measured.times.median);
+    let (flops_by_part, median) = (Flops::of(&o.preset, pass)?, measured.times.median);
     let (flops, tokens) = (flops_by_part.total(), pass.sequences * pass.length);
     let (flops_per_s, possible) = (flops as f64 / median, bench.machine.matmul_flops_per_s);
     // Every sample or pair shows a picture of its own.
@@ -279,7 +289,8 @@ fn parts(bench: &Bench, step: &mut dyn FnMut() -> Result<f64>) -> Result<BTreeMa
     Ok(parts)
 }
 
-fn kept_name(kept: Kept) -> &'static str {
+/// A policy as a recipe writes it.
+pub(super) fn kept_name(kept: Kept) -> &'static str {
     match kept {
         Kept::All => "none",
         Kept::Minimal => "minimal",

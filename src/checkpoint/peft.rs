@@ -1,15 +1,17 @@
-//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`; soft tokens in [`prompt`].
 //!
 //! Keys are written as PEFT does under transformers 5 (`base_model.model.` + module path + `.lora_A.weight`), and read in every
-//! spelling that names a module of ours. Scale: alpha / rank, rsLoRA alpha / √rank.
+//! spelling that names a module of ours. Scale: alpha / rank, rsLoRA alpha / √rank. DoRA has `.lora_magnitude_vector` beside them.
+
+mod prompt;
 
 use super::{atomic, safetensors};
 pub use crate::adapters::lora::LoraAdapter;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::model::config::LlamaConfig;
 use crate::model::weights::{Tensors, names};
 use candle_core::{Device, Tensor};
+pub use prompt::save_prompt;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,6 +23,42 @@ pub enum Base {
     Llava,
     /// `LlamaForCausalLM` alone.
     Language,
+}
+
+/// What a PEFT folder holds.
+#[derive(Debug)]
+pub enum Loaded {
+    /// Low-rank updates.
+    Lora(LoraAdapter),
+    /// Soft tokens, `[tokens, D]`.
+    Prompt(Tensor),
+}
+
+/// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
+pub fn load(dir: &Path, name: &str) -> Result<Loaded> {
+    let config = read_config(dir)?;
+    if config.get("peft_type").and_then(Value::as_str) == Some(prompt::TYPE) {
+        return prompt::load(dir, &config).map(Loaded::Prompt);
+    }
+    LoraAdapter::load(dir, name).map(Loaded::Lora)
+}
+
+fn read_config(dir: &Path) -> Result<Value> {
+    let path = dir.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| {
+        Error::new(format!("cannot read {}", path.display())).source(e).hint("a PEFT folder holds this file")
+    })?;
+    serde_json::from_str(&text).map_err(Error::from).with_context(|| path.display().to_string())
+}
+
+/// What the tensors of a folder are to one module.
+#[derive(Debug, Default)]
+struct Triple {
+    /// The module's path in PEFT.
+    path: String,
+    a: Option<Tensor>,
+    b: Option<Tensor>,
+    magnitude: Option<Tensor>,
 }
 
 /// The layers of one part of the model → the modules adapted in exactly these layers.
@@ -38,25 +76,28 @@ pub fn weight_file(dir: &Path) -> Result<PathBuf> {
 impl LoraAdapter {
     /// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
     pub fn load(dir: &Path, name: &str) -> Result<Self> {
-        let path = dir.join("adapter_config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| {
-            Error::new(format!("cannot read {}", path.display())).source(e).hint("a PEFT folder holds this file")
-        })?;
-        let read = || Config::parse(&serde_json::from_str(&text)?);
-        let config = read().with_context(|| path.display().to_string())?;
+        let config = Config::parse(&read_config(dir)?);
+        let config = config.with_context(|| dir.join("adapter_config.json").display().to_string())?;
         let file = weight_file(dir)?;
-        let tensors = load_pairs(&Tensors::open_file(&file)?).with_context(|| file.display().to_string())?;
-        let (mut alphas, mut adapter_tensors) = (BTreeMap::new(), BTreeMap::new());
-        for (module, (peft_name, a, b)) in tensors {
+        let modules = load_modules(&Tensors::open_file(&file)?).with_context(|| file.display().to_string())?;
+        let (mut alphas, mut tensors, mut magnitudes) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for (module, (peft_name, a, b, magnitude)) in modules {
             let (rank, said) = (a.dim(0)?, pattern_value(&config.ranks, &peft_name).unwrap_or(config.rank as f64));
             if rank as f64 != said {
                 bail!("{}: `{peft_name}` has rank {rank}, the configuration says {said}", file.display());
             }
+            match (magnitude, config.dora) {
+                (Some(m), true) => _ = magnitudes.insert(module.clone(), m),
+                (None, false) => {}
+                (Some(_), false) => bail!("{}: `{peft_name}` has a magnitude, but `use_dora` is false", file.display()),
+                (None, true) => bail!("{}: `use_dora` is true, but `{peft_name}` has no magnitude", file.display();
+                    "only linear layers, each with its `lora_magnitude_vector`, are supported"),
+            }
             alphas.extend(pattern_value(&config.alphas, &peft_name).map(|alpha| (module.clone(), alpha)));
-            adapter_tensors.insert(module, (a, b));
+            tensors.insert(module, (a, b));
         }
         let Config { rank, alpha, rslora, dropout, .. } = config;
-        Ok(Self { name: name.into(), rank, alpha, alphas, rslora, dropout, tensors: adapter_tensors })
+        Ok(Self { name: name.into(), rank, alpha, alphas, rslora, dropout, tensors, magnitudes })
     }
 
     /// Writes the folder `dir` as a whole. `base_model` is the path or repository that PEFT loads the model from.
@@ -71,6 +112,8 @@ impl LoraAdapter {
             let path = peft_path(base, module)?;
             keys.push((format!("base_model.model.{path}.lora_A.weight"), a));
             keys.push((format!("base_model.model.{path}.lora_B.weight"), b));
+            let magnitude = self.magnitudes.get(module);
+            keys.extend(magnitude.map(|m| (format!("base_model.model.{path}.lora_magnitude_vector"), m)));
         }
         let tensors = keys.iter().map(|(key, t)| (key.as_str(), *t)).collect();
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
@@ -101,7 +144,7 @@ impl LoraAdapter {
             "lora_alpha": alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
-            "use_dora": false,
+            "use_dora": self.dora(),
             "bias": "none",
             "fan_in_fan_out": false,
             "init_lora_weights": true,
@@ -113,37 +156,12 @@ impl LoraAdapter {
     }
 }
 
-/// Writes soft tokens `[tokens, D]` as PEFT's prompt tuning: a folder of `adapter_config.json` and `adapter_model.safetensors`.
-pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LlamaConfig) -> Result<()> {
-    let (tokens, width) = embeddings.dims2()?;
-    let config = json!({
-        "peft_type": "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": null,
-        "inference_mode": true,
-        "num_virtual_tokens": tokens,
-        "token_dim": width,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": language.num_attention_heads,
-        "num_layers": language.num_hidden_layers,
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": null,
-        "tokenizer_name_or_path": null,
-    });
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    atomic::directory(dir, |dir| {
-        let path = dir.join("adapter_model.safetensors");
-        safetensors::save_list(&path, vec![("prompt_embeddings", embeddings)], &metadata)?;
-        let text = serde_json::to_string_pretty(&config)? + "\n";
-        atomic::write_bytes(&dir.join("adapter_config.json"), text.as_bytes())
-    })
-}
-
 /// The fields of `adapter_config.json` that decide what the adapter computes.
 struct Config {
     rank: usize,
     alpha: f64,
     rslora: bool,
+    dora: bool,
     dropout: f64,
     ranks: BTreeMap<String, f64>,
     alphas: BTreeMap<String, f64>,
@@ -151,11 +169,12 @@ struct Config {
 
 impl Config {
     /// Fields that are read, and fields that say how an adapter was made but not what it computes.
-    const KNOWN: [&str; 26] = [
+    const KNOWN: [&str; 27] = [
         "r",
         "lora_alpha",
         "lora_dropout",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "peft_type",
@@ -186,7 +205,7 @@ impl Config {
         let text =
             |key: &str, default: &'static str| get(key).map_or(default, |v| v.as_str().unwrap_or("?")).to_string();
         if text("peft_type", "LORA") != "LORA" {
-            bail!("`peft_type` is {}", text("peft_type", ""); "only LORA adapters are supported");
+            bail!("`peft_type` is {}", text("peft_type", ""); "only LORA and PROMPT_TUNING are supported");
         }
         if text("bias", "none") != "none" {
             bail!("`bias` is {}, so the adapter changes biases too", text("bias", ""); "only bias = \"none\" is supported");
@@ -219,6 +238,7 @@ impl Config {
             alpha: number("lora_alpha", 8.0)?,
             dropout: number("lora_dropout", 0.0)?,
             rslora: get("use_rslora").is_some_and(|v| v == &Value::Bool(true)),
+            dora: get("use_dora").is_some_and(|v| v == &Value::Bool(true)),
             ranks: pattern(get("rank_pattern"), "rank_pattern")?,
             alphas: pattern(get("alpha_pattern"), "alpha_pattern")?,
         })
@@ -248,38 +268,66 @@ fn pattern_value(pattern: &BTreeMap<String, f64>, path: &str) -> Option<f64> {
     pattern.iter().find(|(key, _)| fits(key)).map(|(_, value)| *value)
 }
 
-/// Canonical module → its path in PEFT, A, B.
-fn load_pairs(tensors: &Tensors) -> Result<BTreeMap<String, (String, Tensor, Tensor)>> {
-    let mut pairs: BTreeMap<String, (String, [Option<Tensor>; 2])> = BTreeMap::new();
+/// Canonical module → its path in PEFT, A, B, DoRA's magnitude if there is one.
+type Modules = BTreeMap<String, (String, Tensor, Tensor, Option<Tensor>)>;
+
+fn load_modules(tensors: &Tensors) -> Result<Modules> {
+    let mut found: BTreeMap<String, Triple> = BTreeMap::new();
     for key in tensors.names() {
-        let Some((path, which)) = split_key(key) else {
-            bail!("`{key}` is no part of a LoRA on a linear layer"; "embeddings, biases and DoRA are not supported");
+        let Some((path, part)) = split_key(key) else {
+            bail!("`{key}` is no part of a LoRA on a linear layer"; "embeddings and biases are not supported");
         };
         let Some(module) = names::module(path) else {
             bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model");
         };
-        let (_, pair) = pairs.entry(module.clone()).or_insert_with(|| (path.to_string(), [None, None]));
-        if pair[which].replace(tensors.load(key, &Device::Cpu)?).is_some() {
-            bail!("two tensors are the same half of the adapter of `{module}`; one of them is `{key}`");
+        let of = found.entry(module.clone()).or_insert_with(|| Triple { path: path.to_string(), ..Triple::default() });
+        let slot = match part {
+            Part::A => &mut of.a,
+            Part::B => &mut of.b,
+            Part::Magnitude => &mut of.magnitude,
+        };
+        if slot.replace(tensors.load(key, &Device::Cpu)?).is_some() {
+            bail!("two tensors are the same part of the adapter of `{module}`; one of them is `{key}`");
         }
     }
-    let complete = |(module, (path, pair)): (String, (String, [Option<Tensor>; 2]))| match pair {
-        [Some(a), Some(b)] if matches!((a.dims(), b.dims()), ([r, _], [_, s]) if r == s) => Ok((module, (path, a, b))),
-        [Some(a), Some(b)] => {
-            let (a, b) = (a.dims(), b.dims());
-            Err(Error::new(format!("`{path}`: lora_A {a:?} and lora_B {b:?} do not fit (want [r, in] and [out, r])")))
-        }
-        _ => Err(Error::new(format!("`{path}` has only one of lora_A and lora_B"))),
-    };
-    pairs.into_iter().map(complete).collect()
+    found.into_iter().map(|(module, t)| Ok((module, t.complete()?))).collect()
 }
 
-/// `base_model.model.PATH.lora_A[.NAME].weight` → PATH and 0 for A, 1 for B.
-fn split_key(key: &str) -> Option<(&str, usize)> {
-    let key = key.strip_prefix("base_model.model.").unwrap_or(key).strip_suffix(".weight")?;
-    let halves = [(key.rsplit_once(".lora_A"), 0), (key.rsplit_once(".lora_B"), 1)];
-    let (path, rest, which) = halves.into_iter().find_map(|(split, which)| split.map(|(p, r)| (p, r, which)))?;
-    (rest.is_empty() || rest.starts_with('.')).then_some((path, which))
+impl Triple {
+    fn complete(self) -> Result<(String, Tensor, Tensor, Option<Tensor>)> {
+        let Self { path, a, b, magnitude } = self;
+        let (Some(a), Some(b)) = (a, b) else { bail!("`{path}` has only one of lora_A and lora_B") };
+        let (&[r, _], &[out, s]) = (a.dims(), b.dims()) else {
+            bail!("`{path}`: lora_A {:?} and lora_B {:?} are no matrices", a.dims(), b.dims())
+        };
+        if r != s {
+            bail!("`{path}`: lora_A {:?} and lora_B {:?} do not fit (want [r, in] and [out, r])", a.dims(), b.dims())
+        }
+        if let Some(m) = magnitude.as_ref().filter(|m| m.dims() != [out]) {
+            bail!("`{path}`: lora_magnitude_vector {:?} does not fit lora_B {:?}", m.dims(), b.dims())
+        }
+        Ok((path, a, b, magnitude))
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    A,
+    B,
+    Magnitude,
+}
+
+/// `base_model.model.PATH.lora_A[.NAME].weight` → PATH and what it is; a magnitude may do without `.weight`.
+fn split_key(key: &str) -> Option<(&str, Part)> {
+    let key = key.strip_prefix("base_model.model.").unwrap_or(key);
+    let weight = key.strip_suffix(".weight");
+    let parts = [
+        (weight.and_then(|k| k.rsplit_once(".lora_A")), Part::A),
+        (weight.and_then(|k| k.rsplit_once(".lora_B")), Part::B),
+        (weight.unwrap_or(key).rsplit_once(".lora_magnitude_vector"), Part::Magnitude),
+    ];
+    let (path, rest, part) = parts.into_iter().find_map(|(split, part)| split.map(|(p, r)| (p, r, part)))?;
+    (rest.is_empty() || rest.starts_with('.')).then_some((path, part))
 }
 
 /// The path of a module inside the transformers 5 model.

@@ -3,10 +3,13 @@
 use super::{device, stdout};
 use crate::bail;
 use crate::bench::preset::{NAMES, Preset};
-use crate::bench::{Bench, Output, kernels, step};
-use crate::error::Result;
+use crate::bench::{Bench, Output, freeze, kernels, step, zoo};
+use crate::error::{Context, Result};
 use crate::model::init::Place;
 use crate::recipe::schema::{Activations, DType};
+use crate::report::Reporter;
+use std::io::Write;
+use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -21,6 +24,11 @@ enum What {
     Kernels(Kernels),
     /// Training steps at a model's shape: tokens/s, share of the possible FLOPs, memory, time by part.
     Step(Step),
+    /// What freezing saves: the projector, LoRA, the last two layers or everything training, each with and without recompute,
+    /// beside the published ratios.
+    Freeze(Freeze),
+    /// Every projector and adapter on a recipe's first two stages: parameters, visual tokens, time of a step, held-out accuracy.
+    Zoo(Zoo),
 }
 
 #[derive(Debug, clap::Args)]
@@ -78,6 +86,45 @@ struct Step {
     peak: Option<f64>,
 }
 
+#[derive(Debug, clap::Args)]
+struct Freeze {
+    #[command(flatten)]
+    common: Common,
+    /// The model's shape, filled with random weights: llava-1.5-7b, smollm2-135m-dinov2-s or tiny.
+    #[arg(long)]
+    preset: String,
+    /// Samples of a step, in one micro-batch; default: the preset's.
+    #[arg(long)]
+    micro: Option<usize>,
+    /// Tokens of a sequence, the picture's among them; default: the preset's.
+    #[arg(long)]
+    seq: Option<usize>,
+    /// Timed steps.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// Measure one configuration alone, in this process, and write its record.
+    #[arg(long, hide = true)]
+    configuration: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Zoo {
+    #[command(flatten)]
+    common: Common,
+    /// The recipe whose first two stages are run.
+    #[arg(default_value = "recipes/quickstart.toml")]
+    recipe: PathBuf,
+    /// Override a value of the recipe, for every entry, e.g. --set stage.sft.max_steps=400.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The folder of all runs; the same command goes on where it was stopped.
+    #[arg(long, default_value = "runs/zoo")]
+    out: PathBuf,
+    /// Only entries whose name holds this.
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Option<String>,
+}
+
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Work {
     /// The projector, on captions.
@@ -96,10 +143,12 @@ enum Kept {
     Recompute,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     match &args.what {
         What::Kernels(a) => a.run(),
         What::Step(a) => a.run(),
+        What::Freeze(a) => a.run(),
+        What::Zoo(a) => a.run(reporter),
     }
 }
 
@@ -153,5 +202,44 @@ impl Step {
         };
         options.check()?;
         self.common.with(self.common.place()?, |bench| step::run(bench, &options))
+    }
+}
+
+impl Freeze {
+    fn run(&self) -> Result<()> {
+        let preset = Preset::named(&self.preset)?;
+        let options = freeze::Options { preset, micro: self.micro, sequence: self.seq, steps: self.steps };
+        options.check()?;
+        if let Some(configuration) = self.configuration {
+            let record = freeze::one(&self.common.place()?, &options, configuration)?;
+            writeln!(stdout::Stdout::lock(), "{}", serde_json::to_string(&record)?)?;
+            return Ok(());
+        }
+        self.common.with(self.common.place()?, |bench| bench.freeze(|configuration| self.child(configuration)))
+    }
+
+    /// This command in a process of its own, for one configuration; what it wrote.
+    fn child(&self, configuration: usize) -> Result<String> {
+        let program = std::env::current_exe().context("cannot find this program's file")?;
+        let mut command = std::process::Command::new(program);
+        command.args(std::env::args_os().skip(1)).arg("--configuration").arg(configuration.to_string());
+        let said = command.stderr(std::process::Stdio::inherit()).output().context("cannot start a process")?;
+        if !said.status.success() {
+            bail!("the process of a configuration ended with {}", said.status; "its own message stands above; on a small machine take a smaller --preset, --micro or --seq")
+        }
+        Ok(String::from_utf8_lossy(&said.stdout).into_owned())
+    }
+}
+
+impl Zoo {
+    fn run(&self, reporter: &Reporter) -> Result<()> {
+        let options = zoo::Options {
+            recipe: self.recipe.clone(),
+            sets: self.sets.clone(),
+            out: self.out.clone(),
+            only: self.only.clone(),
+        };
+        let mut to = stdout::Stdout::lock();
+        zoo::run(&options, &self.common.place()?, reporter, &mut Output { to: &mut to, json: self.common.json })
     }
 }

@@ -71,7 +71,7 @@ pub fn main() -> ExitCode {
         Command::Score(a) => score::run(&a, &reporter).map(done),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, &reporter),
-        Command::Bench(a) => bench::run(&a).map(done),
+        Command::Bench(a) => bench::run(&a, &reporter).map(done),
     };
     match result {
         Ok(code) => code,

@@ -398,7 +398,8 @@ fn select_layer(f: &Fields) -> Result<i64> {
 }
 
 /// Names as in transformers' `ACT2FN`.
-const ACTIVATIONS: [(&str, Activation); 6] = [
+/// Activations by the names that transformers has for them.
+pub(super) const ACTIVATIONS: [(&str, Activation); 6] = [
     ("gelu", Activation::Gelu),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
     ("gelu_new", Activation::GeluTanh),

@@ -72,6 +72,37 @@ impl Source for FromWeights<'_> {
     }
 }
 
+/// Fresh values for the parameters whose names begin with one of `prefixes`, all others from weight files.
+pub struct Partly<'a> {
+    pub weights: FromWeights<'a>,
+    pub fresh: Fresh,
+    pub prefixes: &'a [&'a str],
+}
+
+impl Source for Partly<'_> {
+    fn place(&self) -> &Place {
+        self.weights.place
+    }
+    fn get(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        if self.prefixes.iter().any(|p| name.starts_with(p)) {
+            return self.fresh.get(name, shape, dtype);
+        }
+        self.weights.get(name, shape, dtype)
+    }
+}
+
+/// Parameters without values, to count them: one zero stands behind all elements of a tensor.
+pub struct Shapes(pub Place);
+
+impl Source for Shapes {
+    fn place(&self) -> &Place {
+        &self.0
+    }
+    fn get(&mut self, _: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Ok(Tensor::zeros(vec![1; shape.len()], dtype, &self.0.device)?.broadcast_as(shape)?)
+    }
+}
+
 /// Fresh parameters.
 pub struct Fresh {
     pub key: Key,
@@ -93,8 +124,9 @@ pub const NEWLINE: &str = "projector.image_newline";
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
 /// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B, a bottleneck's `up`, gates and an adapter's other biases
-/// zero; soft tokens normal with deviation 0.02; the newline of tiles normal with
-/// deviation 1/√width. On the CPU.
+/// zero; soft tokens normal with deviation 0.02. A Q-Former begins as HF's BERT does, and its queries as LAVIS's: all normal with
+/// deviation 0.02; a perceiver's latents with deviation 1, as OpenFlamingo's (at HF's ones they would all be alike); the newline of
+/// tiles with deviation 1/√width, as HF's. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);
@@ -102,17 +134,20 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
     let constant = |v: f64| Ok((Tensor::ones(shape, dtype, &Device::Cpu)? * v)?);
     let adapter = adapter_of(name).is_some();
     // A weight of one dimension scales a norm, whatever that is called (`ff.0` in OpenFlamingo).
-    if module.contains("norm") || adapter && leaf == "weight" && shape.len() == 1 {
+    if module.contains("norm") || module == "LayerNorm" || adapter && leaf == "weight" && shape.len() == 1 {
         return constant(if leaf == "weight" { 1.0 } else { 0.0 });
     }
     if name.contains(".lora_B.") || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
         return constant(0.0);
     }
-    // transformers' deviation of LLaVA-NeXT's newline token.
     if name == NEWLINE {
         return normal(key, shape, 1.0 / (shape.iter().product::<usize>().max(1) as f64).sqrt(), dtype);
     }
-    if name.starts_with("projector.") || adapter && !name.contains(".prefix.") {
+    if leaf == "latents" {
+        return normal(key, shape, 1.0, dtype);
+    }
+    let bert = name.starts_with("projector.qformer.") || leaf == "query_tokens";
+    if name.starts_with("projector.") && !bert || adapter && !name.contains(".prefix.") {
         let fan_in = shape.get(1).or(shape.first()).copied().unwrap_or(1).max(1);
         // A bias does not know its layer's input width; its own length is the nearest thing to it, and small either way.
         return uniform(key, shape, 1.0 / (fan_in as f64).sqrt(), dtype);

@@ -1,15 +1,24 @@
-//! A linear layer with any number of low-rank updates on top: one type for frozen, LoRA (Hu et al. 2021), stacked
-//! adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else. Layers that share
-//! their input (q, k and v; gate and up) run together, so that updates of one kind pass over it once.
+//! A linear layer with any number of low-rank updates on top: one type for frozen, LoRA (Hu et al. 2021), DoRA (Liu et al.
+//! 2024), stacked adapters and full fine-tuning. Backward computes what trains, plus dX if asked for, and nothing else. Layers
+//! that share their input (q, k and v; gate and up) run together, so that updates of one kind pass over it once.
+//!
+//! An update with a magnitude (DoRA) acts on what stands before it, as several active adapters of PEFT's do: with its own product
+//! L = s·x·Aᵀ·Bᵀ, y becomes b + g∘(y − b + L), g its gain (`model::dora`). Under dropout y becomes y + (g − 1)∘(x̃·Wᵀ) + g∘L, both
+//! of x̃ = drop(x). Either way that is y + L + (g − 1)∘z, where z is what the gain multiplies.
 
+mod scaled;
+
+use super::dora::Magnitude;
 use super::init::Place;
 use super::params::{Grads, Module, Param};
 use super::segment::Side;
 use crate::bail;
 use crate::error::Result;
-use crate::ops::matmul::{Mat, linear, matmul, matmul_add, sum_rows};
+use crate::ops::matmul::{Mat, add_, linear, matmul, matmul_add, sum_rows};
+use crate::ops::random::{Key, dropout};
 use crate::ops::{bytes, lora};
 use candle_core::Tensor;
+use scaled::{Dropped, Scaled, scale, unscale};
 
 /// `y = x·Wᵀ + b + Σ s·(drop(x)·Aᵀ)·Bᵀ`.
 #[derive(Debug, Clone)]
@@ -30,6 +39,8 @@ pub struct LowRank {
     pub a: Param,
     /// `[out, rank]`.
     pub b: Param,
+    /// The rows' lengths, if the update is DoRA's.
+    pub magnitude: Option<Magnitude>,
     /// alpha/rank, or alpha/√rank.
     pub scale: f64,
     /// Probability of zeroing an input of A while training.
@@ -38,12 +49,13 @@ pub struct LowRank {
 
 impl LowRank {
     fn trains(&self) -> bool {
-        self.a.trainable || self.b.trainable
+        self.a.trainable || self.b.trainable || self.magnitude.as_ref().is_some_and(|m| m.param.trainable)
     }
 
     /// Can the two go through one launch?
     fn alike(&self, other: &Self) -> bool {
-        let kind = |d: &Self| (d.a.value.dims().first().copied(), d.scale, d.dropout, d.trains());
+        let kind =
+            |d: &Self| (d.a.value.dims().first().copied(), d.scale, d.dropout, d.trains(), d.magnitude.is_some());
         kind(self) == kind(other)
     }
 
@@ -54,16 +66,32 @@ impl LowRank {
     }
 }
 
-/// What backward needs beside x of layers that ran together: `drop(x)·Aᵀ` of each group's updates, one below the other.
-pub struct Saved(Vec<(Group, Tensor)>);
+/// What backward needs beside x of layers that ran together.
+pub struct Saved(Vec<Ran>);
 
-/// What [`backward_to_input`] leaves: u of each group in which an A trains, laid out as in [`Saved`].
-pub struct Rest(Vec<(Group, Tensor)>);
+/// What a group's forward pass left.
+struct Ran {
+    group: Group,
+    /// `drop(x)·Aᵀ` of the group's updates, one below the other.
+    h: Tensor,
+    /// Each member's, if their updates have magnitudes.
+    scaled: Vec<Scaled>,
+}
+
+/// What [`backward_to_input`] leaves.
+pub struct Rest {
+    /// u of each group in which an A trains, laid out as h in [`Saved`].
+    us: Vec<(Group, Tensor)>,
+    /// dY as each layer's own product sees it.
+    dy: Vec<Tensor>,
+    dropped: Vec<Dropped>,
+}
 
 impl Saved {
-    /// Bytes that it holds.
+    /// Bytes that it holds for the rows that passed; a gain, a few numbers for each output of a layer, is left out.
     pub fn bytes(&self) -> usize {
-        self.0.iter().map(|(_, h)| bytes(h)).sum()
+        let z = |r: &Ran| r.scaled.iter().filter_map(|s| s.z.as_ref()).map(bytes).sum::<usize>();
+        self.0.iter().map(|r| bytes(&r.h) + z(r)).sum()
     }
 }
 
@@ -92,6 +120,12 @@ impl InputGrad {
             Self::Sum(sum) => matmul_add(sum, 1.0, a, b)?,
         }
         Ok(())
+    }
+
+    /// Adds `drop(A·B)` to what is there.
+    fn add_dropped(&mut self, (key, p): (Key, f64), a: Mat, b: Mat) -> Result<()> {
+        let Self::Sum(sum) = self else { return Ok(()) };
+        add_(sum, 1.0, &dropout(key, &matmul(a, b)?, p)?)
     }
 
     /// The sum of what every layer has added.
@@ -135,11 +169,12 @@ impl Linear {
 
     /// Bytes a token that [`Saved`] takes for this layer.
     pub fn saved_bytes(&self) -> Result<usize> {
-        let mut ranks = 0;
+        let mut numbers = 0;
         for d in &self.deltas {
-            ranks += d.a.value.dim(0)?;
+            let magnitude = d.magnitude.as_ref().filter(|m| m.param.trainable);
+            numbers += d.a.value.dim(0)? + magnitude.map_or(Ok(0), |m| m.param.value.dim(0))?;
         }
-        Ok(ranks * self.place().dtype.size_in_bytes())
+        Ok(numbers * self.place().dtype.size_in_bytes())
     }
 
     /// Where and in which type it computes.
@@ -170,7 +205,8 @@ pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, side: &Side
         let updates = group.updates(&layers, side);
         let h = lora::down(x, &updates)?;
         lora::up_(&group.of(&y), &h, &updates)?;
-        saved.push((group, h));
+        let scaled = scale(&layers, &group, x, &h, &updates, &mut y)?;
+        saved.push(Ran { group, h, scaled });
     }
     match y.try_into() {
         Ok(y) => Ok((y, Saved(saved))),
@@ -191,7 +227,7 @@ pub fn backward_all(
     dx: &mut InputGrad,
 ) -> Result<()> {
     let rest = backward_to_input(layers, saved, dy, side, grads, dx)?;
-    backward_from_input(layers, rest, x, dy, side, grads)
+    backward_from_input(layers, rest, x, side, grads)
 }
 
 /// The part of [`backward_all`] that does without the input, for who rebuilds it with the help of dX.
@@ -203,8 +239,9 @@ pub fn backward_to_input(
     grads: &mut Grads,
     dx: &mut InputGrad,
 ) -> Result<Rest> {
+    let seen = unscale(layers, saved, dy, side, grads)?;
     let mut us = Vec::with_capacity(saved.0.len());
-    for (group, h) in &saved.0 {
+    for (Ran { group, h, .. }, dy) in saved.0.iter().zip(&seen.groups) {
         let mut db = Vec::with_capacity(group.0.len());
         for d in group.deltas(layers) {
             db.push(if d.b.trainable { Some(grads.slot(&d.b)?.clone()) } else { None });
@@ -212,30 +249,33 @@ pub fn backward_to_input(
         let trains = group.deltas(layers).any(LowRank::trains);
         // u [N, rank] is all that A and x see of dY.
         let u = (trains || !matches!(dx, InputGrad::Unwanted)).then(|| {
-            let db: Vec<_> = db.iter().map(Option::as_ref).collect();
-            lora::back(&group.of(dy), h, &group.updates(layers, side), &db)
+            let (dy, db): (Vec<_>, Vec<_>) = (dy.iter().collect(), db.iter().map(Option::as_ref).collect());
+            lora::back(&dy, h, &group.updates(layers, side), &db)
         });
         us.push(u.transpose()?);
     }
-    for (i, (l, dy)) in layers.iter().zip(dy).enumerate() {
+    for (i, l) in layers.iter().enumerate() {
         if let Some(b) = l.bias.as_ref().filter(|b| b.trainable) {
-            grads.add(&b.name, sum_rows(dy)?)?;
+            grads.add(&b.name, sum_rows(dy[i])?)?;
         }
-        dx.add_product(Mat::N(dy), Mat::N(l.weight.compute()))?;
+        dx.add_product(Mat::N(&seen.layers[i]), Mat::N(l.weight.compute()))?;
+        for d in seen.dropped.iter().filter(|d| d.layer == i) {
+            dx.add_dropped(d.mask, Mat::N(&d.dy), Mat::N(l.weight.compute()))?;
+        }
         // A group's updates meet dX once, after the product of its last layer.
-        for ((group, _), u) in saved.0.iter().zip(&us).filter(|((g, _), _)| g.last() == Some(i)) {
+        for (Ran { group, .. }, u) in saved.0.iter().zip(&us).filter(|(r, _)| r.group.last() == Some(i)) {
             if let (InputGrad::Sum(dx), Some(u)) = (&*dx, u) {
                 lora::add_dx_(dx, u, &group.updates(layers, side))?;
             }
         }
     }
-    let mut rest = Vec::new();
-    for ((group, _), u) in saved.0.iter().zip(us) {
-        if let (Some(u), true) = (u, group.deltas(layers).any(|d| d.a.trainable)) {
-            rest.push((group.clone(), u));
+    let mut rest = Rest { us: Vec::new(), dy: seen.layers, dropped: seen.dropped };
+    for (ran, u) in saved.0.iter().zip(us) {
+        if let (Some(u), true) = (u, ran.group.deltas(layers).any(|d| d.a.trainable)) {
+            rest.us.push((ran.group.clone(), u));
         }
     }
-    Ok(Rest(rest))
+    Ok(rest)
 }
 
 /// The rest of [`backward_all`]: the gradients that `x`, the input, is a factor of.
@@ -243,15 +283,18 @@ pub fn backward_from_input(
     layers: &[&Linear],
     rest: Rest,
     x: Option<&Tensor>,
-    dy: &[&Tensor],
     side: &Side,
     grads: &mut Grads,
 ) -> Result<()> {
     let Some(x) = x else { return Ok(()) };
-    for (l, dy) in layers.iter().zip(dy).filter(|(l, _)| l.weight.trainable) {
+    for (l, dy) in layers.iter().zip(&rest.dy).filter(|(l, _)| l.weight.trainable) {
         grads.add_product(&l.weight, 1.0, Mat::T(dy), Mat::N(x))?;
     }
-    for (group, u) in &rest.0 {
+    for d in rest.dropped.iter().filter(|d| layers[d.layer].weight.trainable) {
+        let x = dropout(d.mask.0, x, d.mask.1)?;
+        grads.add_product(&layers[d.layer].weight, 1.0, Mat::T(&d.dy), Mat::N(&x))?;
+    }
+    for (group, u) in &rest.us {
         let mut da = Vec::with_capacity(group.0.len());
         for d in group.deltas(layers) {
             da.push(if d.a.trainable { Some(grads.slot(&d.a)?.clone()) } else { None });
@@ -321,6 +364,9 @@ impl Module for Linear {
         for d in &mut self.deltas {
             f(&mut d.a);
             f(&mut d.b);
+            if let Some(m) = &mut d.magnitude {
+                f(&mut m.param);
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod build;
 pub mod config;
+pub mod dora;
 pub mod init;
 pub mod insert;
 pub mod island;

@@ -159,7 +159,8 @@ pub fn adapter_of(name: &str) -> Option<&str> {
 }
 
 /// What stands before an adapter's own name in its parameters' names.
-const ADAPTER_PARTS: [&str; 5] = ["lora_A", "lora_B", "bottleneck", "cross_attention", "prefix"];
+const ADAPTER_PARTS: [&str; 6] =
+    ["lora_A", "lora_B", "lora_magnitude_vector", "bottleneck", "cross_attention", "prefix"];
 
 /// Gradients of the trained parameters by name, summed over the micro-batches of a step; f32 where the model computes in bf16.
 #[derive(Debug, Default)]

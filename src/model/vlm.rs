@@ -438,6 +438,51 @@ impl Vlm {
         Ok(load.tokens * self.language.bytes_per_token(kept)? + load.pictures * tower)
     }
 
+    /// [`Vlm::kept_bytes`] of each layer by its name, those below the frontier left out.
+    pub fn kept_by_layer(&self, load: Load, kept: Kept) -> Result<BTreeMap<&str, usize>> {
+        let mut all = BTreeMap::new();
+        if let Some(v) = &self.vision {
+            let reached = v.frontier().unwrap_or(v.depth())..v.depth();
+            let rows = load.pictures * v.rows();
+            for l in &v.layers[reached] {
+                all.insert(l.name.as_str(), rows * l.bytes_per_row(l.policy().unwrap_or(kept))?);
+            }
+        }
+        for l in &self.language.layers[self.language.frontier().0..] {
+            all.insert(l.name.as_str(), load.tokens * l.bytes_per_row(l.policy().unwrap_or(kept))?);
+        }
+        Ok(all)
+    }
+
+    /// Where backward stops: what lies right below the lowest module that it reaches, in the tower and in the language model.
+    /// Empty if it goes down to all inputs.
+    pub fn stops_above(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        if let Some(v) = self.vision.as_ref().filter(|_| self.visual_learns()) {
+            let top = |depth: usize| match depth.checked_sub(1) {
+                Some(i) => format!("vision.encoder.layers.{i}"),
+                None => "vision.pre_layrnorm".to_string(),
+            };
+            match v.frontier() {
+                Some(_) if v.embeddings_train() => {}
+                first => all.push(top(first.unwrap_or(v.depth()))),
+            }
+        }
+        let n = self.language.layers.len();
+        match self.language.frontier() {
+            (_, true) => {}
+            (first, _) if first == n && !self.language.reaches_norm() => all.push("language.norm".to_string()),
+            (0, _) => all.push("language.embed_tokens".to_string()),
+            (first, _) => all.push(format!("language.layers.{}", first - 1)),
+        }
+        all
+    }
+
+    /// Rows that soft tokens add to every sequence.
+    pub fn prefix_rows(&self) -> usize {
+        self.prefixes.iter().filter_map(|p| p.embeddings.value.dims().first()).sum()
+    }
+
     /// Bytes that one layer's activations take at most while it runs, recorded or not.
     pub fn largest_layer(&self, load: Load) -> Result<usize> {
         let mut most = 0;

@@ -40,6 +40,28 @@ pub fn activate(act: Activation, x: &Tensor) -> Result<Tensor> {
     node1("activation", x, y, Box::new(move |[x], at| Ok([Some(activation::backward(act, x, at.dy)?)])))
 }
 
+/// `silu(gate)·up`, of one shape.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let y = activation::swiglu(&gate.detach(), &up.detach())?;
+    let backward = move |[gate, up]: [&Tensor; 2], at: Ends| {
+        let g = activation::swiglu_backward(gate, up, at.dy, false)?;
+        Ok([Some(g.gate), Some(g.up)])
+    };
+    node2("swiglu", gate, up, y, Box::new(backward))
+}
+
+/// `[Q, D]` → `[times·Q, D]`, the rows over and over; backward sums in f32.
+pub fn repeat(x: &Tensor, times: usize) -> Result<Tensor> {
+    let (q, d) = x.dims2()?;
+    // A fresh buffer also of a single copy: the node takes it.
+    let y = x.detach().unsqueeze(0)?.broadcast_as((times, q, d))?.force_contiguous()?.reshape((times * q, d))?;
+    let backward = move |[x]: [&Tensor; 1], at: Ends| {
+        let sum = sum_rows(&at.dy.reshape((times, q * d))?)?;
+        Ok([Some(sum.reshape((q, d))?.to_dtype(x.dtype())?)])
+    };
+    node1("repeat", x, y, Box::new(backward))
+}
+
 /// Inverted dropout with the mask of `key`, any shape; backward draws the mask again.
 pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
     let y = random::dropout(key, &x.detach().contiguous()?, p)?;
@@ -305,7 +327,7 @@ mod tests {
         };
         let (x, w, b) = (var("x", &[3, 4]), var("w", &[5, 4]), var("b", &[5]));
         let (scale, shift) = (var("s", &[5]), var("t", &[5]));
-        let scale4 = var("s4", &[4]);
+        let (scale4, gate) = (var("s4", &[4]), var("gate", &[3, 4]));
         let vars = [x.clone(), w.clone(), b.clone(), scale.clone(), shift.clone()];
         check(&vars, || {
             let y = linear(&x, &w, Some(&b)).unwrap();
@@ -313,6 +335,11 @@ mod tests {
         });
         check(&[x.clone(), w.clone()], || linear(&x, &w, None).unwrap());
         check(&[x.clone(), scale4.clone()], || rms_norm(&x, &scale4, 1e-5).unwrap());
+        check(&[x.clone(), gate.clone()], || swiglu(&x, &gate).unwrap());
+        for times in [1, 3] {
+            check(std::slice::from_ref(&x), || repeat(&x, times).unwrap());
+        }
+        assert_eq!(repeat(&x, 1).unwrap().to_vec2::<f64>().unwrap(), x.to_vec2::<f64>().unwrap());
         check(std::slice::from_ref(&x), || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
     }
 

@@ -6,6 +6,7 @@
 //! are in place, so every clone of a parameter tensor sees them.
 
 use super::groups::{Group, Groups, Member};
+use super::layers::Depths;
 use super::schedule::Schedule;
 use crate::bail;
 use crate::error::{Context, Error, Result};
@@ -29,7 +30,8 @@ const SMALLEST_EIGHT: usize = 4096;
 #[derive(Debug)]
 pub struct AdamW {
     groups: Groups,
-    schedule: Schedule,
+    /// Of each group.
+    schedules: Vec<Schedule>,
     hyper: schema::AdamW,
     max_grad_norm: f64,
     /// Stream of the noise that rounds bf16 parameters and 8-bit moments.
@@ -67,27 +69,36 @@ pub struct StepReport {
 pub struct GroupReport {
     /// The group's name.
     pub name: String,
-    /// Learning rate used in the step.
+    /// Highest learning rate used in the step.
     pub lr: f64,
+    /// Lowest one, where it decays layer by layer.
+    pub lr_lowest: Option<f64>,
     /// Norm of the group's gradients, before clipping.
     pub grad_norm: f64,
 }
 
 impl AdamW {
-    /// A fresh optimizer at step 0. `max_grad_norm` 0 switches clipping off. `noise` rounds what is rounded stochastically.
+    /// A fresh optimizer at step 0. `schedule` is that of the groups that have none of their own. `max_grad_norm` 0 switches clipping off. `noise` rounds what is rounded stochastically.
     pub fn new(hyper: schema::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64, noise: Key) -> Self {
-        Self { groups, schedule, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
+        let own = |g: &Group| g.scheduler.as_ref().map_or_else(|| schedule.clone(), |own| schedule.like(own));
+        let schedules = groups.list().iter().map(own).collect();
+        Self { groups, schedules, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
     }
 
-    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape).
+    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape) of backbones of
+    /// these `depths`, of which some have a multiple of their group's learning rate (name → factor).
     pub fn of_stage(
         stage: &schema::Stage,
         name: &str,
         total_steps: usize,
         trained: &BTreeMap<String, Vec<usize>>,
+        depths: Depths,
+        factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
         let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
-        let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?;
+        let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?
+            .multiplied(factors)?
+            .decay_layers(stage.layer_decay, depths)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));
         Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise))
@@ -103,20 +114,24 @@ impl AdamW {
         &self.groups
     }
 
-    /// Learning rate of every group in step `step` (from 0), in the order of [`Groups::list`].
+    /// Learning rate of every group in step `step` (from 0), in the order of [`Groups::list`]; a parameter's own is that by its
+    /// [`Member::factor`].
     pub fn lrs(&self, step: usize) -> Vec<f64> {
-        self.groups.list().iter().map(|g| g.lr * self.schedule.factor(step)).collect()
+        self.groups.list().iter().zip(&self.schedules).map(|(g, s)| g.lr * s.factor(step)).collect()
+    }
+
+    /// Bytes of one parameter's moments.
+    pub fn moment_bytes(&self, member: &Member) -> u64 {
+        let n = elements(member);
+        let bytes = if self.eight(member) { 2 * (n + 4 * n.div_ceil(BLOCK)) } else { 8 * n };
+        bytes as u64
     }
 
     /// Bytes of the moments that steps will still allocate on `device`, where the parameters are.
     pub fn bytes_to_come(&self, device: &Device) -> u64 {
-        let bytes = |m: &Member| {
-            let n = elements(m);
-            if self.eight(m) { 2 * (n + 4 * n.div_ceil(BLOCK)) } else { 8 * n }
-        };
         let there = |name: &String| self.state.get(name).is_some_and(|s| s.moments.is_on(device));
         let fresh = self.groups.members().iter().filter(|(name, _)| !there(name));
-        fresh.map(|(_, m)| bytes(m) as u64).sum()
+        fresh.map(|(_, m)| self.moment_bytes(m)).sum()
     }
 
     /// Updates, in place, every parameter that has a gradient; rounded copies follow. `params` (all that train) and `grads` by
@@ -131,8 +146,11 @@ impl AdamW {
         // What was never updated has no state.
         self.state.retain(|_, s| s.updates > 0);
         let norms = norms?;
-        let report =
-            |((g, lr), norm): ((&Group, &f64), &f64)| GroupReport { name: g.name.clone(), lr: *lr, grad_norm: *norm };
+        let report = |((g, lr), norm): ((&Group, &f64), &f64)| {
+            let [low, high] = g.factors;
+            let (lr, lr_lowest) = (high * lr, (low < high).then_some(low * lr));
+            GroupReport { name: g.name.clone(), lr, lr_lowest, grad_norm: *norm }
+        };
         let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();
         let squares = self.groups.members().keys().cloned().zip(norms.squares).collect();
         let report = StepReport { step: self.step, grad_norm: norms.total, clip: norms.clip, groups, squares };
@@ -162,7 +180,7 @@ impl AdamW {
             let update = grads.get(name).zip(self.state.get(name)).map(|(grad, s)| Gradient {
                 grad,
                 moments: &s.moments,
-                rate: self.rate(member, lrs[member.group], s.updates + 1),
+                rate: self.rate(member, lrs[member.group] * member.factor, s.updates + 1),
             });
             let (weight, eight) = (find(name, params)?, self.eight(member));
             rows.push(Parameter { weight, update, eight, group: member.group });

@@ -34,6 +34,11 @@ impl Schedule {
         Self { shape, warmup: warmup.warmup_steps.unwrap_or(ratio), total }
     }
 
+    /// Another scheduler over the same steps.
+    pub fn like(&self, scheduler: &Scheduler) -> Self {
+        Self::new(scheduler, self.total)
+    }
+
     /// Steps whose learning rate is still rising.
     pub fn warmup(&self) -> usize {
         self.warmup

@@ -46,6 +46,7 @@ pub fn optimizer(form: Form, elements: usize) -> Result<AdamW> {
         r#match: vec![pattern.into()],
         lr: Some(lr),
         weight_decay: Some(decay),
+        ..Default::default()
     };
     let groups = Groups::resolve(&[group("a", 2e-2, 0.1), group("b*", 5e-3, 0.0)], 1.0, 0.0, &shapes(elements))?;
     let schedule = Schedule::new(&Scheduler::Constant(Warmup::default()), STEPS as usize);

@@ -1,15 +1,15 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
-use crate::adapters::lora::LoraAdapter;
+use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
-use crate::model::init::{Fresh, FromWeights, NEWLINE, Place, Source};
+use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
 use crate::model::language::Language;
 use crate::model::params::Param;
-use crate::model::projector::Projector;
+use crate::model::projector::{Projector, published};
 use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{Weights, source};
@@ -23,7 +23,7 @@ pub struct Assembly {
     /// Where it computes.
     pub place: Place,
     /// How the adapter of `model.adapter` was made, if there is one.
-    pub start_adapter: Option<schema::Lora>,
+    pub start_adapter: Option<schema::Adapter>,
     /// Has a run begun to change the weights?
     pub used: bool,
     /// Sees pictures as the first stage does.
@@ -82,9 +82,17 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;
         parts.note(&dir, &["adapter_config.json"]);
         parts.files.push(peft::weight_file(&dir)?);
-        let loaded = LoraAdapter::load(&dir, START_ADAPTER)?;
-        crate::adapters::lora::attach_loaded(&mut vlm, &loaded)?;
-        start_adapter = Some(described(&loaded));
+        start_adapter = Some(match peft::load(&dir, START_ADAPTER)? {
+            peft::Loaded::Lora(loaded) => {
+                adapters::lora::attach_loaded(&mut vlm, &loaded)?;
+                schema::Adapter::Lora(described(&loaded))
+            }
+            peft::Loaded::Prompt(embeddings) => {
+                adapters::inserts::attach_loaded_prefix(&mut vlm, &embeddings, START_ADAPTER)?;
+                let (name, tokens) = (Some(START_ADAPTER.to_string()), embeddings.dim(0)?);
+                schema::Adapter::Prefix(schema::Prefix { name, tokens, freeze: false })
+            }
+        });
     }
     let Parts { place, files, sources, warnings, .. } = parts;
     Ok(Assembly {
@@ -115,8 +123,31 @@ pub fn sight(vlm: &Vlm) -> Result<Option<Sight>> {
 /// A loaded adapter in the words of a recipe.
 fn described(a: &LoraAdapter) -> schema::Lora {
     let target = a.tensors.keys().cloned().collect();
-    let name = Some(a.name.clone());
-    schema::Lora { name, rank: a.rank, alpha: a.alpha, dropout: a.dropout, target, rslora: a.rslora, freeze: false }
+    schema::Lora {
+        name: Some(a.name.clone()),
+        rank: a.rank,
+        alpha: a.alpha,
+        dropout: a.dropout,
+        target,
+        rslora: a.rslora,
+        dora: a.dora(),
+        ..schema::Lora::default()
+    }
+}
+
+/// A part of the projector that begins with fresh values only if the recipe says so must be in its source.
+fn has_all_but(cfg: &schema::Projector, weights: &Weights, source: &str) -> Result<()> {
+    let mut lacks = cfg.may_be_fresh();
+    lacks.retain(|p| !cfg.fresh().contains(p) && !weights.names().any(|n| n.starts_with(p)));
+    let Some(first) = lacks.first() else { return Ok(()) };
+    let list: Vec<String> = lacks.iter().chain(&cfg.fresh()).map(|p| format!("\"{}\"", part_name(p))).collect();
+    bail!("{source} has no `{}`", part_name(first);
+        "to begin there with random values, say so beside `source`: fresh = [{}]", list.join(", "))
+}
+
+/// What a recipe calls the part of a projector whose parameters' names begin with `prefix`.
+fn part_name(prefix: &str) -> &str {
+    prefix.trim_start_matches("projector.").trim_end_matches('.')
 }
 
 /// Name of the adapter that `model.adapter` brings along.
@@ -185,9 +216,22 @@ impl Parts {
     }
 
     /// Builds a part from weights and makes sure that all of them were used.
-    fn load<T>(&mut self, mut weights: Weights, build: impl FnOnce(&mut dyn Source) -> Result<T>) -> Result<T> {
+    fn load<T>(&mut self, weights: Weights, build: impl FnOnce(&mut dyn Source) -> Result<T>) -> Result<T> {
+        self.load_but(&[], weights, build)
+    }
+
+    /// [`Parts::load`], but with fresh values for the parameters whose names begin with one of `prefixes`.
+    fn load_but<T>(
+        &mut self,
+        prefixes: &[&str],
+        mut weights: Weights,
+        build: impl FnOnce(&mut dyn Source) -> Result<T>,
+    ) -> Result<T> {
         self.files.extend(weights.files().map(Path::to_path_buf));
-        let built = build(&mut FromWeights { weights: &mut weights, place: &self.place })?;
+        prefixes.iter().for_each(|p| weights.skip(p));
+        let fresh = self.fresh();
+        let weights_of = FromWeights { weights: &mut weights, place: &self.place };
+        let built = build(&mut Partly { weights: weights_of, fresh, prefixes })?;
         weights.finish()?;
         Ok(built)
     }
@@ -293,17 +337,34 @@ impl Parts {
         };
         let path = PathBuf::from(source);
         let path = if path.exists() { path } else { self.find("model.projector", source, source::PROJECTOR)? };
-        let mut weights = Weights::projector(&path)?;
-        let mut fresh = self.fresh();
-        let saved = weights.info(NEWLINE).is_some();
-        if !tiles {
-            weights.skip(NEWLINE);
+        let weights = Weights::projector(&path)?;
+        let mut fresh = cfg.fresh();
+        self.published(&cfg, &path).and_then(|()| has_all_but(&cfg, &weights, source)).context("model.projector")?;
+        if tiles && weights.info(NEWLINE).is_none() {
+            fresh.push(NEWLINE);
         }
-        let build = |src: &mut dyn Source| {
-            let projector = Projector::new(&cfg, d_in, d_out, bias, src)?;
-            Ok((projector, if saved { newline(src)? } else { newline(&mut fresh)? }))
-        };
-        self.load(weights, build).context("model.projector")
+        for part in fresh.iter().map(|p| part_name(p)) {
+            self.warnings
+                .push(format!("model.projector: `{part}` begins with random values, not with those of {source}"));
+        }
+        if !tiles {
+            // Of no use where no picture is in tiles.
+            fresh.push(NEWLINE);
+        }
+        let build = |src: &mut dyn Source| Ok((Projector::new(&cfg, d_in, d_out, bias, src)?, newline(src)?));
+        self.load_but(&fresh, weights, build).context("model.projector")
+    }
+
+    /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.
+    fn published(&mut self, cfg: &schema::Projector, dir: &Path) -> Result<()> {
+        let file = dir.join("config.json");
+        if !dir.is_dir() || !file.is_file() {
+            return Ok(());
+        }
+        let text = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let config = serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))?;
+        self.note(dir, &["config.json"]);
+        published::check(cfg, &config)
     }
 
     fn encoder(&mut self, recipe: &Recipe, language: &LanguagePart, sight: Option<Sight>) -> Result<TextEncoder> {

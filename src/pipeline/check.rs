@@ -2,18 +2,21 @@
 //!
 //! Nothing is written into the run directory. Problems of all stages and evaluations are reported together.
 
+use super::align;
 use super::assemble::{Assembly, START_ADAPTER, assemble, sight};
-use super::freeze::{self, thousands};
-use super::stage::{check_reachable, dataset, optimizer, step_counts};
+use super::components::{self, Training};
+use super::freeze::thousands;
+use super::memory;
+use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data};
 use crate::bail;
-use crate::data::{Dataset, ImageProcessor, ImageRef, Sight};
+use crate::data::{Dataset, ImageProcessor, ImageRef, Plan, Sight};
 use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
 use crate::model::params::{Module, adapter_of};
 use crate::optim::AdamW;
-use crate::recipe::schema::{Model, Recipe, Scheduler, Stage, Warmup};
+use crate::recipe::schema::{Model, Recipe, Scheduler, Stage};
 use crate::report::{Reporter, Table};
 use candle_core::Device;
 use rayon::prelude::*;
@@ -34,9 +37,9 @@ pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Resul
     make_data(recipe, reporter)?;
     let assembly = assemble(recipe, &Place::new(Device::Cpu, recipe.model.dtype))?;
     write!(out, "{}", sources(&assembly).render())?;
-    let (ends, random) = (BTreeMap::new(), BTreeMap::new());
+    let (ends, random, masters) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let warnings = assembly.warnings.clone();
-    let mut all = Check { recipe, assembly: &assembly, ends, random, sights: Vec::new(), warnings, steps: 0 };
+    let mut all = Check { recipe, assembly: &assembly, ends, random, masters, sights: Vec::new(), warnings, steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
@@ -70,6 +73,8 @@ struct Check<'a> {
     ends: BTreeMap<&'a str, State>,
     /// What is still random at a stage's end: it began so, and no stage on the way has trained it.
     random: BTreeMap<&'a str, BTreeSet<String>>,
+    /// What has an f32 master at a stage's end, where the model computes in bf16.
+    masters: BTreeMap<&'a str, BTreeSet<String>>,
     /// The evaluations of the stages that could be checked, and how their model sees.
     sights: Vec<(&'a str, Option<Sight>)>,
     warnings: Vec<String>,
@@ -92,23 +97,53 @@ impl<'a> Check<'a> {
             return Ok(());
         };
         state.enter(stage, name)?;
-        let rows = freeze::rows(&mut state, stage)?;
-        write!(out, "{}", freeze::table(&format!("stage {name}: parameters"), &rows).render())?;
         let fresh = self.fresh(name, &mut state)?;
         self.ends.insert(name, state.clone());
         let sight = sight(&state.vlm)?;
         self.sights.extend(stage.eval.iter().map(|e| (e.as_str(), sight)));
         let data = dataset(self.recipe, stage, &self.assembly.encoder.seeing(sight))?;
         check_reachable(&mut state, &data)?;
+        align::samples(stage, &mut state, &data)?;
         let (total, epoch) = step_counts(stage, data.items.len());
         let optimizer = optimizer(stage, name, &mut state, total)?;
+        self.parts(name, &mut state, &data, &optimizer, total, out)?;
         writeln!(out)?;
-        write!(out, "{}", groups(name, &optimizer).render())?;
+        write!(out, "{}", groups(name, stage, &optimizer).render())?;
         writeln!(out)?;
         let decoded = decode(&data, self.assembly.images.as_ref())?;
         write!(out, "{}", data_table(name, stage, &data, sight, decoded, (total, epoch)).render())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
+        Ok(())
+    }
+
+    /// What the stage consists of and costs, on this machine's free memory where the recipe leaves the choice to it.
+    fn parts(
+        &mut self,
+        name: &'a str,
+        state: &mut State,
+        data: &Dataset,
+        optimizer: &AdamW,
+        total: usize,
+        out: &mut dyn Write,
+    ) -> Result<()> {
+        let stage = &self.recipe.stage[name];
+        let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
+        let loads = memory::loads(data, &plan, 0..total, micro(stage), state.vlm.prefix_rows());
+        let mut masters = parent(self.recipe, name)?.and_then(|p| self.masters.get(p)).cloned().unwrap_or_default();
+        let rows = components::rows(state, &Training { stage, optimizer, loads: &loads, masters: &masters })?;
+        let (kept, _) = memory::of_stage(stage, state, &loads, optimizer)?;
+        write!(out, "{}", components::table(&format!("stage {name}: parameters"), &rows, kept).render())?;
+        writeln!(out, "{}", components::notes(&state.vlm, &rows, &loads, kept)?)?;
+        for n in state.vlm.trainable().into_keys() {
+            let with = components::gets_master(stage, &n);
+            if with {
+                masters.insert(n)
+            } else {
+                masters.remove(&n)
+            };
+        }
+        self.masters.insert(name, masters);
         Ok(())
     }
 
@@ -190,7 +225,8 @@ fn is_random(model: &Model, name: &str) -> bool {
     }
     part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
         || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
-        || part("projector.") && model.projector.as_ref().is_some_and(|p| p.source().is_none())
+        || part("projector.")
+            && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
 }
 
 /// Decodes pictures, at most [`DECODED`]; returns how many. Errors name the picture and the first sample that shows it.
@@ -212,10 +248,10 @@ fn decode(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
     Ok(some.len())
 }
 
-fn groups(name: &str, optimizer: &AdamW) -> Table {
+fn groups(name: &str, stage: &Stage, optimizer: &AdamW) -> Table {
     let mut t = Table::new(
         format!("stage {name}: optimizer groups"),
-        ["group", "tensors", "parameters", "peak lr", "weight decay"],
+        ["group", "tensors", "parameters", "peak lr", "schedule", "weight decay"],
     );
     for (i, g) in optimizer.groups().list().iter().enumerate() {
         let decays: BTreeSet<String> = optimizer
@@ -230,9 +266,28 @@ fn groups(name: &str, optimizer: &AdamW) -> Table {
             [decay, rest] if rest == "0" => format!("{decay} (biases and norms 0)"),
             all => all.join(" or "),
         };
-        t.row([g.name.clone(), g.tensors.to_string(), thousands(g.elements), format!("{:e}", g.lr), decay]);
+        let own = g.scheduler.as_ref().unwrap_or(&stage.lr_scheduler);
+        let peak = match g.peaks() {
+            [low, high] if low < high => format!("{high:e} down to {low:.1e}, by layer"),
+            [_, peak] => format!("{peak:e}"),
+        };
+        t.row([g.name.clone(), g.tensors.to_string(), thousands(g.elements), peak, schedule(own), decay]);
     }
     t
+}
+
+/// A schedule as the table has it: `cosine, warm-up 3 %`.
+fn schedule(s: &Scheduler) -> String {
+    let name = match s {
+        Scheduler::Cosine(_) => "cosine",
+        Scheduler::Linear(_) => "linear",
+        Scheduler::Constant(_) => "constant",
+    };
+    match (s.warmup().warmup_steps, s.warmup().warmup_ratio) {
+        (Some(n), _) if n > 0 => format!("{name}, warm-up {n} steps"),
+        (None, Some(r)) if r > 0.0 => format!("{name}, warm-up {} %", 100.0 * r),
+        _ => name.to_string(),
+    }
 }
 
 fn data_table(
@@ -272,24 +327,29 @@ fn warnings(stage: &Stage, name: &str, optimizer: &AdamW, fresh: &BTreeSet<Strin
     for (i, group) in optimizer.groups().list().iter().enumerate() {
         let members = optimizer.groups().members().iter().filter(|(_, m)| m.group == i).map(|(n, _)| n);
         let pretrained: Vec<&String> = members.filter(pretrained).collect();
-        if let (true, Some(first)) = (group.lr > PRETRAINED_LR, pretrained.first()) {
+        if let (true, Some(first)) = (group.peaks()[1] > PRETRAINED_LR, pretrained.first()) {
             out.push(format!(
                 "stage.{name}: {} pretrained tensors of group `{}`, e.g. {first}, get a learning rate of {:e}; above {PRETRAINED_LR:e} they are usually destroyed: give them a lower one in param_groups",
-                pretrained.len(), group.name, group.lr
+                pretrained.len(), group.name, group.peaks()[1]
             ));
         }
     }
-    let (Scheduler::Cosine(w) | Scheduler::Linear(w) | Scheduler::Constant(w)) = &stage.lr_scheduler;
-    if let (Some(first), true) = (fresh.first(), no_warmup(w)) {
+    let cold = |n: &&String| {
+        let group = optimizer.groups().members().get(*n).and_then(|m| optimizer.groups().list().get(m.group));
+        no_warmup(group.and_then(|g| g.scheduler.as_ref()).unwrap_or(&stage.lr_scheduler))
+    };
+    let cold: Vec<&String> = fresh.iter().filter(cold).collect();
+    if let Some(first) = cold.first() {
         out.push(format!(
             "stage.{name}: {} new tensors, e.g. {first}, get no warm-up: set e.g. lr_scheduler = {{ cosine = {{ warmup_ratio = 0.03 }} }}",
-            fresh.len()
+            cold.len()
         ));
     }
     out
 }
 
-fn no_warmup(w: &Warmup) -> bool {
+fn no_warmup(s: &Scheduler) -> bool {
+    let w = s.warmup();
     w.warmup_ratio.unwrap_or(0.0) == 0.0 && w.warmup_steps.unwrap_or(0) == 0
 }
 

@@ -1,87 +1,17 @@
-//! What trains and what is frozen: the table that is printed and saved, and the proof that frozen stayed frozen.
+//! The proof that frozen stayed frozen, and that what trains gets gradients and stays a number.
 
 use super::run_dir::hex;
-use super::state::{State, is_adapter};
+use super::state::State;
 use crate::bail;
-use crate::error::Result;
-use crate::model::params::{Module, adapter_of};
+use crate::error::{Error, Result};
+use crate::model::params::Module;
+use crate::model::vlm::Vlm;
 use crate::ops::adamw::sum_of_squares;
-use crate::recipe::schema::Stage;
-use crate::report::Table;
+use crate::optim::StepReport;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
-use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// One line of the table.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Row {
-    /// Pattern of the recipe, adapter, or the frozen rest of a component.
-    pub what: String,
-    pub state: &'static str,
-    pub tensors: usize,
-    pub parameters: usize,
-    pub dtype: String,
-}
-
-/// Every parameter in exactly one row: by the `train` pattern that decides it, by adapter, by component.
-pub fn rows(state: &mut State, stage: &Stage) -> Result<Vec<Row>> {
-    let (params, trainable) = (state.vlm.params(), state.vlm.trainable());
-    let own: Vec<String> = params.keys().filter(|n| !is_adapter(n)).cloned().collect();
-    let patterns =
-        if stage.train.is_empty() { None } else { Some(crate::recipe::pattern::Patterns::new(&stage.train, &own)?) };
-    let mut rows: BTreeMap<(usize, String), Row> = BTreeMap::new();
-    for (name, t) in &params {
-        let trains = trainable.contains_key(name);
-        let key = if let Some(adapter) = adapter_of(name) {
-            (1_000, format!("adapter {adapter}"))
-        } else if let Some(i) = patterns.as_ref().and_then(|p| p.first(name)) {
-            (i, stage.train[i].clone())
-        } else {
-            (2_000, format!("{} (no pattern)", name.split('.').next().unwrap_or(name)))
-        };
-        let what = key.1.clone();
-        let row = rows.entry(key).or_insert(Row {
-            what,
-            state: if trains { "trains" } else { "frozen" },
-            tensors: 0,
-            parameters: 0,
-            dtype: format!("{:?}", t.dtype()).to_lowercase(),
-        });
-        row.tensors += 1;
-        row.parameters += t.elem_count();
-    }
-    Ok(rows.into_values().collect())
-}
-
-/// The rows as a table with shares.
-pub fn table(title: &str, rows: &[Row]) -> Table {
-    let total: usize = rows.iter().map(|r| r.parameters).sum();
-    let mut t = Table::new(title, ["pattern", "", "tensors", "parameters", "dtype", "share"]);
-    let share = |n: usize| format!("{:.2} %", 100.0 * n as f64 / total.max(1) as f64);
-    for r in rows {
-        t.row([
-            r.what.clone(),
-            r.state.into(),
-            r.tensors.to_string(),
-            thousands(r.parameters),
-            r.dtype.clone(),
-            share(r.parameters),
-        ]);
-    }
-    let trained: usize = rows.iter().filter(|r| r.state == "trains").map(|r| r.parameters).sum();
-    let tensors: usize = rows.iter().map(|r| r.tensors).sum();
-    t.row([
-        "all".to_string(),
-        String::new(),
-        tensors.to_string(),
-        thousands(total),
-        String::new(),
-        format!("{} trains", share(trained)),
-    ]);
-    t
-}
 
 /// 1234567 → 1,234,567.
 pub fn thousands(n: usize) -> String {
@@ -134,6 +64,50 @@ pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
         "lower the learning rate or lengthen the warm-up and run the command again with --allow-changes: it goes on from the last checkpoint")
 }
 
+/// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to.
+pub fn name_broken(vlm: &mut Vlm, e: Error) -> Error {
+    let mut first = None;
+    vlm.visit(&mut |p| {
+        if first.is_none() && sum_of_squares(&p.value).is_ok_and(|s| !s.is_finite()) {
+            first = Some(p.name.clone());
+        }
+    });
+    match first {
+        Some(name) => e.context(format!("`{name}` holds NaN or infinite values")),
+        None => e,
+    }
+}
+
+/// Norm of all gradients above which training is about to break.
+const EXPLODED: f64 = 100.0;
+
+/// Watches for gradients that explode.
+#[derive(Debug, Default)]
+pub struct ExplosionWatch {
+    seen: usize,
+}
+
+impl ExplosionWatch {
+    /// What to say of a step's gradients; of exploded ones the 1st, 10th, 100th, … is told.
+    pub fn see(&mut self, report: &StepReport, max_grad_norm: f64) -> Option<String> {
+        if report.grad_norm <= EXPLODED {
+            return None;
+        }
+        self.seen += 1;
+        let told = std::iter::successors(Some(1usize), |n| n.checked_mul(10)).take_while(|n| *n <= self.seen);
+        if told.last() != Some(self.seen) {
+            return None;
+        }
+        let worst = report.groups.iter().max_by(|a, b| a.grad_norm.total_cmp(&b.grad_norm))?;
+        let clipping = if max_grad_norm == 0.0 { "set max_grad_norm = 1.0, or " } else { "" };
+        let count = if self.seen > 1 { format!(" (so it was in {} steps)", self.seen) } else { String::new() };
+        Some(format!(
+            "the gradients' norm is {:.3e}, above {EXPLODED}{count}; most of it is in group `{}`: {clipping}lower its lr ({:.1e} here), or lengthen its warm-up",
+            report.grad_norm, worst.name, worst.lr
+        ))
+    }
+}
+
 /// SHA-256 of a tensor's elements.
 pub fn checksum(t: &Tensor) -> Result<String> {
     let bytes: Vec<u8> = match t.dtype() {
@@ -168,5 +142,37 @@ impl GradientWatch {
                 "freeze them (`!pattern` before the one that trains them), or give the stage data that reaches them")
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::GroupReport;
+
+    #[test]
+    fn explosions_are_told_more_and_more_rarely() {
+        let group =
+            |name: &str, grad_norm: f64| GroupReport { name: name.into(), lr: 1e-3, lr_lowest: None, grad_norm };
+        let report = |norm: f64| StepReport {
+            step: 0,
+            grad_norm: norm,
+            clip: 1.0,
+            groups: vec![group("calm", 1.0), group("wild", norm)],
+            squares: BTreeMap::new(),
+        };
+        let mut watch = ExplosionWatch::default();
+        let told: Vec<usize> = (1..=250).filter(|_| watch.see(&report(101.0), 1.0).is_some()).collect();
+        assert_eq!(told, [1, 10, 100]);
+        let mut watch = ExplosionWatch::default();
+        assert_eq!(watch.see(&report(100.0), 1.0), None);
+        let text = watch.see(&report(12_345.0), 0.0).unwrap();
+        for part in
+            ["1.234e4", "above 100", "`wild`", "set max_grad_norm = 1.0", "lower its lr (1.0e-3 here)", "warm-up"]
+        {
+            assert!(text.contains(part), "`{part}` is not in: {text}");
+        }
+        let clipped = ExplosionWatch::default().see(&report(f64::INFINITY), 1.0).unwrap();
+        assert!(!clipped.contains("max_grad_norm"), "{clipped}");
     }
 }

@@ -1,30 +1,45 @@
 //! How much of a forward pass a stage keeps for backward: what the recipe says, or (`auto`) the most that fits in the memory
 //! that is free as the stage begins. The choice changes no bit of what is computed.
 
+use super::state::State;
 use crate::data::{Dataset, Plan};
 use crate::error::Result;
+use crate::model::params::Module;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
-use crate::recipe::schema::Activations;
+use crate::optim::AdamW;
+use crate::recipe::schema::{Activations, Stage};
 use crate::report::{human, peak_memory_bytes, reset_peak_memory};
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-/// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens.
-pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize) -> Vec<Load> {
+/// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens. `soft` tokens stand
+/// in front of every sequence.
+pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize, soft: usize) -> Vec<Load> {
     let mut most: BTreeMap<usize, usize> = BTreeMap::new();
     for step in steps {
         for part in plan.step(step).chunks(micro.max(1)) {
             let pictures: BTreeSet<_> = part.iter().flat_map(|i| data.items[*i].images()).collect();
-            let tokens: usize = part.iter().flat_map(|i| data.items[*i].samples()).map(|s| s.ids.len()).sum();
+            let tokens: usize = part.iter().flat_map(|i| data.items[*i].samples()).map(|s| s.ids.len() + soft).sum();
             let pieces = pictures.iter().map(|i| i.pieces()).sum();
             let sum = most.entry(pieces).or_insert(0);
             *sum = tokens.max(*sum);
         }
     }
     most.into_iter().map(|(pictures, tokens)| Load { pictures, tokens }).collect()
+}
+
+/// Bytes of a gradient's element.
+const GRADIENT: u64 = 4;
+
+/// [`choose`] for an entered stage whose micro-batches are `loads`, by the memory that is free now on the model's device.
+pub fn of_stage(stage: &Stage, state: &mut State, loads: &[Load], optimizer: &AdamW) -> Result<(Kept, Option<String>)> {
+    let gradients = state.vlm.trainable().values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
+    let device = state.vlm.language.device();
+    let training = gradients + optimizer.bytes_to_come(device);
+    choose(stage.activations, &state.vlm, loads, training, || free_memory(device))
 }
 
 /// What a stage keeps, and for `auto` the line that says so. `training` counts the bytes of gradients and of moments that a step

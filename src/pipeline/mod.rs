@@ -3,9 +3,11 @@
 //! Every stage starts from what its parent stage left in the run directory, so that a resumed run and an unbroken one
 //! compute the same bits.
 
+pub mod align;
 pub mod assemble;
 pub mod check;
 pub mod checkpoints;
+pub mod components;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
@@ -64,6 +66,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
+    assembly.warnings.iter().for_each(|w| reporter.warn(w));
     let inputs = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut evals = Evaluations::new(recipe);
@@ -180,6 +183,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
             let see = sight(&state.vlm)?;
             let data = dataset(recipe, stage, &assembly.encoder.seeing(see))?;
             check_reachable(&mut state, &data)?;
+            align::samples(stage, &mut state, &data)?;
             let at = sights.iter().position(|s| *s == see).unwrap_or_else(|| {
                 sights.push(see);
                 sights.len() - 1

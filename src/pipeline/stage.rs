@@ -1,9 +1,11 @@
 //! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
 
+use super::align;
 use super::checkpoints::{self, Progress};
+use super::components::{self, Training};
 use super::evaluation::Evaluations;
 use super::export::write_final;
-use super::freeze::{self, GradientWatch};
+use super::freeze::{self, ExplosionWatch, GradientWatch};
 use super::memory;
 use super::run_dir::{Done, RunDir, hex, sha256_file};
 use super::signals::Signals;
@@ -14,14 +16,15 @@ use crate::checkpoint::safetensors;
 use crate::data::{Dataset, ImageProcessor, Item, Loader, LoaderOptions, Plan, TextEncoder, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
+use crate::model::vision::Tower;
 use crate::ops::random::Key;
 use crate::ops::tensor;
-use crate::optim::AdamW;
+use crate::optim::{AdamW, Depths};
 use crate::recipe::schema::{Objective, Optimizer, Recipe, Reference, Stage};
 use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics};
 use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -57,7 +60,9 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
 /// A fresh optimizer for what trains in an entered stage.
 pub fn optimizer(stage: &Stage, name: &str, state: &mut State, total: usize) -> Result<AdamW> {
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    AdamW::of_stage(stage, name, total, &shapes)
+    let vision = state.vlm.vision.as_ref().map_or(0, Tower::depth);
+    let depths = Depths { vision, language: state.vlm.language.layers.len() };
+    AdamW::of_stage(stage, name, total, &shapes, depths, &state.lr_factors())
 }
 
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a
@@ -71,26 +76,35 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
     check_reachable(state, &data).with_context(|| format!("stage.{name}"))?;
     masters(stage, state)?;
-    let rows = freeze::rows(state, stage)?;
-    write_bytes(&dir.join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
-    run.reporter.table(&freeze::table(&format!("{name}: parameters"), &rows));
     let frozen = freeze::frozen_checksums(state)?;
 
     let (total, epoch) = step_counts(stage, data.items.len());
     let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
+    let plan = Plan::new(&data, &stage.batch, stage.seed, name, total)?;
+    tell_parts(run, state, name, &data, &plan, &optimizer, total)?;
     let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
+    let looked_at = align::samples(stage, state, &data).with_context(|| format!("stage.{name}"))?;
+    let before = if looked_at.is_empty() { None } else { Some(align::look(run, stage, state, &looked_at)?) };
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;
-    let Some(loss) = steps(run, state, name, &data, &mut optimizer, &reference, (from, total, epoch), &dir)? else {
+    let Some(loss) = steps(run, state, name, &data, plan, &mut optimizer, &reference, (from, total, epoch), &dir)?
+    else {
         return Ok(None);
     };
 
     freeze::prove_finite(&state.vlm.trainable()).with_context(|| format!("{name}, after its last step"))?;
     let unchanged = freeze::prove_frozen(state, &frozen)?;
     // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
-    let figures =
+    let mut figures =
         evals.run(&state.vlm, run.encoder, &stage.eval).with_context(|| format!("{name}, after its last step"))?;
+    if let (Some(before), Some(check)) = (before, &stage.align_check) {
+        let after =
+            align::look(run, stage, state, &looked_at).with_context(|| format!("{name}, after its last step"))?;
+        figures.insert(align::NAME.to_string(), align::figures(&before, &after));
+        run.reporter.table(&align::table(name, &before, &after));
+        align::warning(name, check, &before, &after).iter().for_each(|w| run.reporter.warn(w));
+    }
     let last = dir.join("final");
     write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
     run.dir.add_results(name, serde_json::to_value(&figures)?)?;
@@ -134,8 +148,31 @@ pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
         "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
 }
 
-/// Bytes of a gradient's element.
-const GRADIENT: u64 = 4;
+/// Prints what the stage consists of and costs, and writes it down.
+fn tell_parts(
+    run: &Run,
+    state: &mut State,
+    name: &str,
+    data: &Dataset,
+    plan: &Plan,
+    optimizer: &AdamW,
+    total: usize,
+) -> Result<()> {
+    let stage = &run.recipe.stage[name];
+    let loads = memory::loads(data, plan, 0..total, micro(stage), state.vlm.prefix_rows());
+    // Masters have been made, so that every one stands in the model.
+    let rows = components::rows(state, &Training { stage, optimizer, loads: &loads, masters: &BTreeSet::new() })?;
+    write_bytes(&run.dir.stage(run.recipe, name).join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
+    let (kept, _) = memory::of_stage(stage, state, &loads, optimizer)?;
+    run.reporter.table(&components::table(&format!("{name}: parameters"), &rows, kept));
+    run.reporter.info(&components::notes(&state.vlm, &rows, &loads, kept)?);
+    Ok(())
+}
+
+/// Samples of a forward pass.
+pub fn micro(stage: &Stage) -> usize {
+    stage.batch.micro.unwrap_or(stage.batch.global)
+}
 
 #[allow(clippy::too_many_arguments, reason = "all that a stage consists of")]
 fn steps(
@@ -143,6 +180,7 @@ fn steps(
     state: &mut State,
     name: &str,
     data: &Arc<Dataset>,
+    plan: Plan,
     optimizer: &mut AdamW,
     reference: &ReferenceTable,
     (from, total, epoch): (Progress, usize, usize),
@@ -150,20 +188,17 @@ fn steps(
 ) -> Result<Option<f64>> {
     let first = from.steps;
     let stage = &run.recipe.stage[name];
-    let plan = Plan::new(data, &stage.batch, stage.seed, name, total)?;
-    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
+    let micro = micro(stage);
     let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
-    let gradients = params.values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
-    let loads = memory::loads(data, &plan, first..total, micro);
-    let device = state.vlm.language.device();
-    let free = || memory::free_memory(device);
-    let (kept, told) =
-        memory::choose(stage.activations, &state.vlm, &loads, gradients + optimizer.bytes_to_come(device), free)?;
+    let loads = memory::loads(data, &plan, first..total, micro, state.vlm.prefix_rows());
+    let (kept, told) = memory::of_stage(stage, state, &loads, optimizer)?;
+    let device = state.vlm.language.device().clone();
     told.iter().for_each(|line| run.reporter.info(line));
     let batches = (first..total).map(move |s| (s, plan.step(s)));
     let images = run.images.cloned().map(Arc::new);
     let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
     let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
+    let mut explosions = ExplosionWatch::default();
     let mut watch = GradientWatch::new(params.keys().cloned(), first, epoch);
     let task = match &stage.objective {
         Objective::Sft => Task::Sft,
@@ -180,14 +215,17 @@ fn steps(
         let cfg = StepConfig { micro, kept, dropout: dropout.index(step.step as u64) };
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
-        let done = compute(&state.vlm, &task, &items, &step.pixels, cfg).with_context(at)?;
+        let done = compute(&state.vlm, &task, &items, &step.pixels, cfg)
+            .map_err(|e| freeze::name_broken(&mut state.vlm, e))
+            .with_context(at)?;
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
-        let peak = memory::peak(device)?;
+        let peak = memory::peak(&device)?;
         let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), peak);
         metrics.append(&line)?;
         run.reporter.step(&line);
+        explosions.see(&report, stage.max_grad_norm).iter().for_each(|w| run.reporter.warn(&format!("{}: {w}", at())));
         let n = step.step + 1;
         let every = stage.checkpoint.every_steps;
         // The last step needs one only if evaluations follow, which may take long.
@@ -220,6 +258,7 @@ fn metrics_line(
         stage: stage.to_string(),
         loss: done.loss,
         lr: report.groups.iter().map(|g| (g.name.clone(), g.lr)).collect(),
+        lr_lowest: report.groups.iter().filter_map(|g| Some((g.name.clone(), g.lr_lowest?))).collect(),
         grad_norm: report.groups.iter().map(|g| (g.name.clone(), g.grad_norm)).collect(),
         grad_norm_total: report.grad_norm,
         label_tokens: done.label_tokens,

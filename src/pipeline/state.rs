@@ -10,7 +10,7 @@ use crate::model::params::{Module, adapter_of};
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{Adapter, HandOver, Lora, Recipe, Stage};
+use crate::recipe::schema::{Adapter, HandOver, Recipe, Stage};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -30,9 +30,9 @@ pub struct State {
 
 impl State {
     /// The model as assembled; a loaded start adapter is described by `start`.
-    pub fn new(mut vlm: Vlm, start: Option<Lora>) -> Self {
+    pub fn new(mut vlm: Vlm, start: Option<Adapter>) -> Self {
         let projector = vlm.params().into_keys().filter(|n| n.starts_with("projector.")).collect();
-        let adapters = start.map(|l| (START_ADAPTER.to_string(), Adapter::Lora(l))).into_iter().collect();
+        let adapters = start.map(|a| (START_ADAPTER.to_string(), a)).into_iter().collect();
         Self { vlm, adapters, changed: projector }
     }
 
@@ -69,9 +69,8 @@ impl State {
         }
         for a in std::mem::take(&mut self.adapters).into_keys() {
             self.changed.extend(self.vlm.deltas(&a).into_keys().map(|n| format!("{n}.weight")));
-            lora::merge(&mut self.vlm, &a)?;
         }
-        Ok(())
+        lora::merge(&mut self.vlm)
     }
 
     fn reset(&mut self, stage: &Stage, name: &str) -> Result<()> {
@@ -89,7 +88,17 @@ impl State {
             }
         }
         self.vlm.assign(&values)?;
-        Ok(())
+        lora::reset_magnitudes(&mut self.vlm, |n| patterns.matches(n))
+    }
+
+    /// What the learning rates of trained parameters are multiplied by, where LoRA+ (`lr_ratio`) does that: those of B and of
+    /// magnitudes, as PEFT's `create_loraplus_optimizer` has it.
+    pub fn lr_factors(&mut self) -> BTreeMap<String, f64> {
+        let ratio = |name: &str| match self.adapters.get(adapter_of(name)?)? {
+            Adapter::Lora(a) if [".lora_B.", ".lora_magnitude_vector."].iter().any(|p| name.contains(p)) => a.lr_ratio,
+            _ => None,
+        };
+        self.vlm.trainable().into_keys().filter_map(|n| ratio(&n).map(|r| (n, r))).collect()
     }
 
     /// Grafts the stage's own adapters; returns the names of those that train.

@@ -3,8 +3,10 @@
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
 
 mod adapters;
+mod resamplers;
 
 pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Prefix, Sees};
+pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -120,6 +122,10 @@ pub enum Projector {
     Bottleneck(BottleneckProjector),
     /// Squares of neighbouring patches become one token.
     PixelShuffle(PixelShuffleProjector),
+    /// Latents look at the features: a fixed number of tokens.
+    Perceiver(PerceiverProjector),
+    /// BLIP-2's Querying Transformer: a fixed number of tokens.
+    Qformer(QformerProjector),
 }
 
 impl Projector {
@@ -130,8 +136,28 @@ impl Projector {
             Self::Mlp(p) => &p.source,
             Self::Bottleneck(p) => &p.source,
             Self::PixelShuffle(p) => p.then.source(),
+            Self::Perceiver(p) => &p.source,
+            Self::Qformer(p) => &p.source,
         };
         source.as_deref()
+    }
+
+    /// Parts that a published `source` may lack, and which may be `fresh`: what their parameters' names begin with.
+    pub fn may_be_fresh(&self) -> Vec<&'static str> {
+        match self {
+            Self::Qformer(_) => {
+                [QformerPart::QueryTokens, QformerPart::LanguageProjection].map(|p| p.prefix()).to_vec()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What the names of parameters begin with that have fresh values in spite of a [`Projector::source`].
+    pub fn fresh(&self) -> Vec<&'static str> {
+        match self {
+            Self::Qformer(p) => p.fresh.iter().map(|part| part.prefix()).collect(),
+            _ => Vec::new(),
+        }
     }
 }
 
@@ -298,9 +324,13 @@ pub struct Stage {
     pub max_steps: Option<usize>,
     #[serde(default)]
     pub lr_scheduler: Scheduler,
+    /// Layer-wise decay: a layer's learning rate is this power of its distance from the top of its backbone, in every group that
+    /// states none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
     #[serde(default)]
     pub optimizer: Optimizer,
-    /// Learning rate and weight decay by pattern; first match wins, the rest takes the stage's.
+    /// Learning rate, schedule and weight decay by pattern; first match wins, the rest takes the stage's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub param_groups: Vec<ParamGroup>,
     /// Clip by the global norm of all trained gradients; `0` switches it off.
@@ -318,6 +348,25 @@ pub struct Stage {
     /// Names of the evaluations that run at the end of this stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub eval: Vec<String>,
+    /// At the stage's end: how near visual tokens have come to the embeddings of their captions, beside the stage's start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub align_check: Option<AlignCheck>,
+}
+
+/// A look at what a projector has learnt. Not made unless a stage asks for it: visual tokens may be of use far from the words.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AlignCheck {
+    /// A mean cosine below it is worth a warning.
+    pub threshold: f64,
+    /// Samples to look at, evenly spread over the stage's data.
+    pub samples: usize,
+}
+
+impl Default for AlignCheck {
+    fn default() -> Self {
+        Self { threshold: 0.3, samples: 256 }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -342,7 +391,7 @@ pub enum HandOver {
     Merge,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// Default: the stage's name.
@@ -357,6 +406,12 @@ pub struct Lora {
     /// Scale alpha/√rank instead of alpha/rank.
     #[serde(default)]
     pub rslora: bool,
+    /// A trained length for each row of W + s·B·A (DoRA).
+    #[serde(default)]
+    pub dora: bool,
+    /// Learning rate of B, and of DoRA's lengths, in learning rates of A (LoRA+, Hayou et al. 2024).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_ratio: Option<f64>,
     #[serde(default)]
     pub freeze: bool,
 }
@@ -492,6 +547,14 @@ pub enum Scheduler {
     Constant(Warmup),
 }
 
+impl Scheduler {
+    /// Its warm-up.
+    pub fn warmup(&self) -> &Warmup {
+        let (Self::Cosine(w) | Self::Linear(w) | Self::Constant(w)) = self;
+        w
+    }
+}
+
 impl Default for Scheduler {
     fn default() -> Self {
         Self::Cosine(Warmup { warmup_ratio: Some(0.03), warmup_steps: None })
@@ -549,7 +612,7 @@ impl Default for AdamW {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParamGroup {
     /// Default: the first pattern.
@@ -560,6 +623,12 @@ pub struct ParamGroup {
     pub lr: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+    /// Its own schedule over the stage's steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler: Option<Scheduler>,
+    /// Layer-wise decay of its learning rate, see the stage's; 1 is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -26,6 +26,7 @@ pub fn validate(recipe: &Recipe) -> Result<()> {
                 || origin(stage, earlier).is_some_and(|s| has_adapters(recipe, s, earlier));
             start(stage, earlier, &recipe.stages, inherits)?;
             objective(stage, inherits)?;
+            align_check(stage, recipe)?;
             evaluations(stage, &recipe.eval)
         };
         check().with_context(|| format!("stage.{name}"))?;
@@ -122,6 +123,8 @@ fn projector(p: &Projector) -> Result<()> {
         Projector::PixelShuffle(PixelShuffleProjector { then: Layers::Mlp(p), .. }) => {
             mlp(p).context("pixel_shuffle: then")
         }
+        Projector::Perceiver(p) => p.check().context("perceiver"),
+        Projector::Qformer(p) => p.check().context("qformer"),
         Projector::Linear(_) | Projector::Bottleneck(_) | Projector::PixelShuffle(_) => Ok(()),
     }
 }
@@ -181,15 +184,9 @@ fn positive(key: &str, value: f64, hint: &str) -> Result<()> {
 }
 
 fn optimizer(s: &Stage) -> Result<()> {
-    let (Scheduler::Cosine(w) | Scheduler::Linear(w) | Scheduler::Constant(w)) = &s.lr_scheduler;
-    match w.warmup_ratio {
-        Some(_) if w.warmup_steps.is_some() => {
-            bail!("lr_scheduler: both warmup_ratio and warmup_steps"; "keep one of them")
-        }
-        Some(r) if !(0.0..=1.0).contains(&r) => {
-            bail!("lr_scheduler: warmup_ratio = {r}"; "a share of all steps, from 0 to 1; for a number of steps use warmup_steps")
-        }
-        _ => {}
+    warmup(&s.lr_scheduler)?;
+    if let Some(d) = s.layer_decay {
+        layer_decay(d)?;
     }
     let Optimizer::Adamw(o) = &s.optimizer;
     if let Some(b) = o.betas.iter().find(|b| !(0.0..1.0).contains(*b)) {
@@ -202,13 +199,35 @@ fn optimizer(s: &Stage) -> Result<()> {
         if g.r#match.is_empty() {
             bail!("{what}: match is empty"; "give patterns over parameter names, e.g. match = [\"projector.*\"]");
         }
-        if g.lr.is_none() && g.weight_decay.is_none() && g.name.is_none() {
-            bail!("{what}: neither lr nor weight_decay nor name"; "say what is different about the group");
+        let says = [g.lr.is_some(), g.weight_decay.is_some(), g.lr_scheduler.is_some(), g.layer_decay.is_some()];
+        if !says.contains(&true) && g.name.is_none() {
+            bail!("{what}: neither lr nor weight_decay nor lr_scheduler nor layer_decay nor name"; "say what is different about the group");
         }
+        g.lr_scheduler.as_ref().map_or(Ok(()), warmup).with_context(|| what.clone())?;
+        g.layer_decay.map_or(Ok(()), layer_decay).with_context(|| what.clone())?;
         if let Some(lr) = g.lr {
             positive(&format!("{what}: lr"), lr, "to keep parameters as they are, leave them out of `train`")?;
         }
         decay(&what, g.weight_decay.unwrap_or(0.0))?;
+    }
+    Ok(())
+}
+
+fn warmup(scheduler: &Scheduler) -> Result<()> {
+    match scheduler.warmup().warmup_ratio {
+        Some(_) if scheduler.warmup().warmup_steps.is_some() => {
+            bail!("lr_scheduler: both warmup_ratio and warmup_steps"; "keep one of them")
+        }
+        Some(r) if !(0.0..=1.0).contains(&r) => {
+            bail!("lr_scheduler: warmup_ratio = {r}"; "a share of all steps, from 0 to 1; for a number of steps use warmup_steps")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn layer_decay(value: f64) -> Result<()> {
+    if !(value > 0.0 && value <= 1.0) {
+        bail!("layer_decay = {value}"; "above 0, at most 1, e.g. 0.9");
     }
     Ok(())
 }
@@ -279,6 +298,16 @@ fn lora(what: &str, a: &Lora) -> Result<()> {
     at_least_one(what, [("rank", a.rank, 16)])?;
     positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
     share(what, "dropout", a.dropout)?;
+    if let Some(ratio) = a.lr_ratio {
+        positive(
+            &format!("{what}: lr_ratio"),
+            ratio,
+            "B's learning rate in learning rates of A, e.g. 16; leave it out for one",
+        )?;
+        if a.freeze {
+            bail!("{what}: lr_ratio = {ratio} for an adapter that stays as it is"; "drop `lr_ratio`, or `freeze`");
+        }
+    }
     if a.target.is_empty() {
         bail!("{what}: target is empty"; "give patterns over linear layers, e.g. [\"language.layers.*.self_attn.*_proj\"]");
     }
@@ -364,6 +393,27 @@ fn objective(s: &Stage, inherits: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn align_check(s: &Stage, recipe: &Recipe) -> Result<()> {
+    let Some(check) = &s.align_check else { return Ok(()) };
+    if !(-1.0..=1.0).contains(&check.threshold) {
+        bail!("align_check: threshold = {}", check.threshold; "a cosine, from -1 to 1, e.g. 0.3");
+    }
+    if check.samples < 2 {
+        bail!("align_check: samples = {}", check.samples; "2 or more, e.g. 256");
+    }
+    if s.objective != Objective::Sft {
+        bail!("align_check: pairs of answers are no captions"; "it is for stages with objective = \"sft\"");
+    }
+    if recipe.model.deliver == Deliver::CrossAttention {
+        bail!("align_check: visual tokens that stand beside the text need not resemble its embeddings";
+            "it is for model.deliver = \"splice\"");
+    }
+    match recipe.eval.contains_key("align_check") {
+        true => bail!("align_check: the name is taken by [eval.align_check]"; "give the evaluation another name"),
+        false => Ok(()),
+    }
 }
 
 fn evaluations(s: &Stage, evals: &BTreeMap<String, Eval>) -> Result<()> {

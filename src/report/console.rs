@@ -224,7 +224,7 @@ fn bar_style() -> ProgressStyle {
 /// "loss 0.4821  lr 1.0e-3  grad 0.92  12,340 tokens/s".
 fn summary(m: &StepMetrics) -> String {
     let mut text = format!("loss {:.4}", m.loss);
-    let rates = || m.lr.values().copied();
+    let rates = || m.lr.values().chain(m.lr_lowest.values()).copied();
     let (low, high) = (rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max));
     text += &match low < high {
         true => format!("  lr {low:.1e} to {high:.1e}"),

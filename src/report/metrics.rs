@@ -24,8 +24,11 @@ pub struct StepMetrics {
     pub step: usize,
     /// Mean loss of a label token (SFT) or of a pair (DPO) over the global batch.
     pub loss: f64,
-    /// Learning rate used in this step, by parameter group.
+    /// Learning rate used in this step, by parameter group; of a group in which it decays layer by layer the highest.
     pub lr: BTreeMap<String, f64>,
+    /// Of the groups in which it decays layer by layer the lowest.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub lr_lowest: BTreeMap<String, f64>,
     /// Norm of the gradient before clipping, by parameter group.
     pub grad_norm: BTreeMap<String, f64>,
     /// The same over all groups.
@@ -173,6 +176,7 @@ mod tests {
             step,
             loss: 0.5,
             lr: [("projector".into(), 1e-3)].into(),
+            lr_lowest: BTreeMap::new(),
             grad_norm: [("projector".into(), 2.0)].into(),
             grad_norm_total: 2.0,
             label_tokens: 7,

@@ -47,9 +47,68 @@ fn several_adapters_in_one_stage() {
     assert!(words.contains("\"dim\": 4"), "{words}");
     let prompt = safetensors::load(&at("soft/adapter_model.safetensors")).unwrap();
     assert_eq!(prompt["prompt_embeddings"].dims()[0], 3);
+    // Soft tokens in PEFT's format are a start, too, and go on being trained.
+    let g = Folder::with(THREE_STAGES);
+    let start = format!("model.adapter={:?}", at("soft").display().to_string());
+    g.train(&["--set", &start, "--set", "stage.sft.adapters=[]", "--set", "defaults.max_steps=2"]);
+    let on = safetensors::load(&g.path("run/03-dpo/final/adapters/start/adapter_model.safetensors")).unwrap();
+    assert_eq!(on["prompt_embeddings"].dims(), prompt["prompt_embeddings"].dims());
+    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_ne!(values(&on["prompt_embeddings"]), values(&prompt["prompt_embeddings"]));
     // The stage before had none of them, the next one trains them on.
     let [sft, dpo] = ["02-sft", "03-dpo"].map(|s| f.path("run").join(s).join("final/adapters/sft/adapter.safetensors"));
     assert_ne!(std::fs::read(sft).unwrap(), std::fs::read(dpo).unwrap());
+}
+
+/// LoRA on the tower beside DoRA on the language model, LoRA+ on the second; then both are taken into the weights.
+#[test]
+fn dora_and_lora_plus() {
+    const LOW: &str = "{lora={name=\"eyes\",rank=2,alpha=4,target=[\"vision.encoder.layers[0..2].*\"]}}";
+    const DORA: &str = "{lora={name=\"words\",rank=2,alpha=3,dora=true,rslora=true,lr_ratio=8,dropout=0.1,target=[\"language.layers.*_proj\"]}}";
+    let both = [LOW, DORA].join(",");
+    let f = through(&both, &[]);
+    let at = |name: &str| f.path("run/03-dpo/final/adapters").join(name);
+    let words = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(at(name).join("adapter_config.json")).unwrap()).unwrap()
+    };
+    let (eyes, ours) = (words("eyes"), words("words"));
+    assert_eq!((eyes["use_dora"].as_bool(), ours["use_dora"].as_bool()), (Some(false), Some(true)));
+    assert_eq!((eyes["use_rslora"].as_bool(), ours["use_rslora"].as_bool()), (Some(false), Some(true)));
+    let tensors = safetensors::load(&at("words").join("adapter_model.safetensors")).unwrap();
+    let magnitudes = tensors.iter().filter(|(n, _)| n.ends_with("_proj.lora_magnitude_vector"));
+    assert_eq!((magnitudes.count(), tensors.len()), (21, 3 * 21));
+    // Both stages show B's learning rate as what it is: the first declares the adapter, the second goes on with it.
+    for (stage, lr) in [("sft", 2e-3), ("dpo", 1e-3)] {
+        let metrics = f.metrics();
+        let last = metrics.iter().rfind(|m| m["stage"] == stage).unwrap();
+        let [plain, fast] =
+            ["default", "default ×8"].map(|g| last["lr"][g].as_f64().unwrap_or_else(|| panic!("{last}")));
+        assert!(plain > 0.0 && plain <= lr && (fast / plain - 8.0).abs() < 1e-12, "{last}");
+        assert!(last["grad_norm"]["default ×8"].is_f64(), "{last}");
+    }
+    let set = set(&both, &[]);
+    let said = f.ok(["check", "recipe.toml"].into_iter().chain(set.iter().map(String::as_str)));
+    assert!(said.stdout.contains("default ×8") && said.stdout.contains("1.6e-2"), "{}", said.stdout);
+
+    // What was exported is a start for another run, which answers the same, and merges it in its second stage.
+    let start = format!("model.adapter={:?}", at("words").display().to_string());
+    let merge = "stage.dpo.from={stage=\"sft\",adapters=\"merge\"}";
+    let g = Folder::with(THREE_STAGES);
+    let fresh = "stage.dpo.adapters=[{lora={rank=2,alpha=4,target=[\"language.layers.*.q_proj\"]}}]";
+    let args: Vec<String> = [&start, merge, fresh, "stage.sft.adapters=[]", "defaults.max_steps=2"]
+        .iter()
+        .flat_map(|s| ["--set".to_string(), s.to_string()])
+        .collect();
+    let said = g.train(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(said.stderr.contains("dpo: adapters merged; log-probabilities moved by at most "), "{}", said.stderr);
+    let drift = std::fs::read_to_string(g.path("run/03-dpo/merge.json")).unwrap();
+    let drift: serde_json::Value = serde_json::from_str(&drift).unwrap();
+    let drift = drift["max_abs_logp_difference"].as_f64().unwrap();
+    assert!(drift > 0.0 && drift < 1e-4, "{drift}");
+    let trained = safetensors::load(&g.path("run/03-dpo/final/trained.safetensors")).unwrap();
+    assert!(trained.keys().all(|n| !n.contains("magnitude")) && trained.keys().any(|n| n.ends_with("up_proj.weight")));
+    let image = golden("images/exact0.png").display().to_string();
+    g.ok(["generate", "--run", "run", "--image", &image, "--prompt", "What is it?", "--max-new-tokens", "4"]);
 }
 
 #[test]
@@ -72,7 +131,8 @@ fn a_post_norm_form_that_sees_all_pictures() {
 fn in_bf16() {
     let f = Folder::with(THREE_STAGES);
     let align = format!("stage.align.adapters=[{}]", FLAMINGO.replace("every", "name=\"eyes\",every"));
-    let set = set(&[BOTTLENECK, LORA, PREFIX].join(","), &["model.deliver=\"cross_attention\"", &align]);
+    let dora = LORA.replace("low", "dora").replace("rank", "dora=true,lr_ratio=4,rank");
+    let set = set(&[BOTTLENECK, LORA, PREFIX, &dora].join(","), &["model.deliver=\"cross_attention\"", &align]);
     let args: Vec<&str> = ["--dtype", "bf16"].into_iter().chain(set.iter().map(String::as_str)).collect();
     f.train(&args);
 }
@@ -93,4 +153,8 @@ fn what_cannot_be_is_told_before_training() {
     fails("{bottleneck={dim=0,target=[\"*\"]}}", &[], &["adapters[0].bottleneck: dim = 0"]);
     fails("{bottleneck={dim=2,target=[\"language.layers.*.mpl\"]}}", &[], &["language.layers.*.mpl"]);
     fails("{prefix={tokens=0}}", &[], &["adapters[0].prefix: tokens = 0"]);
+    let ratio = LORA.replace("rank", "lr_ratio=0.0,rank");
+    fails(&ratio, &[], &["adapters[0].lora: lr_ratio = 0 is not a number above 0"]);
+    let frozen = LORA.replace("rank", "lr_ratio=4,freeze=true,rank");
+    fails(&frozen, &[], &["adapters[0].lora: lr_ratio = 4 for an adapter that stays as it is"]);
 }

@@ -1,6 +1,6 @@
-//! `bench kernels` and `bench step` on the CPU, in small.
+//! `bench kernels`, `bench step`, `bench freeze` and `bench zoo` on the CPU, in small.
 
-use super::folder::Folder;
+use super::folder::{Folder, THREE_STAGES};
 use serde_json::Value;
 
 /// What a bench wrote with `--json`: the machine, and the records behind it.
@@ -118,6 +118,52 @@ fn what_a_step_is_made_of_can_be_chosen() {
 }
 
 #[test]
+fn what_freezing_saves_is_told_beside_what_is_published() {
+    let args = ["bench", "freeze", "--preset", "tiny", "--steps", "2", "--device", "cpu"];
+    let said = Folder::new().ok(args.iter().chain(&["--json", "--micro", "3"])).stdout;
+    let mut all: Vec<Value> = said.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(all.remove(0)["what"], "machine");
+    let (records, claims): (Vec<Value>, Vec<Value>) = all.into_iter().partition(|r| r["what"] == "freeze");
+    let name = |r: &Value| format!("{} {}", r["policy"].as_str().unwrap(), r["activations"].as_str().unwrap());
+    let names: Vec<String> = records.iter().map(name).collect();
+    let policies = ["projector only", "LoRA", "last 2 layers", "full"];
+    let want: Vec<String> = policies.iter().flat_map(|p| [format!("{p} none"), format!("{p} recompute")]).collect();
+    assert_eq!(names, want);
+    for r in &records {
+        assert!(["median_s", "min_s", "trained", "kept_bytes"].iter().all(|k| positive(&r[k])), "{r}");
+        assert_eq!((&r["samples"], &r["tokens"]), (&3.into(), &96.into()));
+        assert_eq!(cfg!(target_os = "linux"), positive(&r["peak_memory_bytes"]), "{r}");
+        assert!(r["start_memory_bytes"].as_u64() <= r["peak_memory_bytes"].as_u64(), "{r}");
+    }
+    // tiny: 1584 + 2352 of the projector; the rank-4 updates of 2 layers; both layers; all but one tower layer and a norm.
+    let trained: Vec<u64> = records.iter().map(|r| r["trained"].as_u64().unwrap()).step_by(2).collect();
+    let layer = 2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48 + 2 * 48;
+    let updates = 4 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80));
+    assert_eq!(trained[..3], [1584 + 2352, 2 * updates, 2 * layer]);
+    assert!(trained[3] > trained[2] + trained[0] && trained[3] < records[6]["parameters"].as_u64().unwrap());
+    // What recompute changes is what is kept, and not what is computed.
+    for pair in records.chunks(2) {
+        assert_eq!(pair[0]["loss"], pair[1]["loss"]);
+        assert!(pair[0]["kept_bytes"].as_u64() > pair[1]["kept_bytes"].as_u64(), "{pair:?}");
+    }
+    let seconds = |i: usize| records[i]["median_s"].as_f64().unwrap();
+    let claim = |what: &str| claims.iter().find(|c| c["claim"].as_str().unwrap().starts_with(what)).unwrap();
+    let faster = claim("projector only faster than full, activations = \"none\"");
+    assert!((faster["here"].as_f64().unwrap() - seconds(6) / seconds(0)).abs() < 1e-9, "{faster}");
+    let slower = claim("LoRA: recompute slower");
+    assert!((slower["here"].as_f64().unwrap() - (seconds(3) / seconds(2) - 1.0)).abs() < 1e-9, "{slower}");
+    assert_eq!((claims.len(), &slower["published"]), (14, &"20 to 30 %".into()));
+
+    let text = Folder::new().ok(args).stdout;
+    for what in ["a step of tiny, f32: 2 samples, 64 tokens", "last 2 layers", "beside what is published", "3 to 5 ×"]
+    {
+        assert!(text.contains(what), "{what} in:\n{text}");
+    }
+    Folder::new().fails(&["bench", "freeze", "--preset", "tiny", "--seq", "18"], &["--seq 18", "19 or more"]);
+    Folder::new().fails(&["bench", "freeze", "--preset", "tiny", "--steps", "0"], &["--steps", "above 0"]);
+}
+
+#[test]
 fn what_cannot_be_measured_is_said() {
     let fails = |args: &[&str], what: &[&str]| {
         let all = [["bench", "step"].as_slice(), args].concat();
@@ -134,4 +180,27 @@ fn what_cannot_be_measured_is_said() {
         .unwrap();
     let told = String::from_utf8(said.stderr).unwrap();
     assert!(said.status.code() == Some(2) && told.contains("'rl'") && told.contains("align, sft, dpo"), "{told}");
+}
+
+#[test]
+fn the_zoo_is_run_entry_by_entry() {
+    let exact = "\n[eval.exact]\nmetric = \"exact_match\"\ndata = [{ path = \"${GOLDEN}/data/sft.json\", images = \"${GOLDEN}/images\" }]\n";
+    let f = Folder::with(&format!("{THREE_STAGES}{exact}"));
+    let sets = ["--set", "defaults.max_steps=2", "--set", "stage.sft.eval=[\"captions\",\"exact\"]"];
+    let zoo = |only: &str| {
+        let args = ["bench", "zoo", "recipe.toml", "--json", "--only", only];
+        let said = f.ok(args.iter().chain(&sets));
+        said.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect::<Vec<Value>>()
+    };
+    let [found] = &zoo("cross_attention, gated")[..] else { panic!() };
+    assert_eq!((&found["entry"], &found["visual_tokens"]), (&"cross_attention, gated".into(), &16.into()));
+    assert!(positive(&found["parameters"]) && positive(&found["second_stage_step_s"]), "{found}");
+    assert_eq!(found["exact_match"][0][0], "exact");
+    let trained = f.path("runs/zoo/cross_attention-gated/02-sft/final/adapters/eyes/adapter.safetensors");
+    let before = trained.metadata().unwrap().modified().unwrap();
+    assert_eq!(&zoo("cross_attention, gated")[0], found, "what is done is read");
+    assert_eq!(trained.metadata().unwrap().modified().unwrap(), before, "and not run again");
+    let unknown: Vec<&str> = ["bench", "zoo", "recipe.toml", "--only", "elephant"].into_iter().chain(sets).collect();
+    f.fails(&unknown, &["elephant", "pixel_shuffle"]);
+    f.fails(&["bench", "zoo", "recipe.toml"], &["no exact matches are counted at the end of `sft`"]);
 }

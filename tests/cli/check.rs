@@ -11,10 +11,14 @@ fn prints_what_will_happen_and_writes_nothing() {
     for part in [
         &format!("model.source {}", golden("model").display()),
         "stage align: parameters",
-        "projector.* trains 4 2,112 f32",
-        "language (no pattern) frozen",
+        "projector trains 2,112 ",
+        "language.layers[0..3] frozen ",
+        "adapter sft (lora) trains ",
+        "backward stops above vision.encoder.layers.1\n",
+        "backward stops above language.embed_tokens\n",
+        "the layers keep of the largest micro-batch (",
         "stage sft: optimizer groups",
-        "projector.* 4 2,112 1e-3 0",
+        "projector.* 4 2,112 1e-3 cosine, warm-up 2 steps 0",
         "default 42 ",
         "stage dpo: data",
         "steps 10",
@@ -30,6 +34,36 @@ fn prints_what_will_happen_and_writes_nothing() {
     let before = super::folder::figures(&f.path("run"));
     f.ok(["check", "recipe.toml", "--set", "stage.align.lr=2e-3"]);
     super::folder::assert_same(&before, &super::folder::figures(&f.path("run")));
+}
+
+/// What the table says beforehand is what a stage says as it begins, also of masters that an earlier stage has left.
+#[test]
+fn tells_of_every_stage_what_training_tells() {
+    let table = |text: &str, title: String| -> Vec<String> {
+        let lines = text.lines().skip_while(|l| *l != title).skip(1);
+        lines.take_while(|l| !l.is_empty() && !l.starts_with("backward")).map(str::to_string).collect()
+    };
+    let lean = "stage.sft.optimizer={adamw={moments='8bit',stochastic_rounding=true}}";
+    for more in [&[][..], &[lean]] {
+        let sets = [
+            "model.dtype='bf16'",
+            "defaults.max_steps=2",
+            "stage.sft.adapters=[]",
+            "stage.sft.train=['projector.*','language.layers[1..].*']",
+            "stage.dpo.from={stage='sft'}",
+            "stage.dpo.train=['projector.*']",
+            "stage.dpo.adapters=[{lora={rank=2,alpha=4,target=['language.layers[0].*_proj']}}]",
+        ];
+        let sets: Vec<&str> = sets.iter().chain(more).flat_map(|s| ["--set", s]).collect();
+        let f = Folder::with(THREE_STAGES);
+        let checked = f.ok([&["check", "recipe.toml"][..], &sets].concat()).stdout;
+        let trained = f.train(&sets).stderr;
+        for stage in ["align", "sft", "dpo"] {
+            let told = table(&checked, format!("stage {stage}: parameters"));
+            assert!(told.len() > 8, "{checked}");
+            assert_eq!(told, table(&trained, format!("{stage}: parameters")), "{stage}");
+        }
+    }
 }
 
 #[test]

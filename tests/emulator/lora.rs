@@ -4,6 +4,7 @@
 use super::emulator::{OnCpu, Order};
 use adfreeze::error::Result;
 use adfreeze::model::build;
+use adfreeze::model::dora::Magnitude;
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::linear::{InputGrad, Linear, LowRank, backward_all, forward_all};
 use adfreeze::model::params::{Grads, Module, Param};
@@ -51,6 +52,12 @@ fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) 
             adapter: adapter.to_string(),
             a: matrix("A", &[*rank, IN]),
             b: matrix("B", &[out, *rank]),
+            magnitude: adapter.starts_with("dora").then(|| {
+                // In f32 beside bf16.
+                let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                let name = format!("{name}.lora_magnitude_vector.{adapter}.weight");
+                Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], wide) + 4.0).unwrap()))
+            }),
             scale: 0.5,
             dropout: *dropout,
         });
@@ -59,9 +66,11 @@ fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) 
     l
 }
 
-/// q, k, v of grouped queries: one adapter on all of them, one on q and v, one with another rank on k.
-fn layers(dtype: DType) -> [Linear; 3] {
-    let (sft, dpo, own) = (("sft", 16, 0.1), ("dpo", 8, 0.0), ("own", 24, 0.1));
+/// q, k, v of grouped queries: one adapter on all of them, one on q and v, one with another rank on k. `dora` gives the first one
+/// magnitudes, with dropout, and the last one without.
+fn layers(dora: bool, dtype: DType) -> [Linear; 3] {
+    let (sft, dpo) = if dora { ("dora", "dora2") } else { ("sft", "dpo") };
+    let (sft, dpo, own) = ((sft, 16, 0.1), (dpo, 8, 0.0), ("own", 24, 0.1));
     [layer("q", 48, &[sft, dpo], dtype), layer("k", 24, &[sft, own], dtype), layer("v", 24, &[sft, dpo], dtype)]
 }
 
@@ -71,8 +80,8 @@ struct Found {
     grads: BTreeMap<String, Tensor>,
 }
 
-fn found(together: bool, dtype: DType) -> Found {
-    let layers = layers(dtype);
+fn found(together: bool, dora: bool, dtype: DType) -> Found {
+    let layers = layers(dora, dtype);
     let [q, k, v] = &layers;
     let mut side = Side::packed(&[ROWS]);
     side.dropout = Some(Key::new(7, "dropout"));
@@ -93,9 +102,9 @@ fn found(together: bool, dtype: DType) -> Found {
     Found { y, dx: dx.take().unwrap(), grads: grads.into_inner() }
 }
 
-fn counted(together: bool) -> (Found, BTreeMap<String, usize>) {
+fn counted(together: bool, dora: bool, dtype: DType) -> (Found, BTreeMap<String, usize>) {
     let emulator = Rc::new(Counting { inner: OnCpu::new(Order::Forward), launches: RefCell::default() });
-    let found = emulated(emulator.clone(), || found(together, DType::BF16));
+    let found = emulated(emulator.clone(), || found(together, dora, dtype));
     let launches = emulator.launches.take();
     (found, launches)
 }
@@ -107,7 +116,7 @@ fn bits(t: &Tensor) -> Vec<u64> {
 
 #[test]
 fn layers_that_share_their_input_go_together() {
-    let ((ours, few), (single, many)) = (counted(true), counted(false));
+    let [(ours, few), (single, many)] = [true, false].map(|together| counted(together, false, DType::BF16));
     let count = |launches: &BTreeMap<String, usize>, kernel: &str| {
         launches.iter().filter(|(name, _)| name.starts_with(kernel)).map(|(_, n)| n).sum::<usize>()
     };
@@ -121,7 +130,7 @@ fn layers_that_share_their_input_go_together() {
     for (name, g) in &ours.grads {
         assert_eq!(bits(g), bits(&single.grads[name]), "{name}");
     }
-    let truth = found(true, DType::F64);
+    let truth = found(true, false, DType::F64);
     for (name, g) in &ours.grads {
         assert!(distance(g, &truth.grads[name]).unwrap() < 2e-2, "{name}");
     }
@@ -131,9 +140,35 @@ fn layers_that_share_their_input_go_together() {
 
 #[test]
 fn the_reference_goes_layer_by_layer() {
-    for dtype in [DType::F32, DType::BF16] {
-        let (ours, single) = (found(true, dtype), found(false, dtype));
+    for (dora, dtype) in [(false, DType::F32), (false, DType::BF16), (true, DType::F32), (true, DType::BF16)] {
+        let (ours, single) = (found(true, dora, dtype), found(false, dora, dtype));
         let all = |f: &Found| f.y.iter().chain([&f.dx]).chain(f.grads.values()).map(bits).collect::<Vec<_>>();
-        assert_eq!(all(&ours), all(&single), "{dtype:?}");
+        assert_eq!(all(&ours), all(&single), "{dtype:?}, DoRA {dora}");
+    }
+}
+
+/// DoRA on kernels, in groups or layer by layer: as near to f64 as the type allows.
+#[test]
+fn magnitudes() {
+    let truth = found(true, true, DType::F64);
+    assert_eq!(truth.grads.len(), 12 + 5);
+    for (dtype, bound) in [(DType::F32, 1e-5), (DType::BF16, 2e-2)] {
+        for together in [true, false] {
+            let (ours, launches) = counted(together, true, dtype);
+            let products = launches.keys().any(|k| k.starts_with("lora_down"));
+            assert_eq!(products, dtype == DType::BF16, "{launches:?}");
+            let all = |f: &Found| {
+                let y = f.y.iter().enumerate().map(|(i, y)| (format!("y {i}"), y.clone()));
+                let grads = f.grads.iter().map(|(n, g)| (n.clone(), g.clone()));
+                y.chain([("dX".to_string(), f.dx.clone())]).chain(grads).collect::<Vec<_>>()
+            };
+            for ((name, got), (_, want)) in all(&ours).iter().zip(all(&truth)) {
+                let off = distance(got, &want).unwrap();
+                assert!(off < bound, "{dtype:?}, together {together}: {name} is off by {off:.2e}");
+            }
+            for (name, g) in &ours.grads {
+                assert_eq!(g.dtype(), DType::F32, "{name}");
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ const PEFT: f64 = 1e-5;
 
 pub fn run(g: &Golden) {
     let mut vlm = g.with_lora();
-    lora::merge(&mut vlm, "start").unwrap();
+    lora::merge(&mut vlm).unwrap();
     let params = vlm.params();
     let changed = g.tensors("merged/changed_weights.safetensors");
     let worst = changed.iter().map(|(k, t)| distance(&params[&g.canonical(k)], t)).fold(0.0, f64::max);

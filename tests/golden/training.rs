@@ -121,6 +121,7 @@ fn optimizer(want: &Value, vlm: &mut Vlm) -> AdamW {
             r#match: patterns.iter().map(|p| p.to_string()).collect(),
             lr: group["lr"].as_f64(),
             weight_decay: group["weight_decay"].as_f64(),
+            ..Default::default()
         });
     }
     let shapes: BTreeMap<String, Vec<usize>> =

@@ -12,7 +12,7 @@ use candle_core::DType;
 
 fn adapted(vlm: &mut Vlm, name: &str, rank: usize, target: &str) {
     let target = vec![target.to_string()];
-    let cfg = Lora { name: None, rank, alpha: 3.0, dropout: 0.0, target, rslora: false, freeze: false };
+    let cfg = Lora { rank, alpha: 3.0, target, dora: name == "dora", ..Lora::default() };
     lora::attach(vlm, &cfg, name, key("lora")).unwrap();
 }
 
@@ -24,6 +24,7 @@ fn a_whole_model_keeps_as_many_bytes_as_it_says() {
     let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
     adapted(&mut vlm, "sft", 2, "*");
     adapted(&mut vlm, "dpo", 3, "language.layers.*.self_attn.{q,v}_proj");
+    adapted(&mut vlm, "dora", 1, "*.layers.*.{q,k}_proj");
     let batch = pack(&vlm, &sequences().iter().collect::<Vec<_>>());
     let load = Load { pictures: batch.pixels.as_ref().unwrap().dims()[0], tokens: batch.ids.len() };
     let cases: [(Trains, &[&str]); 5] = [
@@ -57,6 +58,7 @@ fn in_narrow_types_sums_stay_wide() {
         let mut source = Fresh { key: key("weights"), place: Place { dtype, ..Place::cpu() } };
         let mut vlm = Vlm::new(None, None, Language::new(llama(), &mut source).unwrap(), IMAGE);
         adapted(&mut vlm, "sft", 8, "*");
+        adapted(&mut vlm, "dora", 8, "language.layers.*");
         let chosen = names(&mut vlm, |n| n.contains("lora_"));
         vlm.train_only(&chosen);
         let text: Vec<_> = sequences().into_iter().map(|s| Sequence { pictures: vec![], ..s }).collect();

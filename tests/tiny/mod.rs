@@ -2,8 +2,10 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use adfreeze::model::dora;
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
+use adfreeze::model::linear::{Linear, LowRank};
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
@@ -86,6 +88,45 @@ pub fn perturb(m: &mut dyn Module) {
         });
         p.value = new.clone();
     });
+}
+
+/// ‖W + s·B·A‖ of each update with a magnitude, by the magnitude's name. DoRA's backward holds it constant.
+pub type Lengths = BTreeMap<String, Tensor>;
+
+fn lengths_of(l: &Linear, d: &LowRank) -> Tensor {
+    let w = l.weight.compute();
+    dora::lengths(w, &dora::row_squares(w).unwrap(), d.a.compute(), d.b.compute(), d.scale).unwrap()
+}
+
+pub fn lengths(l: &Linear) -> Lengths {
+    let of = |d: &LowRank| d.magnitude.as_ref().map(|m| (m.param.name.clone(), lengths_of(l, d)));
+    l.deltas.iter().filter_map(of).collect()
+}
+
+/// Lets the layer compute as if these were its lengths still: each magnitude grows as the length has grown.
+pub fn hold(l: &mut Linear, lengths: &Lengths) {
+    let now: Vec<Option<Tensor>> = l.deltas.iter().map(|d| d.magnitude.is_some().then(|| lengths_of(l, d))).collect();
+    for (d, now) in l.deltas.iter_mut().zip(now) {
+        if let (Some(m), Some(now)) = (&mut d.magnitude, now) {
+            m.param.value = ((&m.param.value * now).unwrap() / &lengths[&m.param.name]).unwrap();
+        }
+    }
+}
+
+/// [`loss`] with the lengths held: what finite differences must see of a model with DoRA.
+pub fn held_loss(vlm: &Vlm, lengths: &Lengths, batch: &Batch, coefs: &[f64], mode: Mode) -> f64 {
+    if lengths.is_empty() {
+        return loss(vlm, batch, coefs, mode);
+    }
+    let mut vlm = vlm.clone();
+    vlm.for_each_linear(&mut |l| hold(l, lengths));
+    loss(&vlm, batch, coefs, mode)
+}
+
+pub fn all_lengths(vlm: &mut Vlm) -> Lengths {
+    let mut all = Lengths::new();
+    vlm.for_each_linear(&mut |l| all.extend(lengths(l)));
+    all
 }
 
 pub fn tower(config: VisionConfig, select_layer: i64, select: SelectFeature) -> Tower {

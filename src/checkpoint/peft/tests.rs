@@ -19,12 +19,18 @@ fn adapter(modules: &[(&str, usize)]) -> LoraAdapter {
         rslora: false,
         dropout: 0.05,
         tensors: modules.iter().map(pair).collect(),
+        magnitudes: BTreeMap::new(),
     }
 }
 
-/// Writes a folder with this configuration and keys, each A [2, 6] and B [5, 2].
+/// Writes a folder with this configuration and keys, each A [2, 6], B [5, 2], a magnitude [5].
 fn folder(dir: &Path, config: Value, keys: &[&str]) -> PathBuf {
-    let shape = |key: &str| if key.contains("lora_A") { zeros(2, 6) } else { zeros(5, 2) };
+    let shape = |key: &str| match key {
+        k if k.contains("lora_A") => zeros(2, 6),
+        k if k.contains("magnitude") => zeros(1, 5).squeeze(0).unwrap(),
+        k if k.contains("prompt") => zeros(3, 6),
+        _ => zeros(5, 2),
+    };
     let tensors = keys.iter().map(|k| (k.to_string(), shape(k))).collect();
     safetensors::save(&dir.join("adapter_model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
@@ -114,7 +120,19 @@ fn what_would_change_the_result_is_an_error() {
         |config: Value, keys: &[&str]| LoraAdapter::load(&folder(dir.path(), config, keys), "x").unwrap_err().report();
     let config = |key: &str, value: Value| report(json!({ "r": 2, key: value }), &q);
     assert!(config("bias", json!("all")).contains("`bias` is all"));
-    assert!(config("use_dora", json!(true)).contains("`use_dora` is true, which is not supported\n\nhint: merge"));
+    let magnitude = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector";
+    let three = [q[0], q[1], magnitude];
+    assert!(
+        config("use_dora", json!(true)).contains("`use_dora` is true, but `model.layers.0.self_attn.q_proj` has no")
+    );
+    assert!(report(json!({ "r": 2 }), &three).contains("has a magnitude, but `use_dora` is false"));
+    assert!(report(json!({ "r": 2, "use_dora": true }), &three[1..]).contains("has only one of lora_A and lora_B"));
+    for magnitude in [magnitude.to_string(), format!("{magnitude}.default.weight")] {
+        let dir = folder(dir.path(), json!({ "r": 2, "use_dora": true }), &[q[0], q[1], &magnitude]);
+        let read = LoraAdapter::load(&dir, "x").unwrap();
+        assert_eq!(read.magnitudes["language.layers.0.self_attn.q_proj"].dims(), [5], "{magnitude}");
+    }
+    assert!(config("lora_bias", json!(true)).contains("`lora_bias` is true, which is not supported\n\nhint: merge"));
     assert!(config("modules_to_save", json!(["lm_head"])).contains(r#"`modules_to_save` is ["lm_head"]"#));
     assert!(config("peft_type", json!("IA3")).contains("`peft_type` is IA3"));
     assert!(config("init_lora_weights", json!("pissa")).contains("also changes the base model"));
@@ -126,4 +144,20 @@ fn what_would_change_the_result_is_an_error() {
     assert!(
         adapter(&[("vision.encoder.layers.0.mlp.fc1", 2)]).save(&dir.path().join("x"), Base::Language, None).is_err()
     );
+}
+
+#[test]
+fn soft_tokens_that_are_not_what_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |config: Value, keys: &[&str]| load(&folder(dir.path(), config, keys), "x");
+    let config = |tokens: usize| json!({ "peft_type": "PROMPT_TUNING", "num_virtual_tokens": tokens });
+    let Loaded::Prompt(soft) = read(config(3), &["prompt_embeddings"]).unwrap() else { panic!("a LoRA") };
+    assert_eq!(soft.dims(), [3, 6]);
+    let e = read(config(4), &["prompt_embeddings"]).unwrap_err().report();
+    assert!(e.contains("`prompt_embeddings` is [3, 6], the configuration says 4 tokens"), "{e}");
+    let e = read(config(3), &["prompt_embeddings", "base_model.prompt"]).unwrap_err().report();
+    assert!(e.contains("`base_model.prompt` is no part of prompt tuning"), "{e}");
+    let twice = json!({ "peft_type": "PROMPT_TUNING", "num_transformer_submodules": 2 });
+    assert!(read(twice, &["prompt_embeddings"]).unwrap_err().report().contains("`num_transformer_submodules` is 2"));
+    assert!(read(json!({ "peft_type": "IA3" }), &["x"]).unwrap_err().report().contains("only LORA and PROMPT_TUNING"));
 }

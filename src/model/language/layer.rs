@@ -194,7 +194,7 @@ impl Segment for Layer {
         let (down, dys) = ([&self.down_proj], [dinserted.as_ref().unwrap_or(&dy)]);
         let rest = linear::backward_to_input(&down, sd, &dys, side, grads, &mut dact)?;
         let inner = swiglu_backward(&s.gate, &s.up, dact.sum()?, needs[2] && act.is_none())?;
-        linear::backward_from_input(&down, rest, act.or(inner.y).as_ref(), &dys, side, grads)?;
+        linear::backward_from_input(&down, rest, act.or(inner.y).as_ref(), side, grads)?;
         let h = kept_or(norm2, needs[1], || self.post_attention_layernorm.rebuild(&s.mid, &s.stats[1]))?;
         let (gate_up, dys) = ([&self.gate_proj, &self.up_proj], [&inner.gate, &inner.up]);
         let mut dh = InputGrad::Empty;

@@ -127,6 +127,16 @@ impl Language {
         }
     }
 
+    /// The first layer that backward reaches, or their number; and whether it goes on to what is below the layers.
+    pub fn frontier(&self) -> (usize, bool) {
+        (self.frontier, self.below)
+    }
+
+    /// Does backward pass through the last norm?
+    pub fn reaches_norm(&self) -> bool {
+        self.enters_layers() || self.norm.weight.trainable
+    }
+
     /// The first layer that reads visual tokens.
     pub fn first_that_sees(&self) -> Option<usize> {
         self.layers.iter().position(|l| l.before.see())

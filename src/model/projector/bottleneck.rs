@@ -4,7 +4,7 @@
 //! `out` leads there; else there is none.
 
 use super::layers::{LayerNorm, Linear};
-use super::{Ends, Kind};
+use super::{Ends, Kind, Work};
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
@@ -50,6 +50,11 @@ impl Kind for Bottleneck {
         let h = vars.dropout("projector.bottleneck", activate(self.act, &h)?, self.dropout)?;
         let y = (x + self.up.forward(&h, vars)?)?;
         self.out.as_ref().map_or(Ok(y.clone()), |out| out.forward(&y, vars))
+    }
+
+    fn work(&self, grid: Grid) -> Result<Work> {
+        let weights: u64 = [&self.down, &self.up].into_iter().chain(&self.out).map(Linear::weights).sum();
+        Ok(Work { inner: 2 * grid.tokens() as u64 * weights, ..Work::default() })
     }
 
     fn boxed(&self) -> Box<dyn Kind> {

@@ -4,7 +4,9 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::params::{Module, Param};
+use crate::ops::attention::{Segment, Sequences};
 use crate::ops::graph;
+use crate::recipe::schema::Activation;
 use candle_core::Tensor;
 
 const NORM_EPS: f64 = 1e-5;
@@ -36,6 +38,11 @@ impl Linear {
         self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable)
     }
 
+    /// Elements of the weight.
+    pub fn weights(&self) -> u64 {
+        self.weight.value.elem_count() as u64
+    }
+
     /// `[N, in]` → `[N, out]`.
     pub fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(|b| vars.get(b)).transpose()?;
@@ -55,6 +62,7 @@ impl Module for Linear {
 pub struct LayerNorm {
     weight: Param,
     bias: Param,
+    eps: f64,
 }
 
 impl LayerNorm {
@@ -66,7 +74,12 @@ impl LayerNorm {
     /// `{name}.weight` and `.bias`, `[d]` each.
     pub fn named(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
         let weight = src.master(format!("{name}.weight"), &[d])?;
-        Ok(Self { weight, bias: src.master(format!("{name}.bias"), &[d])? })
+        Ok(Self { weight, bias: src.master(format!("{name}.bias"), &[d])?, eps: NORM_EPS })
+    }
+
+    /// With another ε than 10⁻⁵.
+    pub fn with_eps(self, eps: f64) -> Self {
+        Self { eps, ..self }
     }
 
     /// Does it train?
@@ -76,7 +89,7 @@ impl LayerNorm {
 
     /// `[N, d]` → `[N, d]`.
     pub fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
-        graph::layer_norm(x, &vars.get(&self.weight)?, &vars.get(&self.bias)?, NORM_EPS)
+        graph::layer_norm(x, &vars.get(&self.weight)?, &vars.get(&self.bias)?, self.eps)
     }
 }
 
@@ -85,4 +98,75 @@ impl Module for LayerNorm {
         f(&mut self.weight);
         f(&mut self.bias);
     }
+}
+
+/// RMSNorm over rows.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Param,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// `{name}.weight`, `[d]`.
+    pub fn named(name: &str, d: usize, eps: f64, src: &mut dyn Source) -> Result<Self> {
+        Ok(Self { weight: src.master(format!("{name}.weight"), &[d])?, eps })
+    }
+
+    /// `[N, d]` → `[N, d]`.
+    pub fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
+        graph::rms_norm(x, &vars.get(&self.weight)?, self.eps)
+    }
+}
+
+impl Module for RmsNorm {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.weight);
+    }
+}
+
+/// down(act(gate(x))·up(x)), without biases (Shazeer 2020).
+#[derive(Debug, Clone)]
+pub struct GatedMlp {
+    act: Activation,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl GatedMlp {
+    /// `{name}.gate_proj`, `.up_proj`, `.down_proj`, of widths in, hidden, out.
+    pub fn named(name: &str, widths: [usize; 3], act: Activation, src: &mut dyn Source) -> Result<Self> {
+        let [d_in, hidden, d_out] = widths;
+        let gate = Linear::named(&format!("{name}.gate_proj"), d_in, hidden, false, src)?;
+        let up = Linear::named(&format!("{name}.up_proj"), d_in, hidden, false, src)?;
+        Ok(Self { act, gate, up, down: Linear::named(&format!("{name}.down_proj"), hidden, d_out, false, src)? })
+    }
+
+    /// Elements of the weights that its input meets, and of the one behind them.
+    pub fn weights(&self) -> [u64; 2] {
+        [self.gate.weights() + self.up.weights(), self.down.weights()]
+    }
+
+    /// `[N, in]` → `[N, out]`.
+    pub fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
+        let (gate, up) = (self.gate.forward(x, vars)?, self.up.forward(x, vars)?);
+        let h = match self.act {
+            Activation::Silu => graph::swiglu(&gate, &up)?,
+            act => (graph::activate(act, &gate)? * up)?,
+        };
+        self.down.forward(&h, vars)
+    }
+}
+
+impl Module for GatedMlp {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        [&mut self.gate, &mut self.up, &mut self.down].into_iter().for_each(|l| l.visit(f));
+    }
+}
+
+/// `q` queries and `k` keys of each picture, row after row.
+pub fn each_picture(pictures: usize, q: usize, k: usize) -> Sequences {
+    let one = |i: usize| Segment::new(i * q..(i + 1) * q, i * k..(i + 1) * k);
+    (0..pictures).map(one).collect::<Vec<_>>().into()
 }

@@ -2,7 +2,7 @@
 //! is the linear projector.
 
 use super::layers::{LayerNorm, Linear};
-use super::{Ends, Kind};
+use super::{Ends, Kind, Work};
 use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
@@ -55,6 +55,15 @@ impl Mlp {
         }
     }
 
+    /// FLOPs of `rows` rows' forward pass.
+    pub fn work_of(&self, rows: usize) -> Work {
+        let mut weights = self.layers.iter().map(Linear::weights);
+        // A norm in front has parameters of its own, below the first layer.
+        let first = if self.input_norm.is_some() { 0 } else { weights.next().unwrap_or(0) };
+        let of = |weights: u64| 2 * rows as u64 * weights;
+        Work { features: of(first), inner: of(weights.sum()), attention: 0 }
+    }
+
     /// `[N, vision]` → `[N, language]`.
     pub fn rows(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
         let mut x = x.clone();
@@ -78,6 +87,10 @@ impl Kind for Mlp {
 
     fn forward(&self, x: &Tensor, _: Grid, vars: &mut Vars) -> Result<Tensor> {
         self.rows(x, vars)
+    }
+
+    fn work(&self, grid: Grid) -> Result<Work> {
+        Ok(self.work_of(grid.tokens()))
     }
 
     fn boxed(&self) -> Box<dyn Kind> {

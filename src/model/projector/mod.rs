@@ -6,7 +6,10 @@
 pub mod bottleneck;
 pub mod layers;
 pub mod mlp;
+pub mod perceiver;
 pub mod pixel_shuffle;
+pub mod published;
+pub mod qformer;
 
 use super::init::Source;
 use super::island::{self, Pass, Tape, Vars};
@@ -17,7 +20,9 @@ use crate::recipe::schema;
 use bottleneck::Bottleneck;
 use candle_core::Tensor;
 use mlp::Mlp;
+use perceiver::Perceiver;
 use pixel_shuffle::PixelShuffle;
+use qformer::Qformer;
 use std::fmt::Debug;
 
 /// What a kind of projector can do. Its parameters are named `projector.…`.
@@ -35,8 +40,35 @@ pub trait Kind: Module + Debug + Send + Sync {
     /// Features of whole pictures `[I·grid.tokens(), vision]` → visual tokens `[I·tokens, language]`.
     fn forward(&self, x: &Tensor, grid: Grid, vars: &mut Vars) -> Result<Tensor>;
 
+    /// FLOPs of one picture's forward pass.
+    fn work(&self, grid: Grid) -> Result<Work>;
+
     /// A clone behind a box.
     fn boxed(&self) -> Box<dyn Kind>;
+}
+
+/// FLOPs of a projector's products in the forward pass of one picture; a product and a sum are two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Of linear layers that read the tower's features as they come: where the tower is frozen, they need no dX.
+    pub features: u64,
+    /// Of all other linear layers.
+    pub inner: u64,
+    /// Of attention: scores and weighted sums.
+    pub attention: u64,
+}
+
+impl Work {
+    /// Of the forward pass.
+    pub fn forward(self) -> u64 {
+        self.features + self.inner + self.attention
+    }
+
+    /// Of forward and backward, every weight trained, the tower frozen. Of attention, backward makes the scores again and
+    /// needs four more products of their size.
+    pub fn training(self) -> u64 {
+        2 * self.features + 3 * self.inner + 7 * self.attention / 2
+    }
 }
 
 /// What a projector connects.
@@ -69,6 +101,8 @@ impl Projector {
             schema::Projector::Mlp(p) => Box::new(Mlp::new(p, ends, src)?),
             schema::Projector::Bottleneck(p) => Box::new(Bottleneck::new(p, ends, src)?),
             schema::Projector::PixelShuffle(p) => Box::new(PixelShuffle::new(p, ends, src)?),
+            schema::Projector::Perceiver(p) => Box::new(Perceiver::new(p, ends, src)?),
+            schema::Projector::Qformer(p) => Box::new(Qformer::new(p, ends, src)?),
         }))
     }
 
@@ -80,6 +114,11 @@ impl Projector {
     /// Visual tokens along an edge, where they stand as the picture's square; `None` if they do not.
     pub fn square(&self, grid: Grid) -> Option<usize> {
         self.0.square(grid)
+    }
+
+    /// FLOPs of one picture's forward pass.
+    pub fn work(&self, grid: Grid) -> Result<Work> {
+        self.0.work(grid)
     }
 
     /// Visual tokens `[I·tokens, language]` of the features `[I·grid.tokens(), vision]` of I pictures, and the graph if

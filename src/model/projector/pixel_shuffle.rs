@@ -5,7 +5,7 @@
 //! channels. That is the order of transformers' `Idefics3Connector` (SmolVLM's is the same) and of its `InternVLModel`.
 
 use super::mlp::Mlp;
-use super::{Ends, Kind};
+use super::{Ends, Kind, Work};
 use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
@@ -57,6 +57,10 @@ impl Kind for PixelShuffle {
         let squares = x.reshape(&[pictures, side, f, side, f, width])?.permute([0, 1, 3, 2, 4, 5])?;
         let wide = squares.contiguous()?.reshape((pictures * tokens, f * f * width))?;
         self.then.rows(&wide, vars)
+    }
+
+    fn work(&self, grid: Grid) -> Result<Work> {
+        Ok(self.then.work_of(self.tokens(grid)?))
     }
 
     fn boxed(&self) -> Box<dyn Kind> {

@@ -155,6 +155,11 @@ impl Tower {
         })
     }
 
+    /// Layers that run.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
     /// How the features of one picture lie.
     pub fn grid(&self) -> Grid {
         let (image_size, patch_size) = (self.size, self.config.patch_size);
@@ -167,7 +172,7 @@ impl Tower {
     /// If patches do not fill such a picture.
     pub fn set_size(&mut self, size: usize) -> Result<()> {
         let VisionConfig { image_size, patch_size: p, .. } = self.config;
-        if size == 0 || size % p != 0 {
+        if size == 0 || !size.is_multiple_of(p) {
             let below = (size / p).max(1) * p;
             bail!("patches of {p} px do not fill a picture of {size} px"; "sizes near it that they fill: {below}, {}", below + p)
         }
@@ -236,6 +241,11 @@ impl Tower {
             SelectFeature::Patch => gather(&y, &self.patch_rows(b))?,
         };
         Ok((features, frontier.map(|_| Saved { side, patches, embedded, stats, tape })))
+    }
+
+    /// The first layer that backward reaches; `None` if it does not reach the tower.
+    pub fn frontier(&self) -> Option<usize> {
+        self.frontier
     }
 
     /// Bytes a picture that a recorded pass keeps of the layers.
@@ -312,7 +322,8 @@ impl Tower {
         (0..b * t).filter(|i| i % t != 0).map(|i| i as u32).collect()
     }
 
-    fn embeddings_train(&self) -> bool {
+    /// Does something below the layers train?
+    pub fn embeddings_train(&self) -> bool {
         let pre = &self.pre_layrnorm;
         [&self.class_embedding, &self.patch_embedding, &self.position_embedding, &pre.weight]
             .iter()

@@ -63,7 +63,7 @@ impl Weights {
     }
 
     /// A projector: a file of ours (`projector.safetensors`) or of the original LLaVA code (`mm_projector.bin`), a folder
-    /// that holds one of them, or a whole LLaVA folder.
+    /// that holds one of them, a whole LLaVA, Idefics2 or BLIP-2, the connector or Q-Former of one.
     pub fn projector(path: &Path) -> Result<Self> {
         let inside = ["projector.safetensors", "mm_projector.bin"].map(|name| path.join(name));
         let tensors = match inside.iter().find(|p| p.exists()) {
@@ -71,7 +71,8 @@ impl Weights {
             None if path.is_dir() => Tensors::open(path)?,
             None => Tensors::open_file(path)?,
         };
-        let named = |name: &str| names::projector(name).map_or(Name::Ignored, Name::Known);
+        let inside = if names::bare_qformer(tensors.names()) { "qformer." } else { "" };
+        let named = |name: &str| names::projector(&format!("{inside}{name}")).map_or(Name::Ignored, Name::Known);
         let weights = Self::new(tensors, path, named)?;
         if weights.names.is_empty() {
             bail!("{} holds no projector", path.display(); "expected tensors `multi_modal_projector.linear_1.weight` …");

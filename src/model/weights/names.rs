@@ -11,6 +11,8 @@
 //! | LLaVA inside transformers 5 (and PEFT keys) | `model.vision_tower.encoder…`, `model.language_model.layers…`, `lm_head.weight` |
 //! | LLaVA-NeXT | as LLaVA, and `image_newline` (`model.image_newline`) |
 //! | projector of the original LLaVA code | `model.mm_projector.0.weight`, `model.mm_projector.2.weight` |
+//! | connector of Idefics2 | `model.connector.modality_projection…`, `model.connector.perceiver_resampler…`; alone, without `connector.` |
+//! | Q-Former of BLIP-2 | `query_tokens`, `qformer…`, `language_projection…`; see [`bare_qformer`] |
 
 /// Which architecture a folder holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +75,11 @@ pub fn projector(name: &str) -> Option<String> {
     if name == "image_newline" {
         return Some("projector.image_newline".into());
     }
+    let bare = name.strip_prefix("connector.").unwrap_or(name);
+    let whole = ["modality_projection.", "perceiver_resampler.", "query_tokens", "qformer.", "language_projection."];
+    if whole.iter().any(|part| bare.starts_with(part)) {
+        return (!of_text(bare)).then(|| format!("projector.{bare}"));
+    }
     // A bare linear layer, or a sequence in which every second module is an activation.
     match name.strip_prefix("mm_projector.")?.split_once('.') {
         None => name.strip_prefix("mm_projector.").map(|kind| format!("projector.linear_1.{kind}")),
@@ -81,6 +88,20 @@ pub fn projector(name: &str) -> Option<String> {
             Some(format!("projector.linear_{}.{kind}", index / 2 + 1))
         }
     }
+}
+
+/// Does a Q-Former's tensor belong to its branch for text, or is it computed?
+fn of_text(name: &str) -> bool {
+    let mut parts = name.strip_prefix("qformer.").unwrap_or("").split('.');
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some("encoder"), Some("layer"), Some(_), part) => matches!(part, Some("intermediate" | "output")),
+        (part, ..) => part == Some("embeddings"),
+    }
+}
+
+/// Are these the names of a `Blip2QFormerModel` saved alone, which lack their `qformer.`?
+pub fn bare_qformer<'a>(mut names: impl Iterator<Item = &'a str>) -> bool {
+    names.any(|n| n.starts_with("encoder.layer.") && n.contains(".crossattention."))
 }
 
 /// The canonical name of a module in any spelling, without knowing the family; `None` if it is none of ours.
@@ -179,6 +200,24 @@ mod tests {
         assert_eq!(projector("model.mm_projector.2.weight").unwrap(), "projector.linear_2.weight");
         assert_eq!(projector("mm_projector.weight").unwrap(), "projector.linear_1.weight");
         assert_eq!(projector("mm_projector.1.weight"), None);
+        let down = "modality_projection.down_proj.weight";
+        for name in [down.to_string(), format!("connector.{down}"), format!("model.connector.{down}")] {
+            assert_eq!(projector(&name).unwrap(), format!("projector.{down}"));
+        }
+        for name in ["query_tokens", "qformer.encoder.layer.0.output_query.dense.weight", "language_projection.bias"] {
+            assert_eq!(projector(name).unwrap(), format!("projector.{name}"));
+        }
+        // Other parts of a whole BLIP-2, a Q-Former's text among them.
+        let layer = "qformer.encoder.layer.3";
+        for part in ["intermediate.dense.weight", "output.LayerNorm.bias"] {
+            assert_eq!(projector(&format!("{layer}.{part}")), None);
+        }
+        assert!(projector(&format!("{layer}.attention.output.dense.bias")).is_some());
+        assert_eq!(projector("qformer.embeddings.position_ids"), None);
+        assert_eq!(projector("vision_model.encoder.layers.0.mlp.fc1.weight"), None);
+        assert!(bare_qformer(["layernorm.weight", "encoder.layer.0.crossattention.output.dense.bias"].into_iter()));
+        // DINOv2's towers have layers of that name, too.
+        assert!(!bare_qformer(["layernorm.weight", "encoder.layer.0.attention.output.dense.bias"].into_iter()));
         assert_eq!(projector("model.embed_tokens.weight"), None);
     }
 }

@@ -20,9 +20,9 @@ pub const OPTIONAL_TOKENIZER: &[&str] =
     &["?tokenizer.json", "?tokenizer_config.json", "?special_tokens_map.json", "?chat_template.jinja"];
 /// How pictures are prepared.
 pub const IMAGE_PROCESSOR: &[&str] = &["?preprocessor_config.json", "?processor_config.json"];
-/// A projector alone.
+/// A projector alone or in a whole model, and what its configuration says of it.
 pub const PROJECTOR: &[&str] =
-    &["projector.safetensors|mm_projector.bin|model.safetensors|model.safetensors.index.json"];
+    &["projector.safetensors|mm_projector.bin|model.safetensors|model.safetensors.index.json", "?config.json"];
 /// A PEFT adapter.
 pub const ADAPTER: &[&str] = &["adapter_config.json", "adapter_model.safetensors|adapter_model.bin"];
 

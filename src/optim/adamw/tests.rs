@@ -22,9 +22,14 @@ fn tensors(values: &Value, shapes: &Value, dtype: DType) -> Tensors {
 
 fn optimizer(run: &Value) -> AdamW {
     let shapes: BTreeMap<String, Vec<usize>> = serde_json::from_value(run["shapes"].clone()).unwrap();
-    let b = ParamGroup { name: Some("b".into()), r#match: vec!["b.*".into()], lr: Some(2e-2), weight_decay: None };
+    let b = ParamGroup { name: Some("b".into()), r#match: vec!["b.*".into()], lr: Some(2e-2), ..Default::default() };
     // The golden has decay 0.1 on `b.weight`, none on `b.bias`, 0.01 on `a.weight`.
-    let a = ParamGroup { name: Some("a".into()), r#match: vec!["a.*".into()], lr: None, weight_decay: Some(0.01) };
+    let a = ParamGroup {
+        name: Some("a".into()),
+        r#match: vec!["a.*".into()],
+        weight_decay: Some(0.01),
+        ..Default::default()
+    };
     let groups = Groups::resolve(&[b, a], 5e-3, 0.1, &shapes).unwrap();
     let warmup = Warmup { warmup_steps: Some(2), warmup_ratio: None };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), 6);

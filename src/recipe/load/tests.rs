@@ -154,6 +154,27 @@ fn pixel_shuffle_has_a_recipe_of_its_own() {
 }
 
 #[test]
+fn resamplers_have_recipes_of_their_own() {
+    let recipe = |name: &str| {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes").join(name);
+        load_with(&file, &[], &|_| Some("/data".into())).unwrap()
+    };
+    let qformer = recipe("clip-llama-qformer.toml");
+    let Some(Projector::Qformer(q)) = &qformer.model.projector else { panic!("{:?}", qformer.model.projector) };
+    assert_eq!((q.queries, q.width, q.layers, q.cross_every), (32, 768, 12, 2));
+    let (plain, flamingo) = (recipe("clip-llama-perceiver.toml"), recipe("clip-llama-flamingo.toml"));
+    for r in [&plain, &flamingo] {
+        let Some(Projector::Perceiver(p)) = &r.model.projector else { panic!("{:?}", r.model.projector) };
+        assert_eq!((p.queries, p.depth), (64, 3));
+        assert_eq!(r.stages, ["align", "sft"]);
+    }
+    assert!(matches!(plain.stage["sft"].adapters[..], [Adapter::Lora(_)]));
+    assert_eq!((plain.model.deliver, flamingo.model.deliver), (Deliver::Splice, Deliver::CrossAttention));
+    let Adapter::CrossAttention(eyes) = &flamingo.stage["align"].adapters[0] else { panic!("no inserts") };
+    assert_eq!((eyes.every, eyes.form), (4, CrossAttentionForm::Gated));
+}
+
+#[test]
 fn pictures_grow_in_a_recipe_of_their_own() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/progressive-resolution.toml");
     let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
@@ -174,7 +195,7 @@ fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
     assert_eq!(
         message("rank = 4", "rnk = 4"),
         "recipe.toml: stage.sft.adapters[0].lora.rnk: unknown key\n\n\
-         hint: did you mean `rank`? known: `name`, `rank`, `alpha`, `dropout`, `target`, `rslora`, `freeze`"
+         hint: did you mean `rank`? known: `name`, `rank`, `alpha`, `dropout`, `target`, `rslora`, `dora`, `lr_ratio`, `freeze`"
     );
     assert!(
         message("[model]", "[modle]").starts_with("recipe.toml: modle: unknown key\n\nhint: did you mean `model`?")
@@ -299,6 +320,13 @@ fn rules_between_values() {
         ("stage.sft.adapters[0].lora.rank=0".into(), "adapters[0].lora: rank = 0", "rank = 16"),
         ("stage.sft.adapters[0].lora.dropout=1.0".into(), "adapters[0].lora: dropout = 1", "below 1"),
         ("stage.sft.adapters[0].lora.target=[]".into(), "target is empty", "self_attn"),
+        (
+            "stage.sft.adapters[0].lora.lr_ratio=0.0".into(),
+            "adapters[0].lora: lr_ratio = 0 is not a number above 0",
+            "learning rates of A",
+        ),
+        ("stage.sft.adapters[0].lora.lr_ratio=-2".into(), "lr_ratio = -2 is not a number above 0", "e.g. 16"),
+        ("stage.sft.adapters[0].lora.lr_ratio=inf".into(), "lr_ratio = inf is not a number above 0", "leave it out"),
         ("stage.sft.adapters[0].lora.name=a.b".into(), "adapters[0].lora.name: `a.b` cannot be a name", "letters"),
         (
             "stage.align.adapters=[{lora={name='sft',rank=1,alpha=1,target=['*']}}]".into(),
@@ -328,6 +356,13 @@ fn rules_between_values() {
             "projector: pixel_shuffle: then: mlp: hidden = 0",
             "leave it out",
         ),
+        ("model.projector={perceiver={depth=0}}".into(), "projector: perceiver: depth = 0", "default"),
+        ("model.projector={perceiver={kv_heads=3}}".into(), "kv_heads = 3 does not divide heads = 16", "Idefics2"),
+        ("model.projector={perceiver={norm_eps=0}}".into(), "perceiver: norm_eps = 0", "1e-6"),
+        ("model.projector={qformer={cross_every=0}}".into(), "projector: qformer: cross_every = 0", "default"),
+        ("model.projector={qformer={width=20}}".into(), "qformer: heads = 12 does not divide width = 20", "768"),
+        ("model.projector={qformer={dropout=1}}".into(), "qformer: dropout = 1", "below 1"),
+        ("model.projector={qformer={fresh=['query_tokens']}}".into(), "`fresh` without `source`", "leave `fresh` out"),
         ("model.vision.init={hidden_size=8}".into(), "model: vision: both `source` and `init`", "keep one"),
         ("model.vision={}".into(), "model: vision: neither `source` nor `init`", "owner/name"),
         ("model.language={init={hidden_size=8}}".into(), "model: language: `init` has no tokenizer", "tokenizer ="),

@@ -1,0 +1,159 @@
+//! A fixed number of visual tokens at any resolution: trained latents look at a picture's features (Alayrac et al. 2022,
+//! Flamingo's Perceiver Resampler), in the form of transformers' `Idefics2Connector`, whose names its parameters have.
+//!
+//! The features go through a gated MLP to the language model's width. Then, layer by layer, with every norm an RMSNorm:
+//! h = h + attn(norm(h), [norm(context); norm(h)]), h = h + mlp(norm(h)); the last norm gives the tokens. Groups of query
+//! heads share a head of keys and values.
+
+use super::layers::{GatedMlp, Linear, RmsNorm, each_picture};
+use super::{Ends, Kind, Work};
+use crate::error::{Context, Result};
+use crate::model::init::Source;
+use crate::model::island::Vars;
+use crate::model::params::{Module, Param};
+use crate::model::vision::Grid;
+use crate::ops::attention::{Config, Sequences};
+use crate::ops::graph::{attention, repeat};
+use crate::recipe::schema::PerceiverProjector;
+use candle_core::Tensor;
+
+/// `modality_projection`, `perceiver_resampler.{latents, layers.N, norm}`.
+#[derive(Debug, Clone)]
+pub struct Perceiver {
+    project: GatedMlp,
+    /// `[queries, language]`
+    latents: Param,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    config: Config,
+    latents_norm: RmsNorm,
+    context_norm: RmsNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    mlp_norm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+impl Perceiver {
+    /// With `cfg.queries` latents of the language model's width.
+    pub fn new(cfg: &PerceiverProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
+        let Ends { vision, language: d, .. } = ends;
+        cfg.check().context("perceiver")?;
+        let inside = |name: &str| format!("projector.perceiver_resampler.{name}");
+        let widths = [vision, cfg.hidden.unwrap_or(4 * d), d];
+        let project = GatedMlp::named("projector.modality_projection", widths, cfg.act, src)?;
+        let latents = src.master(inside("latents"), &[cfg.queries, d])?;
+        let layers = (0..cfg.depth).map(|i| Layer::new(&inside(&format!("layers.{i}")), cfg, d, src));
+        let layers = layers.collect::<Result<_>>()?;
+        Ok(Self { project, latents, layers, norm: RmsNorm::named(&inside("norm"), d, cfg.norm_eps, src)? })
+    }
+
+    fn queries(&self) -> usize {
+        self.latents.value.dims()[0]
+    }
+}
+
+impl Layer {
+    fn new(name: &str, cfg: &PerceiverProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let PerceiverProjector { heads, kv_heads, head_dim, .. } = *cfg;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let mut norm = |part: &str| RmsNorm::named(&format!("{name}.{part}"), d, cfg.norm_eps, src);
+        let (latents_norm, context_norm) = (norm("input_latents_norm")?, norm("input_context_norm")?);
+        let mlp_norm = norm("post_attention_layernorm")?;
+        let mut linear =
+            |part: &str, d_in, d_out| Linear::named(&format!("{name}.self_attn.{part}"), d_in, d_out, false, src);
+        Ok(Self {
+            config: Config { heads, kv_heads, head_dim, causal: false },
+            latents_norm,
+            context_norm,
+            q: linear("q_proj", d, q)?,
+            k: linear("k_proj", d, kv)?,
+            v: linear("v_proj", d, kv)?,
+            o: linear("o_proj", q, d)?,
+            mlp_norm,
+            mlp: GatedMlp::named(&format!("{name}.mlp"), [d, 4 * d, d], cfg.act, src)?,
+        })
+    }
+
+    /// Latents `[I·Q, D]` and context `[I·T, D]` → latents; `sequences` pair Q rows with T + Q.
+    fn forward(&self, h: &Tensor, context: &Tensor, sequences: &Sequences, vars: &mut Vars) -> Result<Tensor> {
+        let (own, seen) = (self.latents_norm.forward(h, vars)?, self.context_norm.forward(context, vars)?);
+        let pictures = sequences.len();
+        // Of each picture the context's rows, then the latents'.
+        let mut both = |layer: &Linear| -> Result<Tensor> {
+            let (a, b) = (layer.forward(&seen, vars)?, layer.forward(&own, vars)?);
+            let by_picture = |t: Tensor| t.reshape((pictures, (), self.config.kv_heads * self.config.head_dim));
+            Ok(Tensor::cat(&[by_picture(a)?, by_picture(b)?], 1)?.flatten(0, 1)?)
+        };
+        let (k, v) = (both(&self.k)?, both(&self.v)?);
+        let a = attention(self.config, sequences, &self.q.forward(&own, vars)?, &k, &v)?;
+        let h = (h + self.o.forward(&a, vars)?)?;
+        let m = self.mlp.forward(&self.mlp_norm.forward(&h, vars)?, vars)?;
+        Ok((h + m)?)
+    }
+
+    /// FLOPs of a picture of t features and q latents.
+    fn work(&self, t: u64, q: u64) -> Work {
+        let [first, second] = self.mlp.weights();
+        let own = self.q.weights() + self.o.weights() + first + second;
+        let inner = 2 * (q * own + (t + q) * (self.k.weights() + self.v.weights()));
+        let width = (self.config.heads * self.config.head_dim) as u64;
+        Work { features: 0, inner, attention: 4 * q * (t + q) * width }
+    }
+}
+
+impl Kind for Perceiver {
+    fn tokens(&self, _: Grid) -> Result<usize> {
+        Ok(self.queries())
+    }
+
+    fn forward(&self, x: &Tensor, grid: Grid, vars: &mut Vars) -> Result<Tensor> {
+        let (t, q) = (grid.tokens(), self.queries());
+        let pictures = x.dims2()?.0 / t;
+        let context = self.project.forward(x, vars)?;
+        let sequences = each_picture(pictures, q, t + q);
+        let mut h = repeat(&vars.get(&self.latents)?, pictures)?;
+        for layer in &self.layers {
+            h = layer.forward(&h, &context, &sequences, vars)?;
+        }
+        self.norm.forward(&h, vars)
+    }
+
+    fn work(&self, grid: Grid) -> Result<Work> {
+        let (t, q) = (grid.tokens() as u64, self.queries() as u64);
+        let [first, second] = self.project.weights();
+        let mut all = Work { features: 2 * t * first, inner: 2 * t * second, attention: 0 };
+        for layer in self.layers.iter().map(|l| l.work(t, q)) {
+            all.inner += layer.inner;
+            all.attention += layer.attention;
+        }
+        Ok(all)
+    }
+
+    fn boxed(&self) -> Box<dyn Kind> {
+        Box::new(self.clone())
+    }
+}
+
+impl Module for Perceiver {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.project.visit(f);
+        f(&mut self.latents);
+        self.layers.iter_mut().for_each(|l| l.visit(f));
+        self.norm.visit(f);
+    }
+}
+
+impl Module for Layer {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        [&mut self.latents_norm, &mut self.context_norm, &mut self.mlp_norm].into_iter().for_each(|n| n.visit(f));
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o].into_iter().for_each(|l| l.visit(f));
+        self.mlp.visit(f);
+    }
+}

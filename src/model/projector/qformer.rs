@@ -1,0 +1,214 @@
+//! BLIP-2's Querying Transformer (Li et al. 2023): a BERT over trained queries, which look at a picture's features in every
+//! n-th layer, and a linear layer to the language model's width. The form and the names are those of transformers'
+//! `Blip2QFormerModel` inside a `Blip2ForConditionalGeneration`, without its branch for text.
+//!
+//! Every step is LayerNorm(x + dropout(dense(…))): attention of the queries among themselves, attention to the features where
+//! the layer has it, an MLP. What HF drops of attention's probabilities stays here.
+
+use super::layers::{LayerNorm, Linear, each_picture};
+use super::{Ends, Kind, Work};
+use crate::error::{Context, Result};
+use crate::model::init::Source;
+use crate::model::island::Vars;
+use crate::model::params::{Module, Param};
+use crate::model::vision::Grid;
+use crate::ops::attention::{Config, Sequences};
+use crate::ops::graph::{activate, attention, repeat};
+use crate::recipe::schema::{Activation, QformerProjector};
+use candle_core::Tensor;
+
+/// BERT's ε.
+const NORM_EPS: f64 = 1e-12;
+
+/// `query_tokens`, `qformer.{layernorm, encoder.layer.N}`, `language_projection`.
+#[derive(Debug, Clone)]
+pub struct Qformer {
+    dropout: f64,
+    /// `[1, queries, width]`
+    query_tokens: Param,
+    norm: LayerNorm,
+    layers: Vec<Layer>,
+    out: Linear,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    own: Attention,
+    features: Option<Attention>,
+    act: Activation,
+    up: Linear,
+    down: Close,
+}
+
+#[derive(Debug, Clone)]
+struct Attention {
+    config: Config,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    close: Close,
+}
+
+/// x, r → LayerNorm(x + dropout(dense(r))).
+#[derive(Debug, Clone)]
+struct Close {
+    /// Of the mask.
+    name: String,
+    dropout: f64,
+    dense: Linear,
+    norm: LayerNorm,
+}
+
+impl Qformer {
+    /// With `cfg.queries` queries of `cfg.width`.
+    pub fn new(cfg: &QformerProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
+        cfg.check().context("qformer")?;
+        let w = cfg.width;
+        let query_tokens = src.master("projector.query_tokens".into(), &[1, cfg.queries, w])?;
+        let norm = LayerNorm::new("qformer.layernorm", w, src)?.with_eps(NORM_EPS);
+        let layers = (0..cfg.layers).map(|i| Layer::new(cfg, i, ends.vision, src)).collect::<Result<_>>()?;
+        let out = Linear::new("language_projection", w, ends.language, true, src)?;
+        Ok(Self { dropout: cfg.dropout, query_tokens, norm, layers, out })
+    }
+
+    fn queries(&self) -> usize {
+        self.query_tokens.value.dims()[1]
+    }
+}
+
+impl Layer {
+    fn new(cfg: &QformerProjector, i: usize, vision: usize, src: &mut dyn Source) -> Result<Self> {
+        let name = |part: &str| format!("projector.qformer.encoder.layer.{i}.{part}");
+        let (w, m) = (cfg.width, cfg.intermediate);
+        let own = Attention::new(cfg, &name("attention"), w, src)?;
+        let looks = i.is_multiple_of(cfg.cross_every);
+        let features = if looks { Some(Attention::new(cfg, &name("crossattention"), vision, src)?) } else { None };
+        let up = Linear::named(&name("intermediate_query.dense"), w, m, true, src)?;
+        let down = Close::new(cfg, &name("output_query"), m, src)?;
+        Ok(Self { own, features, act: cfg.act, up, down })
+    }
+
+    /// Queries `[I·Q, W]` and features `[I·T, vision]` → queries; `sequences` pair Q rows with Q and with T.
+    fn forward(&self, h: &Tensor, x: &Tensor, sequences: &[Sequences; 2], vars: &mut Vars) -> Result<Tensor> {
+        let [among, to_features] = sequences;
+        let mut h = self.own.forward(h, h, among, vars)?;
+        if let Some(features) = &self.features {
+            h = features.forward(&h, x, to_features, vars)?;
+        }
+        let m = activate(self.act, &self.up.forward(&h, vars)?)?;
+        self.down.forward(&h, &m, vars)
+    }
+}
+
+impl Attention {
+    /// With keys and values of rows of width `seen`.
+    fn new(cfg: &QformerProjector, name: &str, seen: usize, src: &mut dyn Source) -> Result<Self> {
+        let (w, heads) = (cfg.width, cfg.heads);
+        let mut linear = |part: &str, d_in| Linear::named(&format!("{name}.attention.{part}"), d_in, w, true, src);
+        let (q, k, v) = (linear("query", w)?, linear("key", seen)?, linear("value", seen)?);
+        let config = Config { heads, kv_heads: heads, head_dim: w / heads, causal: false };
+        Ok(Self { config, q, k, v, close: Close::new(cfg, &format!("{name}.output"), w, src)? })
+    }
+
+    fn forward(&self, h: &Tensor, seen: &Tensor, sequences: &Sequences, vars: &mut Vars) -> Result<Tensor> {
+        let q = self.q.forward(h, vars)?;
+        let (k, v) = (self.k.forward(seen, vars)?, self.v.forward(seen, vars)?);
+        self.close.forward(h, &attention(self.config, sequences, &q, &k, &v)?, vars)
+    }
+
+    /// FLOPs of what q queries make of themselves and of t rows; the products with those rows apart.
+    fn work(&self, q: u64, t: u64) -> (u64, u64, u64) {
+        let width = (self.config.heads * self.config.head_dim) as u64;
+        let own = 2 * q * (self.q.weights() + self.close.dense.weights());
+        (own, 2 * t * (self.k.weights() + self.v.weights()), 4 * q * t * width)
+    }
+}
+
+impl Close {
+    fn new(cfg: &QformerProjector, name: &str, d_in: usize, src: &mut dyn Source) -> Result<Self> {
+        Ok(Self {
+            name: name.to_string(),
+            dropout: cfg.dropout,
+            dense: Linear::named(&format!("{name}.dense"), d_in, cfg.width, true, src)?,
+            norm: LayerNorm::named(&format!("{name}.LayerNorm"), cfg.width, src)?.with_eps(NORM_EPS),
+        })
+    }
+
+    fn forward(&self, x: &Tensor, r: &Tensor, vars: &mut Vars) -> Result<Tensor> {
+        let r = self.dense.forward(r, vars)?;
+        let r = vars.dropout(&self.name, r, self.dropout)?;
+        self.norm.forward(&(x + r)?, vars)
+    }
+}
+
+impl Kind for Qformer {
+    fn tokens(&self, _: Grid) -> Result<usize> {
+        Ok(self.queries())
+    }
+
+    fn forward(&self, x: &Tensor, grid: Grid, vars: &mut Vars) -> Result<Tensor> {
+        let (t, q) = (grid.tokens(), self.queries());
+        let pictures = x.dims2()?.0 / t;
+        let queries = vars.get(&self.query_tokens)?.squeeze(0)?;
+        let h = self.norm.forward(&repeat(&queries, pictures)?, vars)?;
+        let mut h = vars.dropout("projector.qformer", h, self.dropout)?;
+        let sequences = [each_picture(pictures, q, q), each_picture(pictures, q, t)];
+        for layer in &self.layers {
+            h = layer.forward(&h, x, &sequences, vars)?;
+        }
+        self.out.forward(&h, vars)
+    }
+
+    fn work(&self, grid: Grid) -> Result<Work> {
+        let (t, q) = (grid.tokens() as u64, self.queries() as u64);
+        let mut all = Work { inner: 2 * q * self.out.weights(), ..Work::default() };
+        for layer in &self.layers {
+            let (own, seen, pairs) = layer.own.work(q, q);
+            all.inner += own + seen + 2 * q * (layer.up.weights() + layer.down.dense.weights());
+            all.attention += pairs;
+            if let Some(features) = &layer.features {
+                let (own, seen, pairs) = features.work(q, t);
+                all.features += seen;
+                all.inner += own;
+                all.attention += pairs;
+            }
+        }
+        Ok(all)
+    }
+
+    fn boxed(&self) -> Box<dyn Kind> {
+        Box::new(self.clone())
+    }
+}
+
+impl Module for Qformer {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.query_tokens);
+        self.norm.visit(f);
+        self.layers.iter_mut().for_each(|l| l.visit(f));
+        self.out.visit(f);
+    }
+}
+
+impl Module for Layer {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.own.visit(f);
+        self.features.iter_mut().for_each(|a| a.visit(f));
+        self.up.visit(f);
+        self.down.visit(f);
+    }
+}
+
+impl Module for Attention {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|l| l.visit(f));
+        self.close.visit(f);
+    }
+}
+
+impl Module for Close {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.dense.visit(f);
+        self.norm.visit(f);
+    }
+}
