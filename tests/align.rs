@@ -19,7 +19,7 @@ fn image(i: usize) -> ImageRef {
         path: format!("picture {i}").into(),
         resize: Default::default(),
         alpha: Default::default(),
-        size: 4,
+        size: 6,
         tiles: None,
     }
 }
