@@ -234,7 +234,7 @@ fn a_text_sees_the_pictures_before_it() {
 /// Two sequences, the second with two pictures, the later one of which is the first one's.
 #[test]
 fn the_last_picture_or_all_before() {
-    let shown = |owner, rows, tokens| Shown { owner, rows, tokens };
+    let shown = |owner, rows, tokens: std::ops::Range<u32>| Shown { owner, rows, tokens: tokens.collect() };
     let list = [shown(0, 1..4, 0..2), shown(1, 5..6, 2..4), shown(1, 6..9, 0..2)];
     let tokens = noise("tokens", &[4, 12], 1.0);
     let visual = Visual::new(tokens, false, &list);

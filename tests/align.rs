@@ -15,7 +15,13 @@ use tiny::*;
 const EMBEDDINGS: &str = "language.embed_tokens.weight";
 
 fn image(i: usize) -> ImageRef {
-    ImageRef { path: format!("picture {i}").into(), resize: Default::default(), alpha: Default::default(), size: 6 }
+    ImageRef {
+        path: format!("picture {i}").into(),
+        resize: Default::default(),
+        alpha: Default::default(),
+        size: 6,
+        tiles: None,
+    }
 }
 
 /// A text that shows `pictures` and says `words`; what is asked is not part of the caption.

@@ -2,6 +2,7 @@
 
 mod cli {
     mod adapters;
+    mod anyres;
     mod bad_input;
     mod bench;
     mod check;

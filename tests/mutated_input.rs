@@ -110,7 +110,7 @@ fn settings() -> TextSettings {
         image_token: "<image>".into(),
         image_token_id: None,
         vocab_size: 384,
-        sight: Some(Sight { size: 56, tokens: 16, deliver: Deliver::Splice }),
+        sight: Some(Sight { size: 56, tokens: 16, side: None, deliver: Deliver::Splice }),
         bos: Some(1),
         eos: vec![2],
         system: None,
@@ -128,7 +128,7 @@ fn encode(dir: &Path) {
             let _ = encoder.conversation(&c, template).map(|s| encoder.decode(&s.ids));
         }
     }
-    let picture = Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop };
+    let picture = Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop, grid_pinpoints: None };
     let _ = encoder.prompt("what is this?", &[picture], Template::Chat);
 }
 

@@ -76,6 +76,7 @@ fn batch(vlm: &Vlm, pictures: usize) -> Batch {
         lengths: vec![ids.len()],
         ids,
         pixels: (pictures == 1).then(|| pixels.to_dtype(vlm.language.dtype()).unwrap()),
+        layouts: Vec::new(),
         pictures: vec![0; pictures],
         targets: (first..).zip(TEXT).collect(),
         owners: vec![0; TEXT.len()],

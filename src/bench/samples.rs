@@ -41,7 +41,7 @@ impl Batch {
             let first = 1 + visual + prompt;
             let labels = ids.iter().enumerate().map(|(t, id)| if t < first { IGNORE } else { *id as i32 }).collect();
             let (path, size) = (format!("picture {i}").into(), preset.vision.image_size);
-            let image = ImageRef { path, resize: Default::default(), alpha: Default::default(), size };
+            let image = ImageRef { path, resize: Default::default(), alpha: Default::default(), size, tiles: None };
             let id = format!("sample {i}");
             Sample { id, ids, labels, images: vec![image], category: None, absent: Vec::new() }
         };

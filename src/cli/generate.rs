@@ -44,8 +44,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let m = args.model.load(&args.compute)?;
     let encoder = &m.assembly.encoder;
-    let (resize, alpha) = args.pictures.of(&m);
-    let pictures: Vec<Picture> = args.image.iter().map(|p| Picture { path: p.clone(), resize, alpha }).collect();
+    let how = args.pictures.of(&m);
+    let pictures: Vec<Picture> = args.image.iter().map(|p| Picture::new(p.clone(), &how)).collect();
     let (ids, images) = encoder.prompt(&args.prompt, &pictures, m.template)?;
     let labels = vec![crate::data::IGNORE; ids.len()];
     let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });

@@ -8,7 +8,7 @@ use crate::model::vlm::Vlm;
 use crate::model::weights::{is_llava, source};
 use crate::pipeline::assemble::{Assembly, assemble, sight};
 use crate::pipeline::{Opened, open_run};
-use crate::recipe::schema::{Alpha, Recipe, Resize, Template};
+use crate::recipe::schema::{Alpha, Data, Recipe, Resize, Template};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -43,8 +43,8 @@ enum TemplateArg {
 /// How pictures are prepared, where the run's own way does not fit.
 #[derive(Debug, clap::Args)]
 pub struct Pictures {
-    /// How pictures become square: crop, or pad as LLaVA-1.5 does; default: as the first data entry of the run's stage, crop
-    /// for a model.
+    /// How pictures become square: crop, pad as LLaVA-1.5 does, or anyres as LLaVA-1.6 does; default: as the first data entry of the run's stage, crop
+    /// for a model (anyres for LLaVA-1.6).
     #[arg(long, value_enum)]
     resize: Option<ResizeArg>,
     /// The same as --resize pad.
@@ -60,6 +60,7 @@ pub struct Pictures {
 enum ResizeArg {
     Crop,
     Pad,
+    Anyres,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -69,20 +70,22 @@ enum AlphaArg {
 }
 
 impl Pictures {
-    /// What the arguments say, else what is usual for the model.
-    pub fn of(&self, model: &Loaded) -> (Resize, Alpha) {
+    /// What the arguments say, else what is usual for the model: all of a data entry but its files.
+    pub fn of(&self, model: &Loaded) -> Data {
         let resize = match self.resize {
             Some(ResizeArg::Crop) => Resize::Crop,
             Some(ResizeArg::Pad) => Resize::Pad,
+            Some(ResizeArg::Anyres) => Resize::Anyres,
             None if self.pad => Resize::Pad,
-            None => model.resize,
+            None => model.pictures.resize,
         };
         let alpha = match self.alpha {
             Some(AlphaArg::Drop) => Alpha::Drop,
             Some(AlphaArg::White) => Alpha::White,
-            None => model.alpha,
+            None => model.pictures.alpha,
         };
-        (resize, alpha)
+        let grid_pinpoints = model.pictures.grid_pinpoints.clone().filter(|_| resize == Resize::Anyres);
+        Data { resize, alpha, grid_pinpoints, ..Data::new(PathBuf::new()) }
     }
 }
 
@@ -91,9 +94,8 @@ pub struct Loaded {
     pub vlm: Vlm,
     pub assembly: Assembly,
     pub template: Template,
-    /// As the first data entry of the run's stage.
-    pub resize: Resize,
-    pub alpha: Alpha,
+    /// How pictures are prepared: as in the first data entry of the run's stage.
+    pub pictures: Data,
 }
 
 impl Args {
@@ -104,16 +106,17 @@ impl Args {
         let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
                 let Opened { recipe, stage, assembly, state } = open_run(run, self.stage.as_deref(), place)?;
-                let data = recipe.stage[&stage].data.first();
-                let (resize, alpha) = data.map(|d| (d.resize, d.alpha)).unwrap_or_default();
-                Loaded { vlm: state.vlm, assembly, template: recipe.model.template, resize, alpha }
+                let pictures = recipe.stage[&stage].data.first().cloned();
+                let pictures = pictures.unwrap_or_else(|| Data::new(PathBuf::new()));
+                Loaded { vlm: state.vlm, assembly, template: recipe.model.template, pictures }
             }
             (None, Some(model)) => {
                 let recipe = bare(model, self.adapter.as_deref())?;
                 let assembly = assemble(&recipe, &place(recipe.model.dtype))?;
                 let vlm = assembly.vlm.clone();
-                let (template, resize, alpha) = (Template::default(), Resize::default(), Alpha::default());
-                Loaded { vlm, assembly, template, resize, alpha }
+                let resize = if vlm.newline.is_some() { Resize::Anyres } else { Resize::default() };
+                let pictures = Data { resize, ..Data::new(PathBuf::new()) };
+                Loaded { vlm, assembly, template: Template::default(), pictures }
             }
             (None, None) => bail!("neither --run nor --model is given"),
         };

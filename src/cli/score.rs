@@ -46,8 +46,7 @@ struct Line<'a> {
 
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let m = args.model.load(&args.compute)?;
-    let (resize, alpha) = args.pictures.of(&m);
-    let data = Data { images: args.images.clone(), resize, alpha, ..Data::new(args.data.clone()) };
+    let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m) };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
     atomic::write_out(&args.out, |out| {
         for items in set.items.chunks(args.micro.max(1)) {

@@ -183,7 +183,7 @@ mod tests {
     use super::*;
     use crate::data::encode::TextSettings;
     use crate::data::sight::Sight;
-    use crate::recipe::schema::{Alpha, Deliver, Resize};
+    use crate::recipe::schema::Deliver;
     use std::path::{Path, PathBuf};
 
     fn golden(name: &str) -> PathBuf {
@@ -195,7 +195,7 @@ mod tests {
             image_token: "<image>".into(),
             image_token_id: None,
             vocab_size: 384,
-            sight: Some(Sight { size: 56, tokens: 16, deliver: Deliver::Splice }),
+            sight: Some(Sight { size: 56, tokens: 16, side: None, deliver: Deliver::Splice }),
             bos: None,
             eos: vec![],
             system: None,
@@ -207,7 +207,7 @@ mod tests {
 
     fn entry(file: &str, template: Option<Template>) -> Data {
         let (path, images) = (golden("data").join(file), Some(golden("images")));
-        Data { path, images, template, resize: Resize::Crop, alpha: Alpha::Drop, limit: None }
+        Data { images, template, ..Data::new(path) }
     }
 
     #[test]

@@ -152,7 +152,7 @@ impl TextEncoder {
             bail!("there are {} image(s), but the model has no vision tower", pictures.len();
                 "name a tower in model.vision, use a whole LLaVA folder, or leave the pictures out")
         };
-        Ok(pictures.iter().map(|p| sight.of(p)).collect())
+        pictures.iter().map(|p| sight.of(p)).collect()
     }
 
     /// Image tokens of each picture.

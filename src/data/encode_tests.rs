@@ -15,11 +15,11 @@ fn json(path: &str) -> Value {
 }
 
 fn sight(tokens: usize) -> Option<Sight> {
-    Some(Sight { size: 56, tokens, deliver: Deliver::Splice })
+    Some(Sight { size: 56, tokens, side: None, deliver: Deliver::Splice })
 }
 
 fn pictures(n: usize) -> Vec<Picture> {
-    vec![Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop }; n]
+    vec![Picture { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop, grid_pinpoints: None }; n]
 }
 
 fn settings() -> TextSettings {
@@ -44,7 +44,7 @@ fn encoder() -> TextEncoder {
 fn data(file: &str) -> Data {
     let path = golden().join("data").join(file);
     let images = Some(golden().join("images"));
-    Data { path, images, template: None, resize: Resize::Crop, alpha: Alpha::Drop, limit: None }
+    Data { images, ..Data::new(path) }
 }
 
 fn numbers<T: TryFrom<i64>>(v: &Value) -> Vec<T> {

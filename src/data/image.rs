@@ -6,6 +6,7 @@
 
 pub use super::resize::Rgb;
 use super::resize::{Filter, resize};
+use super::tiles::{Tiles, fitted};
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::recipe::schema::{Alpha, Resize};
@@ -20,7 +21,7 @@ const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Pillow refuses larger pictures as decompression bombs.
-const MAX_PIXELS: u64 = 178_956_970;
+pub(super) const MAX_PIXELS: u64 = 178_956_970;
 
 /// A picture of a sample and how it is prepared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,14 +29,21 @@ pub struct ImageRef {
     pub path: PathBuf,
     pub resize: Resize,
     pub alpha: Alpha,
-    /// Height and width that it is given, in pixels.
+    /// Height and width of what the tower sees at once, in pixels.
     pub size: usize,
+    /// How it is cut up; `None`: the tower sees it at once.
+    pub tiles: Option<Tiles>,
 }
 
 impl ImageRef {
-    /// Numbers that it becomes, `[3, size, size]`.
+    /// Pictures of the tower that it becomes.
+    pub fn pieces(&self) -> usize {
+        self.tiles.map_or(1, |t| t.pieces())
+    }
+
+    /// Numbers that it becomes, `[3, size, size]` a piece.
     pub fn numbers(&self) -> usize {
-        3 * self.size * self.size
+        self.pieces() * 3 * self.size * self.size
     }
 }
 
@@ -161,13 +169,38 @@ impl ImageProcessor {
             bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", image.path.display();
                 "scale the picture down, or use resize = \"crop\"")
         }
-        Ok(self.at(image.size).process(rgb, image.resize))
+        let processor = self.at(image.size);
+        match &image.tiles {
+            None => Ok(processor.process(rgb, image.resize)),
+            Some(t) if t.picture == [rgb.height, rgb.width] => Ok(processor.cut_up(&rgb, t.grid)),
+            Some(t) => bail!("the image {} has {} × {} pixels, but its header said {} × {}", image.path.display(),
+                rgb.width, rgb.height, t.picture[1], t.picture[0]; "the file has changed since the data were read: start again"),
+        }
+    }
+
+    /// The picture squeezed into a square, then the tiles of a grid of rows and columns, row by row: the picture as large as they
+    /// allow, with black around it (HF's `LlavaNextImageProcessor`).
+    pub fn cut_up(&self, picture: &Rgb, grid: [usize; 2]) -> Vec<f32> {
+        let whole = Self { square: true, ..self.clone() };
+        let mut out = self.normalise(&whole.resize_and_crop(picture));
+        let target = grid.map(|n| n * self.crop);
+        let [h, w] = fitted([picture.height, picture.width], target);
+        let mut canvas = Rgb::filled(target[1], target[0], [0; 3]);
+        let inner = resize(picture, w, h, 0..w, 0..h, self.filter);
+        canvas.paste(&inner, (target[1] - w) / 2, (target[0] - h) / 2);
+        for (row, column) in (0..grid[0]).flat_map(|r| (0..grid[1]).map(move |c| (r, c))) {
+            let (x, y) = (column * self.crop, row * self.crop);
+            let tile = canvas.part(x..x + self.crop, y..y + self.crop);
+            out.extend(self.normalise(&self.resize_and_crop(&tile)));
+        }
+        out
     }
 
     /// What [`Self::load`] does after decoding.
     pub fn process(&self, picture: Rgb, resize: Resize) -> Vec<f32> {
         let picture = match resize {
-            Resize::Crop => picture,
+            // A tile is a square already.
+            Resize::Crop | Resize::Anyres => picture,
             Resize::Pad => self.pad_to_square(picture),
         };
         self.normalise(&self.resize_and_crop(&picture))

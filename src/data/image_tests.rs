@@ -14,7 +14,7 @@ fn f32s(t: &SafeTensors, name: &str) -> Option<Vec<f32>> {
 }
 
 fn load(p: &ImageProcessor, path: &Path, resize: Resize, alpha: Alpha) -> Result<Vec<f32>> {
-    p.load(&ImageRef { path: path.into(), resize, alpha, size: p.crop })
+    p.load(&ImageRef { path: path.into(), resize, alpha, size: p.crop, tiles: None })
 }
 
 #[track_caller]

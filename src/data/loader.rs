@@ -274,7 +274,7 @@ mod tests {
     }
 
     fn image(path: PathBuf) -> ImageRef {
-        ImageRef { path, resize: Resize::Crop, alpha: Alpha::Drop, size: 56 }
+        ImageRef { path, resize: Resize::Crop, alpha: Alpha::Drop, size: 56, tiles: None }
     }
 
     /// One item an image; then one without.

@@ -2,6 +2,7 @@
 
 pub mod dataset;
 pub mod encode;
+mod header;
 pub mod image;
 pub mod loader;
 pub mod pixels;
@@ -11,6 +12,7 @@ pub mod sight;
 pub mod source;
 pub mod synth;
 pub mod template;
+pub mod tiles;
 mod tokenizer;
 
 pub use dataset::{Dataset, Item, Stats};

@@ -29,7 +29,7 @@ impl Rgb {
     }
 
     /// The pixels of some columns and rows.
-    fn part(&self, columns: Range<usize>, rows: Range<usize>) -> Rgb {
+    pub fn part(&self, columns: Range<usize>, rows: Range<usize>) -> Rgb {
         let (width, height) = (columns.len(), rows.len());
         let data = rows.flat_map(|y| &self.row(y)[columns.start * 3..columns.end * 3]).copied().collect();
         Rgb { width, height, data }

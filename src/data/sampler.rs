@@ -159,7 +159,7 @@ mod tests {
 
     /// Items of the lengths 1, 2, 3, …; every third one without a picture.
     fn dataset(n: usize) -> Dataset {
-        let image = ImageRef { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop, size: 8 };
+        let image = ImageRef { path: "a.png".into(), resize: Resize::Crop, alpha: Alpha::Drop, size: 8, tiles: None };
         let item = |i: usize| {
             Item::Sample(Sample {
                 id: i.to_string(),

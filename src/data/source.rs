@@ -6,6 +6,7 @@ use crate::recipe::schema::{Alpha, Data, Resize};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How data files write the place of a picture, whatever the model's own image token is.
 pub const IMAGE_PLACEHOLDER: &str = "<image>";
@@ -30,6 +31,16 @@ pub struct Picture {
     pub path: PathBuf,
     pub resize: Resize,
     pub alpha: Alpha,
+    /// Heights and widths that tiles may fill; `None`: LLaVA-1.6's.
+    pub grid_pinpoints: Option<Arc<[[usize; 2]]>>,
+}
+
+impl Picture {
+    /// A file, prepared as a data entry says.
+    pub fn new(path: PathBuf, how: &Data) -> Self {
+        let grid_pinpoints = how.grid_pinpoints.as_deref().map(Arc::from);
+        Self { path, resize: how.resize, alpha: how.alpha, grid_pinpoints }
+    }
 }
 
 /// A conversation: an optional system turn, then user and assistant in turn.
@@ -175,7 +186,7 @@ fn sample_id(id: Option<Id>, data: &Data, index: usize) -> String {
 
 fn pictures(paths: Option<OneOrMany>, data: &Data) -> Vec<Picture> {
     let root = data.images.as_deref().or_else(|| data.path.parent()).unwrap_or(Path::new(""));
-    let with = |p: PathBuf| Picture { path: root.join(p), resize: data.resize, alpha: data.alpha };
+    let with = |p: PathBuf| Picture::new(root.join(p), data);
     OneOrMany::list(paths).into_iter().map(with).collect()
 }
 
@@ -250,7 +261,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
-        let data = Data { path, images: None, template: None, resize: Resize::Pad, alpha: Alpha::Drop, limit: None };
+        let data = Data { resize: Resize::Pad, ..Data::new(path) };
         (dir, data)
     }
 
@@ -268,7 +279,9 @@ mod tests {
         assert_eq!(a[0].id, "7");
         assert_eq!(a[0].turns.len(), 2);
         assert_eq!(a[0].turns, b[0].turns);
-        assert_eq!(a[0].images, [Picture { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop }]);
+        let picture =
+            Picture { path: dir.path().join("a.png"), resize: Resize::Pad, alpha: Alpha::Drop, grid_pinpoints: None };
+        assert_eq!(a[0].images, [picture]);
         assert_eq!(a[1].id, format!("{}:1", json.path.display()));
         assert_eq!((a[1].category.as_deref(), &a[1].absent[..]), (Some("c"), &["x".to_string()][..]));
         let limited = conversations(&Data { limit: Some(1), ..lines }).unwrap();

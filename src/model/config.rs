@@ -257,18 +257,20 @@ pub struct LlavaConfig {
     pub select_feature: SelectFeature,
     pub projector_act: Activation,
     pub projector_bias: bool,
+    /// LLaVA-NeXT: pictures are cut into tiles, whose rows end with a trained token.
+    pub newline: bool,
 }
 
 impl LlavaConfig {
-    /// From a `config.json` of `LlavaForConditionalGeneration`.
+    /// From a `config.json` of `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
     pub fn from_json(config: &Value) -> Result<Self> {
         let f = Fields::new(config, "")?;
         match f.text("model_type")? {
-            Some("llava") => {}
+            Some("llava" | "llava_next") => {}
             Some("llava_llama") => bail!("`model_type` is \"llava_llama\", the layout of the original LLaVA code";
                 "use its conversion for transformers (model_type \"llava\", e.g. llava-hf/llava-1.5-7b-hf), or give `vision`, \
                  `projector` and `language` their own `source`"),
-            other => return Err(unsupported("", "model_type", other.unwrap_or("absent"), "llava")),
+            other => return Err(unsupported("", "model_type", other.unwrap_or("absent"), "llava, llava_next")),
         }
         let vision = match f.object("vision_config")? {
             Some(v) => match v.text("model_type")? {
@@ -299,6 +301,7 @@ impl LlavaConfig {
             },
             projector_act: activation(&f, "projector_hidden_act")?.unwrap_or(Activation::Gelu),
             projector_bias: f.flag("multimodal_projector_bias")?.unwrap_or(true),
+            newline: f.text("model_type")? == Some("llava_next"),
         })
     }
 
@@ -330,8 +333,8 @@ impl LlavaConfig {
     /// A `config.json` that `LlavaForConditionalGeneration` of transformers 4 and 5 reads.
     pub fn to_json(&self) -> Value {
         json!({
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            "architectures": [if self.newline { "LlavaNextForConditionalGeneration" } else { "LlavaForConditionalGeneration" }],
+            "model_type": if self.newline { "llava_next" } else { "llava" },
             "ignore_index": -100,
             "image_token_index": self.image_token_index,
             "image_seq_length": self.tokens_per_image(),

@@ -118,11 +118,15 @@ impl Source for Fresh {
     }
 }
 
+/// The token that ends a row of tiles.
+pub const NEWLINE: &str = "projector.image_newline";
+
 /// The usual initial values by kind of parameter: norms 1 and 0; backbone matrices and embeddings normal with
 /// deviation 0.02 (HF's `initializer_range`), their biases 0; projector layers and LoRA's A uniform in ±1/√in
 /// (PyTorch's `nn.Linear` and PEFT, Kaiming with a = √5); LoRA's B, a bottleneck's `up`, gates and an adapter's other biases
 /// zero; soft tokens normal with deviation 0.02. A Q-Former begins as HF's BERT does, and its queries as LAVIS's: all normal with
-/// deviation 0.02; a perceiver's latents with deviation 1, as OpenFlamingo's (at HF's ones they would all be alike). On the CPU.
+/// deviation 0.02; a perceiver's latents with deviation 1, as OpenFlamingo's (at HF's ones they would all be alike); the newline of
+/// tiles with deviation 1/√width, as HF's. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let key = key.child(name);
     let leaf = name.rsplit('.').next().unwrap_or(name);
@@ -135,6 +139,9 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
     }
     if name.contains(".lora_B.") || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
         return constant(0.0);
+    }
+    if name == NEWLINE {
+        return normal(key, shape, 1.0 / (shape.iter().product::<usize>().max(1) as f64).sqrt(), dtype);
     }
     if leaf == "latents" {
         return normal(key, shape, 1.0, dtype);

@@ -1,5 +1,7 @@
 //! Visual tokens that are offered to the layers instead of standing among the text (`model.deliver = "cross_attention"`).
 
+use crate::bail;
+use crate::error::Result;
 use crate::ops::attention::{Segment, Sequences};
 use crate::recipe::schema::Sees;
 use candle_core::Tensor;
@@ -7,7 +9,7 @@ use candle_core::Tensor;
 /// The visual tokens of a micro-batch, and who sees them.
 #[derive(Debug, Clone)]
 pub struct Visual {
-    /// Of the distinct pictures, `[I·tokens, D]`.
+    /// Of the distinct pictures' pieces, `[pieces·tokens, D]`, and the newline token where one is shown.
     pub tokens: Tensor,
     /// Does a backward pass have to give their gradient?
     pub need_grad: bool,
@@ -32,7 +34,42 @@ pub struct Shown {
     /// Its rows of the stream.
     pub rows: std::ops::Range<usize>,
     /// Rows of [`Visual::tokens`] that belong to the picture.
-    pub tokens: std::ops::Range<u32>,
+    pub tokens: Vec<u32>,
+}
+
+/// What a distinct picture of a batch is made of, if it is not seen at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Pictures of the tower.
+    pub pieces: usize,
+    /// Its visual tokens in their order: rows of its pieces' projected features, or the newline token (`None`).
+    pub tokens: Vec<Option<u32>>,
+}
+
+/// Rows of the visual tokens of each distinct picture: of the pieces' projected features, `per` a piece, or the row behind them
+/// all for a newline. Without `layouts` each piece is a picture.
+pub fn rows(layouts: &[Option<Layout>], pieces: usize, per: usize) -> Result<Vec<Vec<u32>>> {
+    let newline = (pieces * per) as u32;
+    let plain: Vec<Option<Layout>>;
+    let layouts = if layouts.is_empty() {
+        plain = vec![None; pieces];
+        &plain
+    } else {
+        layouts
+    };
+    let (mut out, mut first) = (Vec::with_capacity(layouts.len()), 0u32);
+    for layout in layouts {
+        let (n, rows) = match layout {
+            None => (1, (first..first + per as u32).collect::<Vec<u32>>()),
+            Some(l) => (l.pieces, l.tokens.iter().map(|t| t.map_or(newline, |k| first + k)).collect()),
+        };
+        out.push(rows);
+        first += (n * per) as u32;
+    }
+    if first != newline || out.iter().flatten().any(|row| *row > newline) {
+        bail!("the pictures' layouts do not belong to {pieces} pictures of the tower with {per} visual tokens each")
+    }
+    Ok(out)
 }
 
 impl Visual {
@@ -65,7 +102,7 @@ struct Build {
 impl Build {
     fn push(&mut self, queries: &std::ops::Range<usize>, pictures: &[Shown]) {
         let start = self.rows.len();
-        pictures.iter().for_each(|p| self.rows.extend(p.tokens.clone()));
+        pictures.iter().for_each(|p| self.rows.extend(&p.tokens));
         if !queries.is_empty() && self.rows.len() > start {
             self.segments.push(Segment::new(queries.clone(), start..self.rows.len()));
         }

@@ -7,11 +7,12 @@ use super::params::{Grads, Module, Param};
 use super::projector::Projector;
 use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
-use super::visual::{Shown, Visual};
+use super::visual::{self, Layout, Shown, Visual};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
+use crate::ops::matmul::sum_rows;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
 use crate::recipe::schema::Deliver;
@@ -25,6 +26,8 @@ use tracing::debug_span;
 pub struct Vlm {
     pub vision: Option<Tower>,
     pub projector: Option<Projector>,
+    /// The visual token that ends each row of a picture in tiles, `[D]`; a model that never sees any has none.
+    pub newline: Option<Param>,
     pub language: Language,
     /// Id that stands for a visual token in `Batch::ids`; `None` without a tower.
     pub image_token_id: Option<u32>,
@@ -52,8 +55,10 @@ pub struct Batch {
     pub ids: Vec<u32>,
     /// Length of each sequence.
     pub lengths: Vec<usize>,
-    /// The distinct pictures, `[I, C, S, S]`.
+    /// What the tower sees of the distinct pictures, `[pieces, C, S, S]`.
     pub pixels: Option<Tensor>,
+    /// How each distinct picture is made of those; `None`, or nothing at all: it is one of them.
+    pub layouts: Vec<Option<Layout>>,
     /// Which picture each run of visual tokens shows, in the order of the rows.
     pub pictures: Vec<u32>,
     /// Labelled tokens: the row that predicts it, and its id.
@@ -65,7 +70,7 @@ pub struct Batch {
 /// Size of a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
-    /// Distinct pictures.
+    /// Pictures of the tower: distinct ones, or the pieces of such.
     pub pictures: usize,
     /// Tokens of all sequences, visual ones among them.
     pub tokens: usize,
@@ -98,9 +103,12 @@ struct Stream {
     ids: Vec<u32>,
     lengths: Vec<usize>,
     targets: Vec<(u32, u32)>,
-    /// Rows that visual tokens take the place of, and the rows of the projected features that belong there.
+    /// Rows that visual tokens take the place of, and the rows of the projected features (or the newline's, behind them) that
+    /// belong there.
     spliced: Vec<u32>,
     features: Vec<u32>,
+    /// The newline's row, if a picture in tiles is shown.
+    newline: Option<u32>,
     /// Pictures that stand beside the stream.
     shown: Vec<Shown>,
     /// Rows of each prefix's tokens: all of the first sequence's, then the next one's.
@@ -124,7 +132,9 @@ impl Vlm {
     ) -> Self {
         let image_token_id = image_token_id.into();
         let (deliver, prefixes) = (Deliver::Splice, Vec::new());
-        let mut vlm = Self { vision, projector, language, image_token_id, deliver, prefixes, projector_trains: false };
+        let (newline, projector_trains) = (None, false);
+        let mut vlm =
+            Self { vision, projector, newline, language, image_token_id, deliver, prefixes, projector_trains };
         vlm.plan();
         vlm
     }
@@ -142,7 +152,8 @@ impl Vlm {
 
     /// Does something that makes the visual tokens train?
     fn visual_learns(&self) -> bool {
-        self.projector_trains || self.vision.as_ref().is_some_and(Tower::reached)
+        let newline = self.newline.as_ref().is_some_and(|p| p.trainable);
+        newline || self.projector_trains || self.vision.as_ref().is_some_and(Tower::reached)
     }
 
     /// Trains exactly these parameters, and plans backward accordingly.
@@ -214,17 +225,9 @@ impl Vlm {
         if let Some(dx) = &dx {
             self.prefix_grads(&stream, dx, grads)?;
         }
-        let dtokens = match (self.deliver, dx, &projected) {
-            (Deliver::Splice, Some(dx), Some(tokens)) => {
-                let sum = tokens.zeros_like()?;
-                scatter_add_(&sum, &stream.features, &gather(&dx, &stream.spliced)?)?;
-                Some(sum)
-            }
-            (Deliver::Splice, ..) => None,
-            (Deliver::CrossAttention, _, Some(tokens)) => {
-                grads.take_visual().map(|sum| sum.to_dtype(tokens.dtype())).transpose()?
-            }
-            (Deliver::CrossAttention, ..) => None,
+        let dtokens = match &projected {
+            Some(tokens) => self.visual_grads(&stream, dx.as_ref(), tokens, grads)?,
+            None => None,
         };
         let (Some(dtokens), Some(tape)) = (dtokens, projector) else { return Ok(()) };
         let dfeatures = debug_span!("projector backward").in_scope(|| island::backward(tape, &dtokens, grads))?;
@@ -232,6 +235,37 @@ impl Vlm {
             debug_span!("tower backward").in_scope(|| tower.backward(saved, d, grads))?;
         }
         Ok(())
+    }
+
+    /// The gradient of the projected features, if there is one; that of the newline token, the last row of `tokens` if one is
+    /// shown, is added to `grads`.
+    fn visual_grads(
+        &self,
+        stream: &Stream,
+        dx: Option<&Tensor>,
+        tokens: &Tensor,
+        grads: &mut Grads,
+    ) -> Result<Option<Tensor>> {
+        let projected = tokens.dim(0)? - usize::from(stream.newline.is_some());
+        let learns = self.newline.as_ref().filter(|p| p.trainable && stream.newline.is_some());
+        if self.deliver == Deliver::CrossAttention {
+            let Some(sum) = grads.take_visual() else { return Ok(None) };
+            if let Some(newline) = learns {
+                grads.add(&newline.name, sum.narrow(0, projected, 1)?.flatten_all()?.copy()?)?;
+            }
+            return Ok(Some(sum.narrow(0, 0, projected)?.to_dtype(tokens.dtype())?));
+        }
+        let Some(dx) = dx else { return Ok(None) };
+        let places = stream.spliced.iter().zip(&stream.features).map(|(place, row)| (*place, *row));
+        let (ends, words): (Vec<(u32, u32)>, Vec<_>) = places.partition(|(_, row)| Some(*row) == stream.newline);
+        if let Some(newline) = learns {
+            let ends: Vec<u32> = ends.into_iter().map(|(place, _)| place).collect();
+            grads.add(&newline.name, sum_rows(&gather(dx, &ends)?)?)?;
+        }
+        let (places, rows): (Vec<u32>, Vec<u32>) = words.into_iter().unzip();
+        let sum = tokens.narrow(0, 0, projected)?.zeros_like()?;
+        scatter_add_(&sum, &rows, &gather(dx, &places)?)?;
+        Ok(Some(sum))
     }
 
     /// The sums over all sequences, in their order.
@@ -246,7 +280,8 @@ impl Vlm {
         Ok(())
     }
 
-    /// Projected features of the batch's distinct pictures, `[I·visual_tokens_per_image, D]`.
+    /// Projected features of the batch's distinct pictures, `[pieces·visual_tokens_per_image, D]`, and behind them the newline if
+    /// one of them is in tiles.
     fn visual_tokens(&self, batch: &Batch, mode: Mode) -> Result<Option<Projected>> {
         let (Some(pixels), Some(tower), Some(projector)) = (&batch.pixels, &self.vision, &self.projector) else {
             return Ok(None);
@@ -259,12 +294,19 @@ impl Vlm {
             dropout: mode.dropout.filter(|_| self.projector_trains),
         };
         let (tokens, tape) = debug_span!("projector").in_scope(|| projector.forward(&features, tower.grid(), pass))?;
+        let tokens = match &self.newline {
+            Some(newline) if batch.layouts.iter().any(Option::is_some) => {
+                let row = newline.compute().reshape((1, ()))?;
+                Tensor::cat(&[&tokens, &row.to_dtype(tokens.dtype())?], 0)?
+            }
+            _ => tokens,
+        };
         Ok(Some(Projected { tokens, tape, saved }))
     }
 
     /// Lays out the rows of a batch: the prefixes in front of each sequence, then its text; visual tokens in it or beside it.
     fn stream(&self, batch: &Batch, adapters_off: bool) -> Result<Stream> {
-        let per = self.visual_tokens_per_image()? as u32;
+        let (pictures, newline) = self.picture_rows(batch)?;
         let prefixes: &[Prefix] = if adapters_off { &[] } else { &self.prefixes };
         let mut tokens = Vec::with_capacity(prefixes.len());
         for p in prefixes {
@@ -276,7 +318,8 @@ impl Vlm {
             lengths: batch.lengths.iter().map(|n| n + more).collect(),
             targets: Vec::new(),
             spliced: Vec::new(),
-            features: batch.pictures.iter().flat_map(|p| (0..per).map(move |k| p * per + k)).collect(),
+            features: pictures.iter().flatten().copied().collect(),
+            newline,
             shown: Vec::new(),
             prefixes: vec![Vec::new(); prefixes.len()],
         };
@@ -301,16 +344,32 @@ impl Vlm {
         }
         out.targets = batch.targets.iter().map(|(row, id)| (moved[*row as usize], *id)).collect();
         let images = if self.deliver == Deliver::Splice { out.spliced.len() } else { out.shown.len() };
-        let per = self.deliver.image_tokens(per as usize);
-        if images != batch.pictures.len() * per {
-            bail!("{images} image tokens for {} pictures of {per}", batch.pictures.len();
+        let wanted: usize = pictures.iter().map(|rows| self.deliver.image_tokens(rows.len())).sum();
+        if images != wanted {
+            bail!("{images} image tokens for {} pictures that take {wanted}", pictures.len();
                 "a text holds the image token itself, or the sample's tokens were cut inside a picture")
         }
-        for (shown, features) in out.shown.iter_mut().zip(&batch.pictures) {
-            let per = self.visual_tokens_per_image()? as u32;
-            shown.tokens = features * per..(features + 1) * per;
+        for (shown, rows) in out.shown.iter_mut().zip(pictures) {
+            shown.tokens = rows;
         }
         Ok(out)
+    }
+
+    /// Which rows of the visual tokens each picture shows, in the order of the batch.
+    fn picture_rows(&self, batch: &Batch) -> Result<PictureRows> {
+        let pieces = batch.pixels.as_ref().map_or(Ok(0), |p| p.dim(0))?;
+        let per = self.visual_tokens_per_image()?;
+        let tiled = batch.layouts.iter().any(Option::is_some);
+        if tiled && self.newline.is_none() {
+            bail!("a picture is in tiles, but the model has no newline token to end their rows";
+                "it was made without resize = \"anyres\": choose another `resize`")
+        }
+        let distinct = visual::rows(&batch.layouts, pieces, per)?;
+        let of = |p: &u32| distinct.get(*p as usize).cloned();
+        let Some(rows) = batch.pictures.iter().map(of).collect() else {
+            bail!("a text shows a picture that is not in its batch")
+        };
+        Ok((rows, tiled.then_some((pieces * per) as u32)))
     }
 
     /// Notes an image token at the first of `rows`, the rest of its sequence.
@@ -321,7 +380,7 @@ impl Vlm {
         if let Some(last) = out.shown.last_mut().filter(|last| last.owner == owner) {
             last.rows.end = rows.start;
         }
-        out.shown.push(Shown { owner, rows, tokens: 0..0 });
+        out.shown.push(Shown { owner, rows, tokens: Vec::new() });
     }
 
     /// Embedded rows of a stream.
@@ -481,6 +540,9 @@ impl Vlm {
     }
 }
 
+/// Rows of each shown picture's visual tokens, and the newline's row.
+type PictureRows = (Vec<Vec<u32>>, Option<u32>);
+
 struct Projected {
     tokens: Tensor,
     tape: Option<island::Tape>,
@@ -495,6 +557,7 @@ impl Module for Vlm {
         if let Some(p) = &mut self.projector {
             p.visit(f);
         }
+        self.newline.iter_mut().for_each(&mut *f);
         self.prefixes.iter_mut().for_each(|p| f(&mut p.embeddings));
         self.language.visit(f);
     }

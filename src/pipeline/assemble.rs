@@ -6,8 +6,9 @@ use crate::checkpoint::peft;
 use crate::data::{ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
-use crate::model::init::{Fresh, FromWeights, Partly, Place, Source};
+use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
 use crate::model::language::Language;
+use crate::model::params::Param;
 use crate::model::projector::{Projector, published};
 use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
@@ -54,9 +55,9 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
-    let (mut tower, mut projector, mut see) = (None, None, None);
+    let (mut tower, mut projector, mut newline, mut see) = (None, None, None, None);
     if let Some(v) = &vision {
-        let p =
+        let (p, n) =
             parts.projector(recipe, whole.as_ref(), v.tower.config.hidden_size, language.model.config.hidden_size)?;
         let (mut t, first) = (v.tower.clone(), recipe.stages.first());
         // A projector need not be able to take a size that no stage has.
@@ -64,7 +65,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             t.set_size(size).with_context(|| format!("stage.{}.image_size", recipe.stages[0]))?;
         }
         see = Some(seen(&t, &p, recipe.model.deliver).context("model.projector")?);
-        (tower, projector) = (Some(t), Some(p));
+        (tower, projector, newline) = (Some(t), Some(p), n);
     }
     let encoder = parts.encoder(recipe, &language, see)?;
     let images = vision.as_ref().map(|v| parts.processor(v)).transpose()?;
@@ -75,7 +76,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             "preprocessor_config.json and config.json of the tower do not belong together")
     }
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
-    vlm.deliver = recipe.model.deliver;
+    (vlm.deliver, vlm.newline) = (recipe.model.deliver, newline);
     let mut start_adapter = None;
     if let Some(adapter) = &recipe.model.adapter {
         let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;
@@ -110,7 +111,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
 
 fn seen(tower: &Tower, projector: &Projector, deliver: schema::Deliver) -> Result<Sight> {
     let grid = tower.grid();
-    Ok(Sight { size: grid.image_size, tokens: projector.tokens(grid)?, deliver })
+    Ok(Sight { size: grid.image_size, tokens: projector.tokens(grid)?, side: projector.square(grid), deliver })
 }
 
 /// How a model sees pictures now; `None` if it sees none.
@@ -302,7 +303,16 @@ impl Parts {
         Ok(LanguagePart { model, tokenizer, image_token })
     }
 
-    fn projector(&mut self, recipe: &Recipe, whole: Option<&Whole>, d_in: usize, d_out: usize) -> Result<Projector> {
+    /// The projector, and the newline of tiles where the recipe has pictures in tiles or the whole model is one that sees them.
+    fn projector(
+        &mut self,
+        recipe: &Recipe,
+        whole: Option<&Whole>,
+        d_in: usize,
+        d_out: usize,
+    ) -> Result<(Projector, Option<Param>)> {
+        let tiles = recipe.has_tiles() || whole.is_some_and(|w| w.config.newline);
+        let newline = |src: &mut dyn Source| tiles.then(|| src.master(NEWLINE.to_string(), &[d_out])).transpose();
         let from_whole = |w: &Whole| {
             schema::Projector::Mlp(MlpProjector {
                 source: Some(w.dir.display().to_string()),
@@ -322,18 +332,27 @@ impl Parts {
         };
         let bias = whole.is_none_or(|w| w.config.projector_bias);
         let Some(source) = cfg.source() else {
-            return Projector::new(&cfg, d_in, d_out, bias, &mut self.fresh());
+            let mut src = self.fresh();
+            return Ok((Projector::new(&cfg, d_in, d_out, bias, &mut src)?, newline(&mut src)?));
         };
         let path = PathBuf::from(source);
         let path = if path.exists() { path } else { self.find("model.projector", source, source::PROJECTOR)? };
         let weights = Weights::projector(&path)?;
-        let fresh = cfg.fresh();
+        let mut fresh = cfg.fresh();
         self.published(&cfg, &path).and_then(|()| has_all_but(&cfg, &weights, source)).context("model.projector")?;
+        if tiles && weights.info(NEWLINE).is_none() {
+            fresh.push(NEWLINE);
+        }
         for part in fresh.iter().map(|p| part_name(p)) {
             self.warnings
                 .push(format!("model.projector: `{part}` begins with random values, not with those of {source}"));
         }
-        self.load_but(&fresh, weights, |src| Projector::new(&cfg, d_in, d_out, bias, src)).context("model.projector")
+        if !tiles {
+            // Of no use where no picture is in tiles.
+            fresh.push(NEWLINE);
+        }
+        let build = |src: &mut dyn Source| Ok((Projector::new(&cfg, d_in, d_out, bias, src)?, newline(src)?));
+        self.load_but(&fresh, weights, build).context("model.projector")
     }
 
     /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.

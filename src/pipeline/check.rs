@@ -102,7 +102,7 @@ impl<'a> Check<'a> {
         let sight = sight(&state.vlm)?;
         self.sights.extend(stage.eval.iter().map(|e| (e.as_str(), sight)));
         let data = dataset(self.recipe, stage, &self.assembly.encoder.seeing(sight))?;
-        check_reachable(&mut state, !data.images().is_empty())?;
+        check_reachable(&mut state, &data)?;
         align::samples(stage, &mut state, &data)?;
         let (total, epoch) = step_counts(stage, data.items.len());
         let optimizer = optimizer(stage, name, &mut state, total)?;

@@ -23,7 +23,8 @@ pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: 
         for part in plan.step(step).chunks(micro.max(1)) {
             let pictures: BTreeSet<_> = part.iter().flat_map(|i| data.items[*i].images()).collect();
             let tokens: usize = part.iter().flat_map(|i| data.items[*i].samples()).map(|s| s.ids.len() + soft).sum();
-            let sum = most.entry(pictures.len()).or_insert(0);
+            let pieces = pictures.iter().map(|i| i.pieces()).sum();
+            let sum = most.entry(pieces).or_insert(0);
             *sum = tokens.max(*sum);
         }
     }

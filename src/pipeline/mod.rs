@@ -182,7 +182,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
             state.enter(stage, name)?;
             let see = sight(&state.vlm)?;
             let data = dataset(recipe, stage, &assembly.encoder.seeing(see))?;
-            check_reachable(&mut state, !data.images().is_empty())?;
+            check_reachable(&mut state, &data)?;
             align::samples(stage, &mut state, &data)?;
             let at = sights.iter().position(|s| *s == see).unwrap_or_else(|| {
                 sights.push(see);

@@ -74,7 +74,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     tidy(&dir)?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
-    check_reachable(state, !data.images().is_empty()).with_context(|| format!("stage.{name}"))?;
+    check_reachable(state, &data).with_context(|| format!("stage.{name}"))?;
     masters(stage, state)?;
     let frozen = freeze::frozen_checksums(state)?;
 
@@ -130,9 +130,14 @@ fn tidy(dir: &Path) -> Result<()> {
     folders.iter().filter(|d| d.is_dir()).try_for_each(|d| recover(d).map(drop))
 }
 
-/// Every trained parameter must be one that a gradient can reach.
-pub fn check_reachable(state: &mut State, pictures: bool) -> Result<()> {
-    let lost = state.vlm.unreachable(pictures);
+/// Every trained parameter must be one that a gradient of these samples can reach.
+pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
+    let images = data.images();
+    let mut lost = state.vlm.unreachable(!images.is_empty());
+    let newline = state.vlm.newline.as_ref().filter(|p| p.trainable && images.iter().all(|i| i.tiles.is_none()));
+    if let (Some(p), false) = (newline, images.is_empty()) {
+        lost.push((p.name.clone(), "no picture of this stage is in tiles (resize = \"anyres\")".to_string()));
+    }
     if lost.is_empty() {
         return Ok(());
     }

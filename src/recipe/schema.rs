@@ -32,6 +32,14 @@ pub struct Recipe {
     pub eval: BTreeMap<String, Eval>,
 }
 
+impl Recipe {
+    /// Are pictures cut into tiles anywhere?
+    pub fn has_tiles(&self) -> bool {
+        let mut data = self.stage.values().flat_map(|s| &s.data).chain(self.eval.values().flat_map(|e| &e.data));
+        data.any(|d| d.resize == Resize::Anyres)
+    }
+}
+
 /// `[model]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -467,6 +475,10 @@ pub struct Data {
     pub resize: Resize,
     #[serde(default)]
     pub alpha: Alpha,
+    /// With `anyres`: the heights and widths in pixels that tiles may fill, multiples of what the tower sees at once. Default:
+    /// LLaVA-1.6's, 1 × 2, 2 × 1, 2 × 2, 3 × 1 and 1 × 3 tiles.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grid_pinpoints: Option<Vec<[usize; 2]>>,
     /// Take only the first `limit` samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
@@ -475,7 +487,8 @@ pub struct Data {
 impl Data {
     /// All of a file, everything else by default.
     pub fn new(path: PathBuf) -> Self {
-        Self { path, images: None, template: None, resize: Resize::default(), alpha: Alpha::default(), limit: None }
+        let (resize, alpha) = (Resize::default(), Alpha::default());
+        Self { path, images: None, template: None, resize, alpha, grid_pinpoints: None, limit: None }
     }
 }
 
@@ -487,6 +500,9 @@ pub enum Resize {
     Crop,
     /// Pad to a square with the mean colour first (LLaVA-1.5).
     Pad,
+    /// The whole picture squeezed into a square, and beside it tiles that show it larger (LLaVA-1.6); a picture then has as many
+    /// visual tokens as its size and proportions ask for.
+    Anyres,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -243,6 +243,15 @@ fn data(list: &[Data]) -> Result<()> {
     if list.is_empty() {
         bail!("data: empty"; "name at least one file: data = [{{ path = \"…\" }}]");
     }
+    for (i, d) in list.iter().enumerate() {
+        let Some(grids) = &d.grid_pinpoints else { continue };
+        if d.resize != Resize::Anyres {
+            bail!("data[{i}]: grid_pinpoints without tiles"; "set resize = \"anyres\", or leave grid_pinpoints out");
+        }
+        if grids.is_empty() || grids.iter().any(|g| g.contains(&0)) {
+            bail!("data[{i}]: grid_pinpoints = {grids:?}"; "heights and widths in pixels, e.g. [[336, 672], [672, 336]]");
+        }
+    }
     match list.iter().position(|d| d.limit == Some(0)) {
         Some(i) => bail!("data[{i}]: limit = 0"; "leave it out to take every sample"),
         None => Ok(()),

@@ -8,6 +8,7 @@ use super::collate::{collate, single};
 use crate::bail;
 use crate::data::{IGNORE, Item, Pixels, Sample};
 use crate::error::Result;
+use crate::model::visual;
 use crate::model::vlm::Vlm;
 use crate::ops::launch::widen;
 use candle_core::{DType, Device, Tensor};
@@ -40,10 +41,16 @@ pub fn measure(
             bail!("{}: there is no picture to look at", samples[0].id)
         };
         let (tokens, per) = (rows(&tokens)?, vlm.visual_tokens_per_image()?);
+        let pieces = tokens.len() / per.max(1);
+        let of_picture = visual::rows(&batch.layouts, pieces, per)?;
         let mut pictures = batch.pictures.iter();
         for s in samples {
             let own = pictures.by_ref().take(s.images.len()).map(|p| *p as usize);
-            let v = direction(own.flat_map(|p| tokens.iter().skip(p * per).take(per)));
+            // Behind them all stands the newline of tiles, which shows nothing.
+            let v = direction(
+                own.flat_map(|p| of_picture.iter().skip(p).take(1).flatten())
+                    .filter_map(|row| tokens.get(*row as usize)),
+            );
             let caption: Vec<u32> = s.labels.iter().skip(1).filter(|l| **l != IGNORE).map(|l| *l as u32).collect();
             let c = direction(rows(&vlm.language.embed(&caption)?)?.iter());
             if v.iter().chain(&c).any(|x| !x.is_finite()) {

@@ -3,6 +3,7 @@
 use crate::bail;
 use crate::data::{IGNORE, ImageRef, Item, Pixels, Sample};
 use crate::error::Result;
+use crate::model::visual::Layout;
 use crate::model::vlm::Batch;
 use crate::ops::tensor;
 use std::collections::BTreeMap;
@@ -28,7 +29,11 @@ pub fn collate(samples: &[&Sample], pixels: &Pixels) -> Result<Batch> {
                 let Some(px) = pixels.get(image) else {
                     bail!("{}: its picture {} was not loaded", s.id, image.path.display())
                 };
+                if px.len() != image.numbers() {
+                    bail!("{}: its picture {} was loaded in another size", s.id, image.path.display())
+                }
                 values.extend_from_slice(px);
+                batch.layouts.push(image.tiles.map(|t| Layout { pieces: t.pieces(), tokens: t.layout() }));
             }
             batch.pictures.push(at);
         }
@@ -38,7 +43,8 @@ pub fn collate(samples: &[&Sample], pixels: &Pixels) -> Result<Batch> {
         if let Some((other, _)) = index.iter().find(|(i, _)| i.size != size) {
             bail!("pictures of {size} px and of {} px in one batch", other.size)
         }
-        batch.pixels = Some(tensor(values, (index.len(), 3, size, size))?);
+        let pieces = index.keys().map(|i| i.pieces()).sum::<usize>();
+        batch.pixels = Some(tensor(values, (pieces, 3, size, size))?);
     }
     Ok(batch)
 }

@@ -74,12 +74,16 @@ fn label(p: Pictures) -> &'static str {
     }
 }
 
-/// Blank: the mean colour (zero after normalisation). Shuffled: each picture's place is taken by the next one.
+/// Blank: the mean colour (zero after normalisation). Shuffled: each picture's place is taken by the next one, which is cut off
+/// or begun again where it has more or fewer tiles.
 fn stand_in_pixels(pixels: &Pixels, how: Pictures) -> Pixels {
     let all: Vec<_> = pixels.iter().collect();
     let swap = |i: usize| match how {
         Pictures::Blank => Arc::new(vec![0.0; all[i].1.len()]),
-        Pictures::Shuffled => all[(i + 1) % all.len()].1.clone(),
+        Pictures::Shuffled => {
+            let (n, next) = (all[i].1.len(), all[(i + 1) % all.len()].1);
+            if next.len() == n { next.clone() } else { Arc::new(next.iter().copied().cycle().take(n).collect()) }
+        }
     };
     all.iter().enumerate().map(|(i, (k, _))| ((*k).clone(), swap(i))).collect()
 }

@@ -156,6 +156,7 @@ impl Golden {
             sight: Some(Sight {
                 size: self.images().crop,
                 tokens: self.json["settings"]["n_image_tokens"].as_u64().unwrap() as usize,
+                side: None,
                 deliver: Deliver::Splice,
             }),
             bos: config.text.bos_token_id,

@@ -26,7 +26,7 @@ pub fn run(g: &Golden) {
             }
             None => {
                 let (path, size) = (g.path("images").join(image), processor.crop);
-                processor.load(&ImageRef { path, resize, alpha: alt, size }).unwrap()
+                processor.load(&ImageRef { path, resize, alpha: alt, size, tiles: None }).unwrap()
             }
         };
         let error = super::flat(want).iter().zip(&got).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);

@@ -41,6 +41,10 @@ impl Bottleneck {
 }
 
 impl Kind for Bottleneck {
+    fn square(&self, grid: Grid) -> Option<usize> {
+        (!grid.class_token).then_some(grid.side())
+    }
+
     fn forward(&self, x: &Tensor, _: Grid, vars: &mut Vars) -> Result<Tensor> {
         let h = self.down.forward(&self.norm.forward(x, vars)?, vars)?;
         let h = vars.dropout("projector.bottleneck", activate(self.act, &h)?, self.dropout)?;

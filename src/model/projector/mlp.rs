@@ -81,6 +81,10 @@ impl Mlp {
 }
 
 impl Kind for Mlp {
+    fn square(&self, grid: Grid) -> Option<usize> {
+        (!grid.class_token).then_some(grid.side())
+    }
+
     fn forward(&self, x: &Tensor, _: Grid, vars: &mut Vars) -> Result<Tensor> {
         self.rows(x, vars)
     }

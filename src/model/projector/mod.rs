@@ -32,6 +32,11 @@ pub trait Kind: Module + Debug + Send + Sync {
         Ok(grid.tokens())
     }
 
+    /// Visual tokens along an edge, where they stand as the picture's square, row by row; `None`: they have no places in it.
+    fn square(&self, _: Grid) -> Option<usize> {
+        None
+    }
+
     /// Features of whole pictures `[I·grid.tokens(), vision]` → visual tokens `[I·tokens, language]`.
     fn forward(&self, x: &Tensor, grid: Grid, vars: &mut Vars) -> Result<Tensor>;
 
@@ -104,6 +109,11 @@ impl Projector {
     /// Visual tokens of one picture; an error if the projector cannot take this grid.
     pub fn tokens(&self, grid: Grid) -> Result<usize> {
         self.0.tokens(grid)
+    }
+
+    /// Visual tokens along an edge, where they stand as the picture's square; `None` if they do not.
+    pub fn square(&self, grid: Grid) -> Option<usize> {
+        self.0.square(grid)
     }
 
     /// FLOPs of one picture's forward pass.

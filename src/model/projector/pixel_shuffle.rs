@@ -45,6 +45,10 @@ impl Kind for PixelShuffle {
         Ok((side / factor) * (side / factor))
     }
 
+    fn square(&self, grid: Grid) -> Option<usize> {
+        Some(grid.side() / self.factor)
+    }
+
     fn forward(&self, x: &Tensor, grid: Grid, vars: &mut Vars) -> Result<Tensor> {
         let (tokens, f, side) = (self.tokens(grid)?, self.factor, grid.side() / self.factor);
         let (rows, width) = x.dims2()?;

@@ -179,10 +179,10 @@ impl Weights {
     }
 }
 
-/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration`; any problem with the file is reported
+/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`; any problem with the file is reported
 /// by its reader.
 pub fn is_llava(dir: &Path) -> bool {
     let json =
         std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
-    json.is_some_and(|c| c.get("model_type").and_then(|t| t.as_str()) == Some("llava"))
+    json.is_some_and(|c| matches!(c.get("model_type").and_then(|t| t.as_str()), Some("llava" | "llava_next")))
 }

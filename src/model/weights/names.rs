@@ -9,6 +9,7 @@
 //! | LLaVA on the hub | `vision_tower.vision_model.encoder…`, `language_model.model.layers…`, `language_model.lm_head.weight` |
 //! | LLaVA, transformers 5 | `vision_tower.encoder…`, else as above |
 //! | LLaVA inside transformers 5 (and PEFT keys) | `model.vision_tower.encoder…`, `model.language_model.layers…`, `lm_head.weight` |
+//! | LLaVA-NeXT | as LLaVA, and `image_newline` (`model.image_newline`) |
 //! | projector of the original LLaVA code | `model.mm_projector.0.weight`, `model.mm_projector.2.weight` |
 //! | connector of Idefics2 | `model.connector.modality_projection…`, `model.connector.perceiver_resampler…`; alone, without `connector.` |
 //! | Q-Former of BLIP-2 | `query_tokens`, `qformer…`, `language_projection…`; see [`bare_qformer`] |
@@ -58,6 +59,7 @@ pub fn for_file(family: Family, canonical: &str) -> Option<String> {
         (Family::Llava, "vision", _) => "vision_tower.vision_model.",
         (Family::Llava, "language", "lm_head.weight") => "language_model.",
         (Family::Llava, "language", _) => "language_model.model.",
+        (Family::Llava, "projector", "image_newline") => "",
         (Family::Llava, "projector", _) => "multi_modal_projector.",
         _ => return None,
     };
@@ -69,6 +71,9 @@ pub fn projector(name: &str) -> Option<String> {
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("multi_modal_projector.").or_else(|| name.strip_prefix("projector.")) {
         return Some(format!("projector.{rest}"));
+    }
+    if name == "image_newline" {
+        return Some("projector.image_newline".into());
     }
     let bare = name.strip_prefix("connector.").unwrap_or(name);
     let whole = ["modality_projection.", "perceiver_resampler.", "query_tokens", "qformer.", "language_projection."];
@@ -177,8 +182,16 @@ mod tests {
         }
         assert_eq!(canonical(Family::Clip, "vision_model.embeddings.position_ids"), Name::Ignored);
         assert_eq!(canonical(Family::Llama, "model.layers.3.self_attn.rotary_emb.inv_freq"), Name::Ignored);
-        assert_eq!(canonical(Family::Llava, "image_newline"), Name::Unknown);
+        assert_eq!(canonical(Family::Llava, "vision_queries"), Name::Unknown);
         assert_eq!(for_file(Family::Clip, "language.norm.weight"), None);
+    }
+
+    #[test]
+    fn the_newline_of_tiles() {
+        for name in ["image_newline", "model.image_newline"] {
+            assert_eq!(canonical(Family::Llava, name), known("projector.image_newline"));
+        }
+        assert_eq!(for_file(Family::Llava, "projector.image_newline").unwrap(), "image_newline");
     }
 
     #[test]

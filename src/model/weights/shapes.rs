@@ -72,6 +72,9 @@ pub fn llava(c: &LlavaConfig) -> Shapes {
             shapes.insert(format!("projector.{name}.bias"), vec![c.text.hidden_size]);
         }
     }
+    if c.newline {
+        shapes.insert("projector.image_newline".to_string(), vec![c.text.hidden_size]);
+    }
     shapes
 }
 

@@ -183,6 +183,14 @@ fn pictures_grow_in_a_recipe_of_their_own() {
 }
 
 #[test]
+fn tiles_have_a_recipe_of_their_own() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/clip-llama-anyres.toml");
+    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
+    let how = |stage: &str| r.stage[stage].data[0].resize;
+    assert_eq!((how("align"), how("sft"), r.has_tiles()), (Resize::Crop, Resize::Anyres, true));
+}
+
+#[test]
 fn unknown_keys_have_their_whole_path_and_the_nearest_name() {
     assert_eq!(
         message("rank = 4", "rnk = 4"),

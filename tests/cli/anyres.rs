@@ -1,0 +1,126 @@
+//! Pictures in tiles through the commands: check, training, kills on the way, scoring, generation, what is left behind.
+
+use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden};
+use adfreeze::checkpoint::safetensors;
+use std::path::Path;
+
+/// The golden model sees 56 px. The captions are seen at once, conversations and pairs in tiles; the last stage has its own grids.
+fn recipe() -> String {
+    let tiled = |text: String, file: &str, more: &str| {
+        let entry = format!("{file}\", images = \"${{GOLDEN}}/images\"");
+        text.replace(&entry, &format!("{entry}, resize = \"anyres\"{more}"))
+    };
+    let text =
+        THREE_STAGES.replace("train = [\"projector.*\"]", "train = [\"!projector.image_newline\", \"projector.*\"]");
+    tiled(tiled(text, "sft.json", ""), "dpo.jsonl", ", grid_pinpoints = [[56, 112], [112, 56], [56, 168]]")
+}
+
+fn set(more: &[&str]) -> Vec<String> {
+    let short = ["defaults.max_steps=2", "defaults.checkpoint={every_steps=1,keep=2}"];
+    short.iter().chain(more).flat_map(|s| ["--set".to_string(), s.to_string()]).collect()
+}
+
+fn through(more: &[&str]) -> Folder {
+    let set = set(more);
+    let set: Vec<&str> = set.iter().map(String::as_str).collect();
+    let f = Folder::with(&recipe());
+    f.ok(["check", "recipe.toml"].iter().chain(&set));
+    f.train(&set);
+    for image in ["landscape.png", "exif6.jpg"] {
+        let image = golden("images").join(image).display().to_string();
+        f.ok(["generate", "--run", "run", "--image", &image, "--prompt", "What is it?", "--max-new-tokens", "4"]);
+    }
+    let g = Folder::with(&recipe());
+    for stage in ["sft", "dpo"] {
+        let mut child = g.start(&set);
+        g.wait_for_step(&mut child, stage, 1);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    g.train(&set);
+    assert_same(&figures(&f.path("run")), &figures(&g.path("run")));
+    f
+}
+
+#[test]
+fn tiles_in_the_text() {
+    let f = through(&[]);
+    let newline = |stage: &str| {
+        let all = safetensors::load(&f.path(&format!("run/{stage}/final/projector.safetensors"))).unwrap();
+        all["image_newline"].to_vec1::<f32>().unwrap()
+    };
+    let [align, sft, dpo] = ["01-align", "02-sft", "03-dpo"].map(newline);
+    assert!(align != sft && sft == dpo);
+    // A saved projector brings its newline along; where nothing is in tiles it is left out.
+    let from = format!(
+        "model.projector={{mlp={{source=\"{}\"}}}}",
+        f.path("run/02-sft/final/projector.safetensors").display()
+    );
+    let g = Folder::with(&recipe());
+    let set = set(&[&from, "stage.align.train=[\"projector.linear_1.*\"]"]);
+    g.train(&["--stages", "align"].into_iter().chain(set.iter().map(String::as_str)).collect::<Vec<_>>());
+    let all = safetensors::load(&g.path("run/01-align/final/projector.safetensors")).unwrap();
+    assert_eq!(all["image_newline"].to_vec1::<f32>().unwrap(), sft);
+    let h = Folder::with(THREE_STAGES);
+    h.train(&["--stages", "align", "--set", &from, "--set", "defaults.max_steps=1"]);
+}
+
+#[test]
+fn tiles_beside_the_text_that_grow() {
+    through(&[
+        "model.deliver=\"cross_attention\"",
+        "stage.align.adapters=[{cross_attention={every=1,heads=2,head_dim=8}}]",
+        "stage.align.image_size=28",
+        "stage.dpo.image_size=56",
+        "stage.sft.batch={global=4,micro=2,group_by=\"modality_length\"}",
+    ]);
+}
+
+#[test]
+fn tiles_of_shuffled_pixels_in_bf16() {
+    let f = Folder::with(&recipe());
+    let set = set(&["model.projector={pixel_shuffle={factor=2}}", "eval.captions.pictures=[\"blank\",\"shuffled\"]"]);
+    let args: Vec<&str> = ["--dtype", "bf16"].into_iter().chain(set.iter().map(String::as_str)).collect();
+    f.train(&args);
+}
+
+#[test]
+fn a_llava_next_folder() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/anyres/model");
+    let source = format!("model.source=\"{}\"", dir.display());
+    let tokenizer = format!("model.language={{tokenizer=\"{}\"}}", golden("model").display());
+    let f = Folder::with(&recipe());
+    let grids = "stage.dpo.data=[{path=\"${GOLDEN}/data/dpo.jsonl\",images=\"${GOLDEN}/images\",resize=\"anyres\"}]";
+    let eval =
+        "eval.preference.data=[{path=\"${GOLDEN}/data/dpo.jsonl\",images=\"${GOLDEN}/images\",resize=\"anyres\"}]";
+    let set = set(&[&source, &tokenizer, grids, eval, "stage.sft.train=[\"projector.linear_1.*\"]"]);
+    f.train(&set.iter().map(String::as_str).collect::<Vec<_>>());
+    let from = safetensors::load(&dir.join("model.safetensors")).unwrap();
+    let left = safetensors::load(&f.path("run/03-dpo/final/projector.safetensors")).unwrap();
+    assert_eq!(left["image_newline"].to_vec1::<f32>().unwrap(), from["image_newline"].to_vec1::<f32>().unwrap());
+}
+
+#[test]
+fn what_cannot_be_is_told_before_training() {
+    let f = Folder::with(&recipe());
+    let fails = |more: &[&str], want: &[&str]| {
+        let set = set(more);
+        let args: Vec<&str> = ["train", "recipe.toml"].into_iter().chain(set.iter().map(String::as_str)).collect();
+        f.fails(&args, want)
+    };
+    let e = fails(
+        &["stage.align.train=[\"projector.*\"]"],
+        &["projector.image_newline: no picture of this stage is in tiles"],
+    );
+    assert!(e.contains("!pattern"), "{e}");
+    fails(&["model.vision={select_feature=\"full\"}"], &["do not stand as a square", "select_feature = \"patch\""]);
+    fails(&["stage.dpo.image_size=84"], &["stage.dpo", "[56, 112] is no multiple of the 84 px"]);
+    fails(&["stage.sft.data[0].grid_pinpoints=[[60,56]]"], &["[60, 56] is no multiple of the 56 px"]);
+    fails(&["stage.align.data[0].grid_pinpoints=[[56,56]]"], &["stage.align: data[0]: grid_pinpoints without tiles"]);
+    fails(&["model.max_seq_len=70"], &["more than max_seq_len = 70"]);
+    let g = Folder::with(THREE_STAGES);
+    g.train(&["--stages", "align", "--set", "defaults.max_steps=1"]);
+    let image = golden("images/exact0.png").display().to_string();
+    let args = ["generate", "--run", "run", "--image", &image, "--prompt", "What?", "--resize", "anyres"];
+    g.fails(&args, &["no newline token"]);
+}
