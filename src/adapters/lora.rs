@@ -38,7 +38,7 @@ pub struct LoraAdapter {
     pub dropout: f64,
     /// Canonical module, e.g. `language.layers.0.self_attn.q_proj` → A [r, in], B [out, r].
     pub tensors: BTreeMap<String, (Tensor, Tensor)>,
-    /// DoRA's magnitude [out] of every module; none of a plain LoRA.
+    /// DoRA's magnitude `[out]` of every module; none of a plain LoRA.
     pub magnitudes: BTreeMap<String, Tensor>,
 }
 

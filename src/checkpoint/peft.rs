@@ -1,4 +1,4 @@
-//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`; soft tokens in [`prompt`].
+//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`; soft tokens in `peft::prompt`.
 //!
 //! Keys are written as PEFT does under transformers 5 (`base_model.model.` + module path + `.lora_A.weight`), and read in every
 //! spelling that names a module of ours. Scale: alpha / rank, rsLoRA alpha / √rank. DoRA has `.lora_magnitude_vector` beside them.
