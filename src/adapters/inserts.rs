@@ -2,7 +2,7 @@
 
 use crate::bail;
 use crate::error::{Context, Result};
-use crate::model::init::{Fresh, Place};
+use crate::model::init::{Fresh, Place, Source};
 use crate::model::insert::Inserts;
 use crate::model::insert::bottleneck::Bottleneck;
 use crate::model::insert::cross_attention::CrossAttention;
@@ -94,7 +94,7 @@ pub fn attach_prefix(vlm: &mut Vlm, cfg: &schema::Prefix, adapter: &str, key: Ke
         bail!("there is already an adapter named `{adapter}`"; "give one of the two another `name`")
     }
     let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
-    let embeddings = crate::model::init::Source::master(&mut source, prefix_name(adapter), &[cfg.tokens, d])?;
+    let embeddings = source.master(prefix_name(adapter), &[cfg.tokens, d])?;
     vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
     Ok(())
 }

@@ -3,7 +3,7 @@
 pub mod inserts;
 pub mod lora;
 
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::schema::Adapter;
@@ -16,5 +16,4 @@ pub fn attach(vlm: &mut Vlm, cfg: &Adapter, name: &str, key: Key) -> Result<()> 
         Adapter::CrossAttention(a) => inserts::attach_cross_attention(vlm, a, name, key),
         Adapter::Prefix(a) => inserts::attach_prefix(vlm, a, name, key),
     }
-    .context(cfg.kind())
 }

@@ -64,6 +64,11 @@ pub const ZOO: &[Entry] = &[
     adapters("prefix", "[{prefix={tokens=16}}]"),
     beside("cross_attention, gated", None, "{cross_attention={name=\"eyes\",every=1,heads=4,head_dim=24,ff_mult=2}}"),
     beside(
+        "cross_attention, perceiver",
+        Some("{perceiver={queries=16,depth=2,heads=4,kv_heads=2,head_dim=24}}"),
+        "{cross_attention={name=\"eyes\",every=1,heads=4,head_dim=24,ff_mult=2}}",
+    ),
+    beside(
         "cross_attention, post_norm",
         None,
         "{cross_attention={name=\"eyes\",every=2,heads=4,head_dim=24,form=\"post_norm\"}}",

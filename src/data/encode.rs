@@ -1,7 +1,8 @@
 //! Text to token ids and labels.
 //!
 //! The rendered text is encoded once and whole, without special tokens added; bos goes in front if the tokenizer uses one;
-//! each image token becomes as many copies as its picture takes ([`Sight::image_tokens`]). A token is a target if its first byte lies in a trained span.
+//! each image token becomes as many copies as its picture takes ([`Sight::image_tokens`]). A token is a target if its first byte
+//! lies in a trained span.
 
 use super::image::ImageRef;
 use super::sight::Sight;

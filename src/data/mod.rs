@@ -23,3 +23,4 @@ pub use pixels::{Pixels, load_pixels};
 pub use sampler::Plan;
 pub use sight::Sight;
 pub use source::Picture;
+pub use tiles::GRIDS;

@@ -10,6 +10,7 @@ pub mod init;
 pub mod insert;
 pub mod island;
 pub mod language;
+pub mod layers;
 pub mod linear;
 pub mod norm;
 pub mod params;

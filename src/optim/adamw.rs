@@ -78,7 +78,8 @@ pub struct GroupReport {
 }
 
 impl AdamW {
-    /// A fresh optimizer at step 0. `schedule` is that of the groups that have none of their own. `max_grad_norm` 0 switches clipping off. `noise` rounds what is rounded stochastically.
+    /// A fresh optimizer at step 0. `schedule` is that of the groups that have none of their own. `max_grad_norm` 0 switches
+    /// clipping off. `noise` rounds what is rounded stochastically.
     pub fn new(hyper: schema::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64, noise: Key) -> Self {
         let own = |g: &Group| g.scheduler.as_ref().map_or_else(|| schedule.clone(), |own| schedule.like(own));
         let schedules = groups.list().iter().map(own).collect();

@@ -1,8 +1,8 @@
 //! Parameter groups: which learning rate and weight decay each trained parameter gets.
 //!
 //! A recipe's `param_groups` are tried in order and the first match wins; the rest forms the group [`REST`] with the
-//! stage's values, which are also what a group has that states none of its own. The optimizer's own weight decay spares biases and norms (tensors of fewer than two dimensions),
-//! as is usual; a group that states `weight_decay` means all that it matches.
+//! stage's values, which are also what a group has that states none of its own. The optimizer's own weight decay spares biases
+//! and norms (tensors of fewer than two dimensions), as is usual; a group that states `weight_decay` means all that it matches.
 
 use super::layers::Depths;
 use crate::bail;

@@ -3,7 +3,7 @@
 use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
-use crate::data::{ImageProcessor, Sight, TextEncoder, TextSettings};
+use crate::data::{GRIDS, ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
@@ -212,7 +212,26 @@ impl Parts {
         )?;
         self.note(&dir, &["config.json"]);
         let config = LlavaConfig::from_dir(&dir)?;
+        self.warn_of_grids(&dir, &config)?;
         Ok(Whole { dir, config })
+    }
+
+    /// The grids of tiles that a LLaVA-NeXT was trained with are not read: other ones than the usual are worth a warning.
+    fn warn_of_grids(&mut self, dir: &Path, config: &LlavaConfig) -> Result<()> {
+        let path = dir.join("config.json");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        let Some(own) = json.get("image_grid_pinpoints").filter(|_| config.newline) else { return Ok(()) };
+        let mut usual = GRIDS.map(|g| g.map(|n| n * config.vision.image_size)).to_vec();
+        let mut said: Vec<[usize; 2]> = serde_json::from_value(own.clone()).unwrap_or_default();
+        usual.sort();
+        said.sort();
+        if said != usual {
+            self.warnings.push(format!(
+                "{}: image_grid_pinpoints is {own}, other than LLaVA-1.6's at {} px: set grid_pinpoints to it on data entries with resize = \"anyres\"",
+                path.display(), config.vision.image_size
+            ));
+        }
+        Ok(())
     }
 
     /// Builds a part from weights and makes sure that all of them were used.

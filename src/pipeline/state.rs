@@ -107,7 +107,8 @@ impl State {
         for (i, cfg) in stage.adapters.iter().enumerate() {
             let adapter = cfg.name(name, i);
             let key = Key::new(stage.seed, &format!("adapter/{name}"));
-            adapters::attach(&mut self.vlm, cfg, &adapter, key).with_context(|| format!("adapters[{i}]"))?;
+            adapters::attach(&mut self.vlm, cfg, &adapter, key)
+                .with_context(|| format!("adapters[{i}].{}", cfg.kind()))?;
             self.adapters.insert(adapter.clone(), cfg.clone());
             if !cfg.freeze() {
                 trained.push(adapter);

@@ -3,9 +3,15 @@
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
 
 mod adapters;
+mod data;
+mod optimizer;
+mod projectors;
 mod resamplers;
 
-pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Prefix, Sees};
+pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, Sees};
+pub use data::{Alpha, Data, Eval, Metric, Pictures, Resize, Synth, SynthKind};
+pub use optimizer::{AdamW, MomentType, Optimizer, ParamGroup, Scheduler, Warmup};
+pub use projectors::{BottleneckProjector, Layers, LinearProjector, MlpProjector, PixelShuffleProjector, Projector};
 pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector};
 
 use serde::{Deserialize, Serialize};
@@ -108,138 +114,6 @@ pub enum SelectFeature {
     Patch,
     /// Class token and patches (HF: `full`).
     Full,
-}
-
-/// `model.projector`: the connector between tower and language model.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Projector {
-    /// One linear layer with bias.
-    Linear(LinearProjector),
-    /// `depth` linear layers with an activation between them.
-    Mlp(MlpProjector),
-    /// A narrow residual block on the tower's features, which starts as the identity.
-    Bottleneck(BottleneckProjector),
-    /// Squares of neighbouring patches become one token.
-    PixelShuffle(PixelShuffleProjector),
-    /// Latents look at the features: a fixed number of tokens.
-    Perceiver(PerceiverProjector),
-    /// BLIP-2's Querying Transformer: a fixed number of tokens.
-    Qformer(QformerProjector),
-}
-
-impl Projector {
-    /// File, folder or repository of the weights to start from.
-    pub fn source(&self) -> Option<&str> {
-        let source = match self {
-            Self::Linear(p) => &p.source,
-            Self::Mlp(p) => &p.source,
-            Self::Bottleneck(p) => &p.source,
-            Self::PixelShuffle(p) => p.then.source(),
-            Self::Perceiver(p) => &p.source,
-            Self::Qformer(p) => &p.source,
-        };
-        source.as_deref()
-    }
-
-    /// Parts that a published `source` may lack, and which may be `fresh`: what their parameters' names begin with.
-    pub fn may_be_fresh(&self) -> Vec<&'static str> {
-        match self {
-            Self::Qformer(_) => {
-                [QformerPart::QueryTokens, QformerPart::LanguageProjection].map(|p| p.prefix()).to_vec()
-            }
-            _ => Vec::new(),
-        }
-    }
-
-    /// What the names of parameters begin with that have fresh values in spite of a [`Projector::source`].
-    pub fn fresh(&self) -> Vec<&'static str> {
-        match self {
-            Self::Qformer(p) => p.fresh.iter().map(|part| part.prefix()).collect(),
-            _ => Vec::new(),
-        }
-    }
-}
-
-/// Layers that work on each token alone.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Layers {
-    /// One linear layer with bias.
-    Linear(LinearProjector),
-    /// `depth` linear layers with an activation between them.
-    Mlp(MlpProjector),
-}
-
-impl Layers {
-    fn source(&self) -> &Option<String> {
-        match self {
-            Self::Linear(p) => &p.source,
-            Self::Mlp(p) => &p.source,
-        }
-    }
-}
-
-impl Default for Layers {
-    fn default() -> Self {
-        Self::Linear(LinearProjector { source: None, input_norm: false })
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LinearProjector {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<String>,
-    /// LayerNorm over the tower's features before the first layer (their rms may be far from the embeddings').
-    #[serde(default)]
-    pub input_norm: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MlpProjector {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<String>,
-    #[serde(default = "two")]
-    pub depth: usize,
-    /// Width between the layers; default: the language model's hidden size.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hidden: Option<usize>,
-    #[serde(default)]
-    pub act: Activation,
-    /// LayerNorm over the tower's features before the first layer.
-    #[serde(default)]
-    pub input_norm: bool,
-    /// LayerNorm over the visual tokens, after the last layer.
-    #[serde(default)]
-    pub norm: bool,
-}
-
-/// y = out(x + up(dropout(act(down(norm(x)))))); `out`, a linear layer, is there if the widths of tower and language model
-/// differ.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BottleneckProjector {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<String>,
-    /// Width between `down` and `up`.
-    pub dim: usize,
-    #[serde(default)]
-    pub act: Activation,
-    #[serde(default)]
-    pub dropout: f64,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PixelShuffleProjector {
-    /// `factor` × `factor` patches make one token, their features side by side; it must divide the patches of a side.
-    #[serde(default = "two")]
-    pub factor: usize,
-    /// From there to the language model's width: `linear` (default) or `mlp`. A `source` stands here.
-    #[serde(default)]
-    pub then: Layers,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -392,31 +266,6 @@ pub enum HandOver {
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Lora {
-    /// Default: the stage's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    pub rank: usize,
-    pub alpha: f64,
-    #[serde(default)]
-    pub dropout: f64,
-    /// Patterns over the names of linear layers of `vision.` and `language.`.
-    pub target: Vec<String>,
-    /// Scale alpha/√rank instead of alpha/rank.
-    #[serde(default)]
-    pub rslora: bool,
-    /// A trained length for each row of W + s·B·A (DoRA).
-    #[serde(default)]
-    pub dora: bool,
-    /// Learning rate of B, and of DoRA's lengths, in learning rates of A (LoRA+, Hayou et al. 2024).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lr_ratio: Option<f64>,
-    #[serde(default)]
-    pub freeze: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Objective {
     /// Next-token cross-entropy on the labelled tokens.
@@ -460,61 +309,6 @@ pub enum Reference {
     Base,
 }
 
-/// One source of samples.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Data {
-    /// JSON or JSONL.
-    pub path: PathBuf,
-    /// Folder that the samples' image paths are relative to; default: the folder of `path`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub images: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub template: Option<Template>,
-    #[serde(default)]
-    pub resize: Resize,
-    #[serde(default)]
-    pub alpha: Alpha,
-    /// With `anyres`: the heights and widths in pixels that tiles may fill, multiples of what the tower sees at once. Default:
-    /// LLaVA-1.6's, 1 × 2, 2 × 1, 2 × 2, 3 × 1 and 1 × 3 tiles.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grid_pinpoints: Option<Vec<[usize; 2]>>,
-    /// Take only the first `limit` samples.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub limit: Option<usize>,
-}
-
-impl Data {
-    /// All of a file, everything else by default.
-    pub fn new(path: PathBuf) -> Self {
-        let (resize, alpha) = (Resize::default(), Alpha::default());
-        Self { path, images: None, template: None, resize, alpha, grid_pinpoints: None, limit: None }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Resize {
-    /// Shortest edge to the size, then centre crop (CLIP).
-    #[default]
-    Crop,
-    /// Pad to a square with the mean colour first (LLaVA-1.5).
-    Pad,
-    /// The whole picture squeezed into a square, and beside it tiles that show it larger (LLaVA-1.6); a picture then has as many
-    /// visual tokens as its size and proportions ask for.
-    Anyres,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Alpha {
-    /// Drop the alpha channel.
-    #[default]
-    Drop,
-    /// Composite on white.
-    White,
-}
-
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Batch {
@@ -536,99 +330,6 @@ pub enum GroupBy {
     ModalityLength,
     /// In the order of the file, never shuffled.
     Sequential,
-}
-
-/// The warm-up is `warmup_steps` or `warmup_ratio` (of all steps, rounded up), linear from 0.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Scheduler {
-    Cosine(Warmup),
-    Linear(Warmup),
-    Constant(Warmup),
-}
-
-impl Scheduler {
-    /// Its warm-up.
-    pub fn warmup(&self) -> &Warmup {
-        let (Self::Cosine(w) | Self::Linear(w) | Self::Constant(w)) = self;
-        w
-    }
-}
-
-impl Default for Scheduler {
-    fn default() -> Self {
-        Self::Cosine(Warmup { warmup_ratio: Some(0.03), warmup_steps: None })
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Warmup {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub warmup_ratio: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub warmup_steps: Option<usize>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Optimizer {
-    Adamw(AdamW),
-}
-
-impl Default for Optimizer {
-    fn default() -> Self {
-        Self::Adamw(AdamW::default())
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AdamW {
-    pub betas: [f64; 2],
-    pub eps: f64,
-    /// Decoupled; not applied to biases and norms unless a group says so.
-    pub weight_decay: f64,
-    /// How moments are stored.
-    pub moments: MomentType,
-    /// Where the model computes in bf16: backbones train in bf16 alone, rounded stochastically, without an f32 master. Adapters
-    /// and projectors keep theirs. In f32 nothing is rounded.
-    pub stochastic_rounding: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum MomentType {
-    #[default]
-    #[serde(rename = "f32")]
-    F32,
-    /// 8 bits in blocks of 256; parameters of less than 4096 elements keep f32.
-    #[serde(rename = "8bit")]
-    Eight,
-}
-
-impl Default for AdamW {
-    fn default() -> Self {
-        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, moments: MomentType::F32, stochastic_rounding: false }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ParamGroup {
-    /// Default: the first pattern.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    pub r#match: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lr: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weight_decay: Option<f64>,
-    /// Its own schedule over the stage's steps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lr_scheduler: Option<Scheduler>,
-    /// Layer-wise decay of its learning rate, see the stage's; 1 is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layer_decay: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -661,57 +362,6 @@ pub enum Activations {
     Recompute,
 }
 
-/// One held-out evaluation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Eval {
-    pub metric: Metric,
-    pub data: Vec<Data>,
-    /// Also with these stand-ins for the pictures, to see that the answer comes from them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pictures: Vec<Pictures>,
-    #[serde(default = "default_eval_batch")]
-    pub micro: usize,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Metric {
-    /// Mean negative log-likelihood of a label token.
-    Loss,
-    /// Share of answers that greedy decoding gives exactly, in all and by the samples' `category`;
-    /// beside it the share that guessing (uniform, most frequent answer of a category) would reach.
-    ExactMatch,
-    /// Share of pairs whose chosen answer has the higher log-probability.
-    Preference,
-    /// Share of greedy answers that contain one of the sample's `absent` phrases.
-    Hallucination,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pictures {
-    Blank,
-    Shuffled,
-}
-
-/// Data that this binary makes: the same as `adfreeze synth KIND --out … --n … --seed …`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Synth {
-    pub kind: SynthKind,
-    pub out: PathBuf,
-    pub n: usize,
-    #[serde(default = "default_seed")]
-    pub seed: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SynthKind {
-    Shapes,
-}
-
 fn is_default<T: Default + PartialEq>(t: &T) -> bool {
     *t == T::default()
 }
@@ -721,9 +371,6 @@ fn default_max_seq_len() -> usize {
 fn default_image_token() -> String {
     "<image>".into()
 }
-fn two() -> usize {
-    2
-}
 fn one_f64() -> f64 {
     1.0
 }
@@ -732,7 +379,4 @@ fn default_seed() -> u64 {
 }
 fn default_beta() -> f64 {
     0.1
-}
-fn default_eval_batch() -> usize {
-    32
 }

@@ -1,6 +1,6 @@
 //! Each kind of adapter through the commands: check, training of all stages, a kill on the way, generation, hand-over.
 
-use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden};
+use super::folder::{Folder, THREE_STAGES, golden};
 use adfreeze::checkpoint::safetensors;
 
 const LORA: &str = "{lora={name=\"low\",rank=2,alpha=4,target=[\"language.layers.*_proj\"]}}";
@@ -24,15 +24,7 @@ fn through(adapters: &str, more: &[&str]) -> Folder {
     let image = golden("images/exact0.png").display().to_string();
     f.ok(["generate", "--run", "run", "--image", &image, "--prompt", "What is it?", "--max-new-tokens", "4"]);
 
-    let g = Folder::with(THREE_STAGES);
-    for stage in ["sft", "dpo"] {
-        let mut child = g.start(&set);
-        g.wait_for_step(&mut child, stage, 1);
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    g.train(&set);
-    assert_same(&figures(&f.path("run")), &figures(&g.path("run")));
+    f.same_when_killed(&set, &["sft", "dpo"]);
     f
 }
 

@@ -1,6 +1,6 @@
 //! Pictures in tiles through the commands: check, training, kills on the way, scoring, generation, what is left behind.
 
-use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden};
+use super::folder::{Folder, THREE_STAGES, golden};
 use adfreeze::checkpoint::safetensors;
 use std::path::Path;
 
@@ -30,15 +30,7 @@ fn through(more: &[&str]) -> Folder {
         let image = golden("images").join(image).display().to_string();
         f.ok(["generate", "--run", "run", "--image", &image, "--prompt", "What is it?", "--max-new-tokens", "4"]);
     }
-    let g = Folder::with(&recipe());
-    for stage in ["sft", "dpo"] {
-        let mut child = g.start(&set);
-        g.wait_for_step(&mut child, stage, 1);
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    g.train(&set);
-    assert_same(&figures(&f.path("run")), &figures(&g.path("run")));
+    f.same_when_killed(&set, &["sft", "dpo"]);
     f
 }
 
@@ -94,7 +86,23 @@ fn a_llava_next_folder() {
     let eval =
         "eval.preference.data=[{path=\"${GOLDEN}/data/dpo.jsonl\",images=\"${GOLDEN}/images\",resize=\"anyres\"}]";
     let set = set(&[&source, &tokenizer, grids, eval, "stage.sft.train=[\"projector.linear_1.*\"]"]);
-    f.train(&set.iter().map(String::as_str).collect::<Vec<_>>());
+    let said = f.train(&set.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(!said.stderr.contains("image_grid_pinpoints"), "{}", said.stderr);
+    // Grids of its own are not read, which is told.
+    let other = f.path("other");
+    std::fs::create_dir(&other).unwrap();
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, other.join(path.file_name().unwrap())).unwrap();
+    }
+    let config = std::fs::read_to_string(other.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["image_grid_pinpoints"] = serde_json::json!([[12, 24], [48, 12]]);
+    std::fs::write(other.join("config.json"), config.to_string()).unwrap();
+    let other = format!("model.source=\"{}\"", other.display());
+    let set: Vec<&str> = set.iter().map(|s| if *s == source { other.as_str() } else { s.as_str() }).collect();
+    let said = f.ok(["check", "recipe.toml"].iter().chain(&set));
+    assert!(said.stderr.contains("image_grid_pinpoints is [[12,24],[48,12]]"), "{}", said.stderr);
     let from = safetensors::load(&dir.join("model.safetensors")).unwrap();
     let left = safetensors::load(&f.path("run/03-dpo/final/projector.safetensors")).unwrap();
     assert_eq!(left["image_newline"].to_vec1::<f32>().unwrap(), from["image_newline"].to_vec1::<f32>().unwrap());

@@ -157,7 +157,7 @@ fn weights() {
 fn what_trains() {
     let f = Folder::with(THREE_STAGES);
     refused(&f, &["stage.align.train=['projektor.*']"], &["stage.align", "projektor.*", "projector."]);
-    refused(&f, &["stage.sft.adapters[0].lora.target=['language.layers.*.qproj']"], &["adapters[0]: lora", "qproj"]);
+    refused(&f, &["stage.sft.adapters[0].lora.target=['language.layers.*.qproj']"], &["adapters[0].lora", "qproj"]);
     let reach = "no gradient can reach";
     let norm = ["stage.align", reach, "vision.post_layernorm.weight", "`!pattern`"];
     refused(&f, &["stage.align.train=['vision.post_layernorm.*']"], &norm);

@@ -158,6 +158,20 @@ impl Folder {
         }
     }
 
+    /// Trains with `args` a second time, in a folder of its own, killed after the first step of each of `stages`: it must give this
+    /// run's figures.
+    pub fn same_when_killed(&self, args: &[&str], stages: &[&str]) {
+        let g = Self::with(&fs::read_to_string(self.path("recipe.toml")).unwrap());
+        for stage in stages {
+            let mut child = g.start(args);
+            g.wait_for_step(&mut child, stage, 1);
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        g.train(args);
+        assert_same(&figures(&self.path("run")), &figures(&g.path("run")));
+    }
+
     /// A copy of the golden model whose tensors `change` has had its way with.
     pub fn model(&self, name: &str, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) -> PathBuf {
         let dir = self.path(name);

@@ -1,6 +1,6 @@
 //! Stages whose pictures grow, through the commands: check, training, kills on the way, scoring, generation.
 
-use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden};
+use super::folder::{Folder, THREE_STAGES, golden};
 use adfreeze::model::weights::Weights;
 use serde_json::Value;
 
@@ -29,15 +29,7 @@ fn three_stages_of_growing_pictures() {
     }
     f.train(&set);
 
-    let g = Folder::with(THREE_STAGES);
-    for stage in ["align", "sft", "dpo"] {
-        let mut child = g.start(&set);
-        g.wait_for_step(&mut child, stage, 1);
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    g.train(&set);
-    assert_same(&figures(&f.path("run")), &figures(&g.path("run")));
+    f.same_when_killed(&set, &["align", "sft", "dpo"]);
 
     // What the last stage says of its held-out captions is what `score` says of them: it sees as that stage does.
     let (data, images) = (golden("data/plain.json").display().to_string(), golden("images").display().to_string());

@@ -6,8 +6,8 @@ use super::{Insert, Seen};
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
-use crate::model::projector::layers::{LayerNorm, Linear};
 use crate::ops::graph::activate;
 use crate::recipe::schema::{Activation, BottleneckAdapter};
 use candle_core::Tensor;
@@ -34,9 +34,9 @@ impl Bottleneck {
             adapter: adapter.to_string(),
             act: cfg.act,
             dropout: cfg.dropout,
-            norm: if cfg.norm { Some(LayerNorm::named(&part("norm"), d, src)?) } else { None },
-            down: Linear::named(&part("down"), d, cfg.dim, true, src)?,
-            up: Linear::named(&part("up"), cfg.dim, d, true, src)?,
+            norm: if cfg.norm { Some(LayerNorm::new(&part("norm"), d, src)?) } else { None },
+            down: Linear::new(&part("down"), d, cfg.dim, true, src)?,
+            up: Linear::new(&part("up"), cfg.dim, d, true, src)?,
             name,
         })
     }

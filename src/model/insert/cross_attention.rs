@@ -10,8 +10,8 @@ use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
-use crate::model::projector::layers::{LayerNorm, Linear};
 use crate::ops::attention::Config;
 use crate::ops::graph::{activate, attention};
 use crate::recipe::schema::{Activation, CrossAttention as Recipe, CrossAttentionForm, Sees};
@@ -50,18 +50,18 @@ impl CrossAttention {
     pub fn new(cfg: &Recipe, adapter: &str, place: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
         let part = |part: &str| format!("{place}.cross_attention.{adapter}.{part}");
         let inner = cfg.heads * cfg.head_dim;
-        let to_q = Linear::named(&part("attn.to_q"), d, inner, false, src)?;
-        let to_kv = Linear::named(&part("attn.to_kv"), d, 2 * inner, false, src)?;
-        let to_out = Linear::named(&part("attn.to_out"), inner, d, false, src)?;
+        let to_q = Linear::new(&part("attn.to_q"), d, inner, false, src)?;
+        let to_kv = Linear::new(&part("attn.to_kv"), d, 2 * inner, false, src)?;
+        let to_out = Linear::new(&part("attn.to_out"), inner, d, false, src)?;
         let form = match cfg.form {
-            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::named(&part("norm"), d, src)?),
+            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::new(&part("norm"), d, src)?),
             CrossAttentionForm::Gated => Form::Gated(Box::new(Gated {
-                norm: LayerNorm::named(&part("attn.norm"), d, src)?,
+                norm: LayerNorm::new(&part("attn.norm"), d, src)?,
                 gates: [src.master(part("attn_gate"), &[1])?, src.master(part("ff_gate"), &[1])?],
-                ff_norm: LayerNorm::named(&part("ff.0"), d, src)?,
+                ff_norm: LayerNorm::new(&part("ff.0"), d, src)?,
                 ff: [
-                    Linear::named(&part("ff.1"), d, cfg.ff_mult * d, false, src)?,
-                    Linear::named(&part("ff.3"), cfg.ff_mult * d, d, false, src)?,
+                    Linear::new(&part("ff.1"), d, cfg.ff_mult * d, false, src)?,
+                    Linear::new(&part("ff.3"), cfg.ff_mult * d, d, false, src)?,
                 ],
             })),
         };

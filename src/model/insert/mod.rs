@@ -121,11 +121,6 @@ impl Inserts {
         Ok(d)
     }
 
-    /// Every insert of an adapter.
-    pub fn of<'a>(&'a mut self, adapter: &'a str) -> impl Iterator<Item = &'a mut Box<dyn Insert>> {
-        self.0.iter_mut().filter(move |i| i.adapter() == adapter)
-    }
-
     fn active(&self, side: &Side) -> impl Iterator<Item = &dyn Insert> {
         let off = side.adapters_off;
         self.0.iter().filter(move |_| !off).map(|i| &**i)

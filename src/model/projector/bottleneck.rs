@@ -3,11 +3,11 @@
 //! tower's width: 2·width·dim weights beside biases and norm. Where the language model has another width, the linear layer
 //! `out` leads there; else there is none.
 
-use super::layers::{LayerNorm, Linear};
 use super::{Ends, Kind, Work};
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
@@ -32,10 +32,14 @@ impl Bottleneck {
         Ok(Self {
             act: cfg.act,
             dropout: cfg.dropout,
-            norm: LayerNorm::new("norm", vision, src)?,
-            down: Linear::new("down", vision, cfg.dim, bias, src)?,
-            up: Linear::new("up", cfg.dim, vision, bias, src)?,
-            out: if vision == language { None } else { Some(Linear::new("out", vision, language, bias, src)?) },
+            norm: LayerNorm::new("projector.norm", vision, src)?,
+            down: Linear::new("projector.down", vision, cfg.dim, bias, src)?,
+            up: Linear::new("projector.up", cfg.dim, vision, bias, src)?,
+            out: if vision == language {
+                None
+            } else {
+                Some(Linear::new("projector.out", vision, language, bias, src)?)
+            },
         })
     }
 }

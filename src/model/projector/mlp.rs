@@ -1,12 +1,12 @@
 //! Linear layers with an activation between them, on each token alone (Liu et al. 2023, LLaVA and LLaVA-1.5); one layer
 //! is the linear projector.
 
-use super::layers::{LayerNorm, Linear};
 use super::{Ends, Kind, Work};
 use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
@@ -29,14 +29,15 @@ impl Mlp {
         if depth == 0 {
             bail!("the projector has depth 0"; "set `depth` of model.projector's mlp to 1 or more")
         }
-        let input_norm = if cfg.input_norm { Some(LayerNorm::new("input_norm", ends.vision, src)?) } else { None };
+        let input_norm =
+            if cfg.input_norm { Some(LayerNorm::new("projector.input_norm", ends.vision, src)?) } else { None };
         let mut layers = Vec::with_capacity(depth);
         for i in 1..=depth {
             let d_in = if i == 1 { ends.vision } else { hidden };
             let d_out = if i == depth { ends.language } else { hidden };
-            layers.push(Linear::new(&format!("linear_{i}"), d_in, d_out, ends.bias, src)?);
+            layers.push(Linear::new(&format!("projector.linear_{i}"), d_in, d_out, ends.bias, src)?);
         }
-        let norm = if cfg.norm { Some(LayerNorm::new("norm", ends.language, src)?) } else { None };
+        let norm = if cfg.norm { Some(LayerNorm::new("projector.norm", ends.language, src)?) } else { None };
         Ok(Self { act: cfg.act, input_norm, layers, norm })
     }
 

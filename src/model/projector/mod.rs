@@ -4,7 +4,6 @@
 //! from forward to backward (see [`super::island`]). Each kind has a file of its own and is a [`Kind`].
 
 pub mod bottleneck;
-pub mod layers;
 pub mod mlp;
 pub mod perceiver;
 pub mod pixel_shuffle;

@@ -5,11 +5,11 @@
 //! h = h + attn(norm(h), [norm(context); norm(h)]), h = h + mlp(norm(h)); the last norm gives the tokens. Groups of query
 //! heads share a head of keys and values.
 
-use super::layers::{GatedMlp, Linear, RmsNorm, each_picture};
 use super::{Ends, Kind, Work};
 use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{GatedMlp, Linear, RmsNorm, each_picture};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
@@ -47,11 +47,11 @@ impl Perceiver {
         cfg.check().context("perceiver")?;
         let inside = |name: &str| format!("projector.perceiver_resampler.{name}");
         let widths = [vision, cfg.hidden.unwrap_or(4 * d), d];
-        let project = GatedMlp::named("projector.modality_projection", widths, cfg.act, src)?;
+        let project = GatedMlp::new("projector.modality_projection", widths, cfg.act, src)?;
         let latents = src.master(inside("latents"), &[cfg.queries, d])?;
         let layers = (0..cfg.depth).map(|i| Layer::new(&inside(&format!("layers.{i}")), cfg, d, src));
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { project, latents, layers, norm: RmsNorm::named(&inside("norm"), d, cfg.norm_eps, src)? })
+        Ok(Self { project, latents, layers, norm: RmsNorm::new(&inside("norm"), d, cfg.norm_eps, src)? })
     }
 
     fn queries(&self) -> usize {
@@ -63,11 +63,11 @@ impl Layer {
     fn new(name: &str, cfg: &PerceiverProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
         let PerceiverProjector { heads, kv_heads, head_dim, .. } = *cfg;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        let mut norm = |part: &str| RmsNorm::named(&format!("{name}.{part}"), d, cfg.norm_eps, src);
+        let mut norm = |part: &str| RmsNorm::new(&format!("{name}.{part}"), d, cfg.norm_eps, src);
         let (latents_norm, context_norm) = (norm("input_latents_norm")?, norm("input_context_norm")?);
         let mlp_norm = norm("post_attention_layernorm")?;
         let mut linear =
-            |part: &str, d_in, d_out| Linear::named(&format!("{name}.self_attn.{part}"), d_in, d_out, false, src);
+            |part: &str, d_in, d_out| Linear::new(&format!("{name}.self_attn.{part}"), d_in, d_out, false, src);
         Ok(Self {
             config: Config { heads, kv_heads, head_dim, causal: false },
             latents_norm,
@@ -77,7 +77,7 @@ impl Layer {
             v: linear("v_proj", d, kv)?,
             o: linear("o_proj", q, d)?,
             mlp_norm,
-            mlp: GatedMlp::named(&format!("{name}.mlp"), [d, 4 * d, d], cfg.act, src)?,
+            mlp: GatedMlp::new(&format!("{name}.mlp"), [d, 4 * d, d], cfg.act, src)?,
         })
     }
 

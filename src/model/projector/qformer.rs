@@ -5,11 +5,11 @@
 //! Every step is LayerNorm(x + dropout(dense(…))): attention of the queries among themselves, attention to the features where
 //! the layer has it, an MLP. What HF drops of attention's probabilities stays here.
 
-use super::layers::{LayerNorm, Linear, each_picture};
 use super::{Ends, Kind, Work};
 use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
+use crate::model::layers::{LayerNorm, Linear, each_picture};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
@@ -65,9 +65,9 @@ impl Qformer {
         cfg.check().context("qformer")?;
         let w = cfg.width;
         let query_tokens = src.master("projector.query_tokens".into(), &[1, cfg.queries, w])?;
-        let norm = LayerNorm::new("qformer.layernorm", w, src)?.with_eps(NORM_EPS);
+        let norm = LayerNorm::new("projector.qformer.layernorm", w, src)?.with_eps(NORM_EPS);
         let layers = (0..cfg.layers).map(|i| Layer::new(cfg, i, ends.vision, src)).collect::<Result<_>>()?;
-        let out = Linear::new("language_projection", w, ends.language, true, src)?;
+        let out = Linear::new("projector.language_projection", w, ends.language, true, src)?;
         Ok(Self { dropout: cfg.dropout, query_tokens, norm, layers, out })
     }
 
@@ -83,7 +83,7 @@ impl Layer {
         let own = Attention::new(cfg, &name("attention"), w, src)?;
         let looks = i.is_multiple_of(cfg.cross_every);
         let features = if looks { Some(Attention::new(cfg, &name("crossattention"), vision, src)?) } else { None };
-        let up = Linear::named(&name("intermediate_query.dense"), w, m, true, src)?;
+        let up = Linear::new(&name("intermediate_query.dense"), w, m, true, src)?;
         let down = Close::new(cfg, &name("output_query"), m, src)?;
         Ok(Self { own, features, act: cfg.act, up, down })
     }
@@ -104,7 +104,7 @@ impl Attention {
     /// With keys and values of rows of width `seen`.
     fn new(cfg: &QformerProjector, name: &str, seen: usize, src: &mut dyn Source) -> Result<Self> {
         let (w, heads) = (cfg.width, cfg.heads);
-        let mut linear = |part: &str, d_in| Linear::named(&format!("{name}.attention.{part}"), d_in, w, true, src);
+        let mut linear = |part: &str, d_in| Linear::new(&format!("{name}.attention.{part}"), d_in, w, true, src);
         let (q, k, v) = (linear("query", w)?, linear("key", seen)?, linear("value", seen)?);
         let config = Config { heads, kv_heads: heads, head_dim: w / heads, causal: false };
         Ok(Self { config, q, k, v, close: Close::new(cfg, &format!("{name}.output"), w, src)? })
@@ -129,8 +129,8 @@ impl Close {
         Ok(Self {
             name: name.to_string(),
             dropout: cfg.dropout,
-            dense: Linear::named(&format!("{name}.dense"), d_in, cfg.width, true, src)?,
-            norm: LayerNorm::named(&format!("{name}.LayerNorm"), cfg.width, src)?.with_eps(NORM_EPS),
+            dense: Linear::new(&format!("{name}.dense"), d_in, cfg.width, true, src)?,
+            norm: LayerNorm::new(&format!("{name}.LayerNorm"), cfg.width, src)?.with_eps(NORM_EPS),
         })
     }
 

@@ -179,8 +179,8 @@ impl Weights {
     }
 }
 
-/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`; any problem with the file is reported
-/// by its reader.
+/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`; any
+/// problem with the file is reported by its reader.
 pub fn is_llava(dir: &Path) -> bool {
     let json =
         std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());

@@ -1,6 +1,6 @@
 //! `adapters` of a stage: what is grafted onto the frozen backbones.
 
-use super::{Activation, Lora};
+use super::Activation;
 use serde::{Deserialize, Serialize};
 
 /// One adapter of a stage, by its kind.
@@ -59,6 +59,31 @@ impl Adapter {
             Self::Prefix(a) => a.freeze = true,
         }
     }
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// Default: the stage's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub rank: usize,
+    pub alpha: f64,
+    #[serde(default)]
+    pub dropout: f64,
+    /// Patterns over the names of linear layers of `vision.` and `language.`.
+    pub target: Vec<String>,
+    /// Scale alpha/√rank instead of alpha/rank.
+    #[serde(default)]
+    pub rslora: bool,
+    /// A trained length for each row of W + s·B·A (DoRA).
+    #[serde(default)]
+    pub dora: bool,
+    /// Learning rate of B, and of DoRA's lengths, in learning rates of A (LoRA+, Hayou et al. 2024).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_ratio: Option<f64>,
+    #[serde(default)]
+    pub freeze: bool,
 }
 
 /// y = x + up(dropout(act(down(norm(x))))) on what attention or the MLP of a layer gives; `up` begins at zero.

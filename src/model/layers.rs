@@ -1,4 +1,4 @@
-//! The layers that projectors are made of.
+//! The layers that projectors and inserts are made of, written as nodes of an island's graph ([`super::island`]).
 
 use crate::error::Result;
 use crate::model::init::Source;
@@ -21,13 +21,8 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `projector.{name}.weight`, and `.bias` if `bias`.
-    pub fn new(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
-        Self::named(&format!("projector.{name}"), d_in, d_out, bias, src)
-    }
-
     /// `{name}.weight`, and `.bias` if `bias`.
-    pub fn named(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
+    pub fn new(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
         let weight = src.master(format!("{name}.weight"), &[d_out, d_in])?;
         let bias = if bias { Some(src.master(format!("{name}.bias"), &[d_out])?) } else { None };
         Ok(Self { weight, bias })
@@ -66,13 +61,8 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// `projector.{name}.weight` and `.bias`, `[d]` each.
-    pub fn new(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
-        Self::named(&format!("projector.{name}"), d, src)
-    }
-
     /// `{name}.weight` and `.bias`, `[d]` each.
-    pub fn named(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
+    pub fn new(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
         let weight = src.master(format!("{name}.weight"), &[d])?;
         Ok(Self { weight, bias: src.master(format!("{name}.bias"), &[d])?, eps: NORM_EPS })
     }
@@ -109,7 +99,7 @@ pub struct RmsNorm {
 
 impl RmsNorm {
     /// `{name}.weight`, `[d]`.
-    pub fn named(name: &str, d: usize, eps: f64, src: &mut dyn Source) -> Result<Self> {
+    pub fn new(name: &str, d: usize, eps: f64, src: &mut dyn Source) -> Result<Self> {
         Ok(Self { weight: src.master(format!("{name}.weight"), &[d])?, eps })
     }
 
@@ -136,11 +126,11 @@ pub struct GatedMlp {
 
 impl GatedMlp {
     /// `{name}.gate_proj`, `.up_proj`, `.down_proj`, of widths in, hidden, out.
-    pub fn named(name: &str, widths: [usize; 3], act: Activation, src: &mut dyn Source) -> Result<Self> {
+    pub fn new(name: &str, widths: [usize; 3], act: Activation, src: &mut dyn Source) -> Result<Self> {
         let [d_in, hidden, d_out] = widths;
-        let gate = Linear::named(&format!("{name}.gate_proj"), d_in, hidden, false, src)?;
-        let up = Linear::named(&format!("{name}.up_proj"), d_in, hidden, false, src)?;
-        Ok(Self { act, gate, up, down: Linear::named(&format!("{name}.down_proj"), hidden, d_out, false, src)? })
+        let gate = Linear::new(&format!("{name}.gate_proj"), d_in, hidden, false, src)?;
+        let up = Linear::new(&format!("{name}.up_proj"), d_in, hidden, false, src)?;
+        Ok(Self { act, gate, up, down: Linear::new(&format!("{name}.down_proj"), hidden, d_out, false, src)? })
     }
 
     /// Elements of the weights that its input meets, and of the one behind them.

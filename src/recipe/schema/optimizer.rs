@@ -1,0 +1,96 @@
+//! How a stage's parameters are updated: optimizer, schedule, groups.
+
+use serde::{Deserialize, Serialize};
+
+/// The warm-up is `warmup_steps` or `warmup_ratio` (of all steps, rounded up), linear from 0.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Scheduler {
+    Cosine(Warmup),
+    Linear(Warmup),
+    Constant(Warmup),
+}
+
+impl Scheduler {
+    /// Its warm-up.
+    pub fn warmup(&self) -> &Warmup {
+        let (Self::Cosine(w) | Self::Linear(w) | Self::Constant(w)) = self;
+        w
+    }
+}
+
+impl Default for Scheduler {
+    fn default() -> Self {
+        Self::Cosine(Warmup { warmup_ratio: Some(0.03), warmup_steps: None })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Warmup {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmup_ratio: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<usize>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Optimizer {
+    Adamw(AdamW),
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self::Adamw(AdamW::default())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamW {
+    pub betas: [f64; 2],
+    pub eps: f64,
+    /// Decoupled; not applied to biases and norms unless a group says so.
+    pub weight_decay: f64,
+    /// How moments are stored.
+    pub moments: MomentType,
+    /// Where the model computes in bf16: backbones train in bf16 alone, rounded stochastically, without an f32 master. Adapters
+    /// and projectors keep theirs. In f32 nothing is rounded.
+    pub stochastic_rounding: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MomentType {
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// 8 bits in blocks of 256; parameters of less than 4096 elements keep f32.
+    #[serde(rename = "8bit")]
+    Eight,
+}
+
+impl Default for AdamW {
+    fn default() -> Self {
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, moments: MomentType::F32, stochastic_rounding: false }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParamGroup {
+    /// Default: the first pattern.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub r#match: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// Its own schedule over the stage's steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler: Option<Scheduler>,
+    /// Layer-wise decay of its learning rate, see the stage's; 1 is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_decay: Option<f64>,
+}
