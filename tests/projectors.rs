@@ -9,7 +9,7 @@ use adfreeze::model::island::{self, Pass};
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::projector::{Projector, Work};
 use adfreeze::model::vision::Grid;
-use adfreeze::model::vlm::Mode;
+use adfreeze::model::vlm::{Batch, Mode};
 use adfreeze::model::weights::Weights;
 use adfreeze::recipe::schema::{self, SelectFeature};
 use candle_core::{DType, Device, Tensor};
@@ -253,6 +253,23 @@ fn whole_models_splice_what_the_projector_makes() {
         let zero = |n: &str| n.ends_with("k_proj.bias") || of_keys(n);
         check_params(text, &mut vlm, &grads, zero, |vlm| loss(vlm, &batch, &weights, mode));
     }
+}
+
+/// An image token that the embedding table has no row for: visual tokens stand in its place in any case.
+#[test]
+fn an_image_token_beyond_the_embedding_table() {
+    let mut within = vlm(clip(), -2, SelectFeature::Patch, &config("{ linear = {} }"), llama());
+    let all = names(&mut within, |n| n.starts_with("projector.") || n.starts_with("language."));
+    within.train_only(&all);
+    let batch = pack(&within, &sequences().iter().collect::<Vec<_>>());
+    let mut beyond = within.clone();
+    beyond.image_token_id = Some(10 * IMAGE);
+    let ids = batch.ids.iter().map(|id| if *id == IMAGE { 10 * IMAGE } else { *id }).collect();
+    let other = Batch { ids, ..batch.clone() };
+    let weights = coefs(batch.targets.len());
+    let [a, b] = [(&within, &batch), (&beyond, &other)].map(|(v, b)| gradients(v, b, &weights, Mode::default()));
+    assert_eq!(a.len(), all.len());
+    assert!(a.iter().all(|(name, g)| bits(g) == bits(&b[name])));
 }
 
 #[test]

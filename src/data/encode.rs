@@ -11,7 +11,7 @@ use super::template::{self, ChatTemplate, Marks, Rendered, VICUNA_OPENING, VICUN
 use super::tokenizer::TokenizerFiles;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::recipe::schema::Template;
+use crate::recipe::schema::{Deliver, Template};
 use std::path::Path;
 use std::sync::Arc;
 use tokenizers::{PostProcessorWrapper, Tokenizer};
@@ -87,9 +87,10 @@ impl TextEncoder {
         // A model without a tower needs no image token, and its embedding table may have no room for one.
         let (image_token_id, image_token_added) = match settings.sight {
             None => (None, false),
-            Some(_) => {
+            Some(sight) => {
                 let (text, expected) = (&settings.image_token, settings.image_token_id);
-                let (id, added) = files.image_token(text, expected, settings.vocab_size).with_context(|| &here)?;
+                let rows = (sight.deliver == Deliver::CrossAttention).then_some(settings.vocab_size);
+                let (id, added) = files.image_token(text, expected, rows).with_context(|| &here)?;
                 (Some(id), added)
             }
         };

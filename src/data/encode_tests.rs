@@ -169,7 +169,7 @@ fn finds_a_place_for_the_image_token() {
     let free = TextEncoder::load(&dir, base.clone()).unwrap();
     assert!(free.image_token_added());
     assert!(free.tokenizer_json().unwrap().contains("<picture>"));
-    let ids = free.prompt("hello", &pictures(1), Template::Plain).unwrap().0;
+    let ids: Vec<u32> = free.prompt("hello", &pictures(1), Template::Plain).unwrap().0;
     assert_eq!(ids[1..], vec![free.image_token_id().unwrap(); free.sight().unwrap().tokens]);
     let full = TextSettings { vocab_size: free.image_token_id().unwrap() as usize, ..base.clone() };
     let no_tower = TextEncoder::load(&dir, TextSettings { sight: None, ..full.clone() }).unwrap();
@@ -178,7 +178,11 @@ fn finds_a_place_for_the_image_token() {
     assert!(
         no_tower.prompt("hello", &pictures(1), Template::VicunaV1).unwrap_err().cause().contains("no vision tower")
     );
-    let e = TextEncoder::load(&dir, full).err().unwrap();
+    // Visual tokens take its place: it needs no row.
+    let beyond = TextEncoder::load(&dir, full.clone()).unwrap();
+    assert_eq!(beyond.prompt("hello", &pictures(1), Template::Plain).unwrap().0, ids);
+    let beside = full.sight.map(|s| Sight { deliver: Deliver::CrossAttention, ..s });
+    let e = TextEncoder::load(&dir, TextSettings { sight: beside, ..full }).err().unwrap();
     assert!(e.cause().contains("embedding table") && e.hint_text().unwrap().contains("model.image_token"), "{e}");
     let other = TextSettings { image_token_id: Some(7), ..base };
     assert!(TextEncoder::load(&dir, other).err().unwrap().cause().contains("config.json says 7"));

@@ -55,18 +55,20 @@ impl TokenizerFiles {
 
     /// The id of the image token, which is added if the tokenizer does not know it; the second value tells.
     ///
-    /// `expected` is the id that the model's configuration names; `vocab_size` the rows of its embedding table.
-    pub fn image_token(&mut self, text: &str, expected: Option<u32>, vocab_size: usize) -> Result<(u32, bool)> {
+    /// `expected` is the id that the model's configuration names. The token needs one of the `rows` of the embedding table, if
+    /// there are any: where visual tokens take its place, none is ever read.
+    pub fn image_token(&mut self, text: &str, expected: Option<u32>, rows: Option<usize>) -> Result<(u32, bool)> {
         let known = self.tokenizer.token_to_id(text);
         let token = AddedToken::from(text, true);
         self.tokenizer.add_special_tokens([token]).map_err(|e| Error::new(e.to_string()))?;
         let Some(id) = self.tokenizer.token_to_id(text) else {
             bail!("the tokenizer cannot take up the image token {text:?}"; "choose another model.image_token");
         };
-        if id as usize >= vocab_size {
+        if let Some(vocab_size) = rows.filter(|n| id as usize >= *n) {
             let reserved = self.reserved(vocab_size);
             let list = if reserved.is_empty() { "none was found".into() } else { reserved.join(", ") };
-            bail!("the image token {text:?} would get the id {id}, but the model's embedding table has {vocab_size} rows";
+            bail!("the image token {text:?} would get the id {id}, but the model's embedding table has {vocab_size} rows, \
+                and with deliver = \"cross_attention\" the token itself stands in the text";
                 "set model.image_token to a token that the tokenizer has and texts do not use ({list})");
         }
         if let Some(expected) = expected.filter(|&e| e != id) {
@@ -78,8 +80,18 @@ impl TokenizerFiles {
 
     /// Special tokens whose names say that they are there for later use.
     fn reserved(&self, vocab_size: usize) -> Vec<String> {
-        const WORDS: [&str; 9] =
-            ["reserved", "unused", "placeholder", "extra_id", "fim", "repo_name", "file_sep", "empty_output", "image"];
+        const WORDS: [&str; 10] = [
+            "reserved",
+            "unused",
+            "placeholder",
+            "extra_id",
+            "fim",
+            "repo_name",
+            "file_sep",
+            "empty_output",
+            "image",
+            "unk",
+        ];
         let mut found: Vec<_> = self.tokenizer.get_added_tokens_decoder().into_iter().collect();
         found.sort_by_key(|(id, _)| *id);
         let fits = |(id, t): &(u32, AddedToken)| {

@@ -3,6 +3,7 @@
 
 use super::params::{Grads, Param};
 use crate::error::{Error, Result};
+use crate::ops::bytes;
 use crate::ops::graph;
 use crate::ops::random::Key;
 use candle_core::{Tensor, Var};
@@ -53,6 +54,22 @@ pub struct Tape<const N: usize = 1> {
     inputs: [Option<Var>; N],
     vars: BTreeMap<String, Var>,
     y: Tensor,
+}
+
+impl<const N: usize> Tape<N> {
+    /// Bytes that it holds: of the parameters' copies, and of all else, which grows with the input's rows.
+    pub fn kept_bytes(&self) -> [usize; 2] {
+        let params = self.vars.values().map(|v| bytes(v)).sum();
+        let mut of: BTreeMap<usize, usize> = BTreeMap::new();
+        let inner = self.y.sorted_nodes().into_iter().filter(|t| !t.is_variable());
+        for t in inner.chain(self.inputs.iter().flatten().map(Var::as_tensor)) {
+            // Views stand in the memory of what they show.
+            let at = std::ptr::from_ref(&*t.storage_and_layout().0).addr();
+            let size = of.entry(at).or_insert(0);
+            *size = bytes(t).max(*size);
+        }
+        [params, of.values().sum()]
+    }
 }
 
 /// Runs `island` on `x`: its output, detached; and the graph if `pass` wants gradients.

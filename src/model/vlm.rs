@@ -2,6 +2,7 @@
 
 mod stream;
 
+use super::init::Place;
 use super::island;
 use super::language::{self, Language};
 use super::linear::{Linear, LowRank};
@@ -20,6 +21,7 @@ use crate::recipe::pattern::Patterns;
 use crate::recipe::schema::Deliver;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 use stream::Stream;
 use tracing::debug_span;
 
@@ -39,6 +41,8 @@ pub struct Vlm {
     pub prefixes: Vec<Prefix>,
     /// What backward has to reach, see [`Vlm::plan`].
     projector_trains: bool,
+    /// [`Projector::kept_bytes`], once it was asked for.
+    projector_keeps: OnceLock<[usize; 2]>,
 }
 
 /// Soft tokens (Lester et al. 2021; PEFT's prompt tuning): trained embeddings in front of every sequence.
@@ -100,9 +104,10 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Bytes that the layers keep; for tests and measurements.
+    /// Bytes that layers and projector keep; for tests and measurements.
     pub fn kept_bytes(&self) -> usize {
-        self.language.kept_bytes() + self.vision.as_ref().map_or(0, vision::Saved::kept_bytes)
+        let projector: usize = self.projector.as_ref().map_or(0, |tape| tape.kept_bytes().iter().sum());
+        self.language.kept_bytes() + self.vision.as_ref().map_or(0, vision::Saved::kept_bytes) + projector
     }
 }
 
@@ -114,11 +119,17 @@ impl Vlm {
         language: Language,
         image_token_id: impl Into<Option<u32>>,
     ) -> Self {
-        let image_token_id = image_token_id.into();
-        let (deliver, prefixes) = (Deliver::Splice, Vec::new());
-        let (newline, projector_trains) = (None, false);
-        let mut vlm =
-            Self { vision, projector, newline, language, image_token_id, deliver, prefixes, projector_trains };
+        let mut vlm = Self {
+            vision,
+            projector,
+            newline: None,
+            language,
+            image_token_id: image_token_id.into(),
+            deliver: Deliver::Splice,
+            prefixes: Vec::new(),
+            projector_trains: false,
+            projector_keeps: OnceLock::new(),
+        };
         vlm.plan();
         vlm
     }
@@ -128,6 +139,7 @@ impl Vlm {
         if let Some(v) = &mut self.vision {
             v.plan();
         }
+        self.projector_keeps = OnceLock::new();
         self.projector_trains = self.projector.as_mut().is_some_and(Module::trains);
         let visual = self.visual_learns();
         let prefixes = self.prefixes.iter().any(|p| p.embeddings.trainable);
@@ -152,6 +164,7 @@ impl Vlm {
             bail!("the model has no vision tower"; "leave image_size out, or set model.vision")
         };
         tower.set_size(size)?;
+        self.projector_keeps = OnceLock::new();
         self.visual_tokens_per_image().map(drop)
     }
 
@@ -337,15 +350,37 @@ impl Vlm {
         Ok(Some((features, tokens)))
     }
 
-    /// Bytes that the layers keep of a recorded pass of this size.
+    /// Bytes that layers and projector keep of a recorded pass of this size.
     pub fn kept_bytes(&self, load: Load, kept: Kept) -> Result<usize> {
         let tower = self.vision.as_ref().map_or(Ok(0), |v| v.bytes_per_picture(kept))?;
-        Ok(load.tokens * self.language.bytes_per_token(kept)? + load.pictures * tower)
+        let layers = load.tokens * self.language.bytes_per_token(kept)? + load.pictures * tower;
+        Ok(layers + self.kept_by_projector(load)?)
     }
 
-    /// [`Vlm::kept_bytes`] of each layer by its name, those below the frontier left out.
+    /// [`Vlm::kept_bytes`] of the projector, the same whatever the layers keep.
+    pub fn kept_by_projector(&self, load: Load) -> Result<usize> {
+        let (Some(tower), Some(projector)) = (&self.vision, &self.projector) else { return Ok(0) };
+        if load.pictures == 0 || !(self.projector_trains || tower.reached()) {
+            return Ok(0);
+        }
+        let [fixed, picture] = match self.projector_keeps.get() {
+            Some(known) => *known,
+            None => {
+                let place = Place { device: self.language.device().clone(), dtype: self.language.dtype() };
+                let told = projector.kept_bytes(tower.config.hidden_size, tower.grid(), &place, tower.reached())?;
+                *self.projector_keeps.get_or_init(|| told)
+            }
+        };
+        Ok(fixed + load.pictures * picture)
+    }
+
+    /// [`Vlm::kept_bytes`] of each layer by its name, those below the frontier left out, and of the projector.
     pub fn kept_by_layer(&self, load: Load, kept: Kept) -> Result<BTreeMap<&str, usize>> {
         let mut all = BTreeMap::new();
+        let projector = self.kept_by_projector(load)?;
+        if projector > 0 {
+            all.insert("projector", projector);
+        }
         if let Some(v) = &self.vision {
             let reached = v.frontier().unwrap_or(v.depth())..v.depth();
             let rows = load.pictures * v.rows();

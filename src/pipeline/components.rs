@@ -32,7 +32,7 @@ pub struct Row {
     pub weight_bytes: u64,
     pub gradient_bytes: u64,
     pub optimizer_bytes: u64,
-    /// What the layers keep for backward of the stage's largest micro-batch, what adapters keep in them included. Projector, head
+    /// What layers and projector keep for backward of the stage's largest micro-batch, what adapters keep in them included. Head
     /// and embeddings are not counted.
     pub activation_bytes: Activations,
 }
@@ -106,15 +106,19 @@ pub fn rows(state: &mut State, training: &Training) -> Result<Vec<Row>> {
     let mut counted: BTreeSet<&str> = BTreeSet::new();
     // Of a layer's rows the one that trains has its activations: they are kept for its sake.
     for (place, row) in all.iter_mut().rev() {
-        let Some((name, kept)) = place.layer.and_then(|i| layers.get_key_value(&format!("{}.{i}", place.part.1)))
-        else {
-            continue;
-        };
+        let Some((name, kept)) = layers.get_key_value(&place.keeps()) else { continue };
         if counted.insert(name) {
             row.activation_bytes = *kept;
         }
     }
-    Ok(joined(all, |place, i| layers.contains_key(&format!("{}.{i}", place.part.1))))
+    Ok(joined(all, |place, i| layers.contains_key(&Place { layer: Some(i), ..place.clone() }.keeps())))
+}
+
+impl Place {
+    /// The name of what keeps activations here.
+    fn keeps(&self) -> String {
+        self.layer.map_or_else(|| self.part.1.clone(), |i| format!("{}.{i}", self.part.1))
+    }
 }
 
 fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &str>, dtype: String) -> Place {
@@ -216,7 +220,7 @@ fn weight_bytes(p: &Param, training: &Training) -> u64 {
     (bytes(p.compute()) + master) as u64
 }
 
-/// Bytes that each layer keeps at most, by its name.
+/// Bytes that each layer, and the projector, keeps at most, by its name.
 fn activations(vlm: &Vlm, loads: &[Load]) -> Result<BTreeMap<String, Activations>> {
     let mut all: BTreeMap<String, Activations> = BTreeMap::new();
     for kept in [Kept::All, Kept::Minimal, Kept::Input] {
@@ -331,7 +335,7 @@ pub fn notes(vlm: &Vlm, rows: &[Row], loads: &[Load], kept: Kept) -> Result<Stri
     let sum = |kept| human::bytes(rows.iter().map(|r| r.activation_bytes.of(kept)).sum());
     let Some(load) = largest(vlm, loads, kept)? else { return Ok(stops) };
     Ok(format!(
-        "{stops}\nactivations = \"{name}\"; the layers keep of the largest micro-batch ({} tokens, {} pictures): none {}, minimal {}, recompute {}",
+        "{stops}\nactivations = \"{name}\"; layers and projector keep of the largest micro-batch ({} tokens, {} pictures): none {}, minimal {}, recompute {}",
         human::thousands(load.tokens as u64),
         human::thousands(load.pictures as u64),
         sum(Kept::All),

@@ -81,7 +81,8 @@ pub struct Model {
     /// Cut longer samples (as LLaVA does) instead of refusing them.
     #[serde(default)]
     pub truncate: bool,
-    /// Text of the image placeholder token; found in the tokenizer or taken from a reserved id.
+    /// Text of the image placeholder token, which is added to a tokenizer that has none. Visual tokens take its place, so that it
+    /// needs no embedding; with `deliver = "cross_attention"` it stands in the text and must be one that has.
     #[serde(default = "default_image_token")]
     pub image_token: String,
 }

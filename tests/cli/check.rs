@@ -16,7 +16,7 @@ fn prints_what_will_happen_and_writes_nothing() {
         "adapter sft (lora) trains ",
         "backward stops above vision.encoder.layers.1\n",
         "backward stops above language.embed_tokens\n",
-        "the layers keep of the largest micro-batch (",
+        "layers and projector keep of the largest micro-batch (",
         "stage sft: optimizer groups",
         "projector.* 4 2,112 1e-3 cosine, warm-up 2 steps 0",
         "default 42 ",

@@ -15,6 +15,9 @@ use adfreeze::recipe::schema::{Objective, Recipe, SelectFeature, Template};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// The golden tokenizer's image token, behind all of its vocabulary.
+const IMAGE: u32 = 380;
+
 fn fresh() -> Fresh {
     Fresh { key: Key::new(1, "stand-in"), place: Place::cpu() }
 }
@@ -28,13 +31,24 @@ fn tower(dir: &Path, px: usize) {
     hf::save_vision(dir, &config, &ImageProcessor::clip(px), &tower.params()).unwrap();
 }
 
-/// A language model of 8 layers with the golden tokenizer.
-fn language(dir: &Path) {
+/// A language model of 8 layers. With the golden tokenizer, or, as Vicuna, without any, and with rows only for what a tokenizer
+/// has beside its image token.
+fn language(dir: &Path, bare: bool) {
     let config = serde_json::json!({ "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
-        "num_attention_heads": 4, "vocab_size": 384, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2 });
+        "num_attention_heads": 4, "vocab_size": if bare { IMAGE } else { 384 }, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2 });
     let config = LlamaConfig::from_init(&config).unwrap();
     let mut model = Language::new(config.clone(), &mut fresh()).unwrap();
-    hf::save_language(dir, &config, &model.params(), &[&golden("language")]).unwrap();
+    let beside = golden("language");
+    let beside: &[&Path] = if bare { &[] } else { &[&beside] };
+    hf::save_language(dir, &config, &model.params(), beside).unwrap();
+}
+
+/// The golden tokenizer, its image token the last one.
+fn tokenizer(dir: &Path) {
+    fs::create_dir_all(dir).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(golden("language").join(name), dir.join(name)).unwrap();
+    }
 }
 
 /// Where a source has to lie to be found: in the cache, or in the folder that it names.
@@ -61,8 +75,9 @@ fn stand_in(f: &Folder, recipe: &Recipe) {
         };
         tower(&place(f, source), px);
     }
-    if let Some(source) = recipe.model.language.as_ref().and_then(|l| l.source.as_ref()) {
-        language(&place(f, source));
+    if let Some(part) = &recipe.model.language {
+        part.source.iter().for_each(|source| language(&place(f, source), part.tokenizer.is_some()));
+        part.tokenizer.iter().for_each(|source| tokenizer(&place(f, source)));
     }
     let stages = recipe.stage.values().flat_map(|s| s.data.iter().map(|d| (d, s.objective != Objective::Sft)));
     let evals = recipe.eval.values().flat_map(|e| e.data.iter().map(|d| (d, false)));

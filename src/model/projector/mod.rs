@@ -10,11 +10,12 @@ pub mod pixel_shuffle;
 pub mod published;
 pub mod qformer;
 
-use super::init::Source;
+use super::init::{Place, Source};
 use super::island::{self, Pass, Tape, Vars};
 use super::params::{Module, Param};
 use super::vision::Grid;
 use crate::error::Result;
+use crate::ops::random::Key;
 use crate::recipe::schema;
 use bottleneck::Bottleneck;
 use candle_core::Tensor;
@@ -118,6 +119,14 @@ impl Projector {
     /// FLOPs of one picture's forward pass.
     pub fn work(&self, grid: Grid) -> Result<Work> {
         self.0.work(grid)
+    }
+
+    /// Bytes that the graph of a recorded pass holds: whatever the pictures, and for each one. `need_dx`: does the tower train? One
+    /// picture's pass is run to tell it, so that no kind of projector has to count.
+    pub fn kept_bytes(&self, vision: usize, grid: Grid, place: &Place, need_dx: bool) -> Result<[usize; 2]> {
+        let x = Tensor::zeros((grid.tokens(), vision), place.dtype, &place.device)?;
+        let pass = Pass { trains: true, need_dx, dropout: Some(Key::new(0, "kept")) };
+        Ok(self.forward(&x, grid, pass)?.1.map_or([0, 0], |tape| tape.kept_bytes()))
     }
 
     /// Visual tokens `[I·tokens, language]` of the features `[I·grid.tokens(), vision]` of I pictures, and the graph if
