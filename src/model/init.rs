@@ -1,6 +1,6 @@
 //! Where a module's parameters come from: files, or fresh random values keyed by (seed, name).
 
-use super::params::{Param, adapter_of};
+use super::params::{Param, adapter_of, kind_of};
 use super::weights::Weights;
 use crate::error::Result;
 use crate::ops::random::{Key, normal, uniform};
@@ -128,16 +128,18 @@ pub const NEWLINE: &str = "projector.image_newline";
 /// deviation 0.02; a perceiver's latents with deviation 1, as OpenFlamingo's (at HF's ones they would all be alike); the newline of
 /// tiles with deviation 1/√width, as HF's. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
-    let key = key.child(name);
+    let (key, kind) = (key.child(name), kind_of(name));
+    let (adapter, name) = (adapter_of(name).is_some(), kind.as_str());
     let leaf = name.rsplit('.').next().unwrap_or(name);
     let module = name.rsplit('.').nth(1).unwrap_or("");
     let constant = |v: f64| Ok((Tensor::ones(shape, dtype, &Device::Cpu)? * v)?);
-    let adapter = adapter_of(name).is_some();
-    // A weight of one dimension scales a norm, whatever that is called (`ff.0` in OpenFlamingo).
-    if module.contains("norm") || module == "LayerNorm" || adapter && leaf == "weight" && shape.len() == 1 {
+    // A weight of one dimension scales a norm, whatever that is called; 0 is the first of a Sequential, a norm in OpenFlamingo.
+    let sequential = module == "0" && shape.len() == 1;
+    if module.contains("norm") || module == "LayerNorm" || sequential || adapter && leaf == "weight" && shape.len() == 1
+    {
         return constant(if leaf == "weight" { 1.0 } else { 0.0 });
     }
-    if name.contains(".lora_B.") || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
+    if module == "lora_B" || module == "up" || adapter && (leaf == "bias" || leaf.ends_with("_gate")) {
         return constant(0.0);
     }
     if name == NEWLINE {
@@ -147,7 +149,7 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
         return normal(key, shape, 1.0, dtype);
     }
     let bert = name.starts_with("projector.qformer.") || leaf == "query_tokens";
-    if name.starts_with("projector.") && !bert || adapter && !name.contains(".prefix.") {
+    if name.starts_with("projector.") && !bert || adapter && module != "prefix" {
         let fan_in = shape.get(1).or(shape.first()).copied().unwrap_or(1).max(1);
         // A bias does not know its layer's input width; its own length is the nearest thing to it, and small either way.
         return uniform(key, shape, 1.0 / (fan_in as f64).sqrt(), dtype);

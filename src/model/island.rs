@@ -20,8 +20,9 @@ pub struct Pass {
     pub dropout: Option<Key>,
 }
 
-/// What an island computes with beside its input: parameters, as variables of this pass where they train and gradients are
-/// wanted, else as plain tensors; and dropout masks.
+/// What an island computes with beside its input: parameters and dropout masks. Where a parameter trains and gradients are wanted,
+/// it is a variable of this pass that holds the value itself, so that its gradient has the value's type (f32 beside bf16); the nodes
+/// of [`graph`] compute with it in the type of their rows.
 pub struct Vars {
     record: bool,
     dropout: Option<Key>,
@@ -35,7 +36,7 @@ impl Vars {
             return Ok(p.compute().clone());
         }
         if !self.vars.contains_key(&p.name) {
-            self.vars.insert(p.name.clone(), Var::from_tensor(p.compute())?);
+            self.vars.insert(p.name.clone(), Var::from_tensor(&p.value)?);
         }
         Ok(self.vars[&p.name].as_tensor().clone())
     }

@@ -153,9 +153,17 @@ fn replace(p: &mut Param, set: &mut BTreeMap<String, Weight>, value: impl FnOnce
 
 /// The adapter that a parameter belongs to, if it is one's: the part of its name behind that of its kind.
 pub fn adapter_of(name: &str) -> Option<&str> {
-    let parts: Vec<&str> = name.split('.').collect();
-    let kind = parts.iter().position(|p| ADAPTER_PARTS.contains(p))?;
-    parts.get(kind + 1).copied()
+    let mut parts = name.split('.').skip_while(|p| !ADAPTER_PARTS.contains(p));
+    parts.next().and_then(|_| parts.next())
+}
+
+/// The name of a parameter without its adapter's own name, which is the user's choice: what kind of parameter it is.
+pub fn kind_of(name: &str) -> String {
+    let mut parts: Vec<&str> = name.split('.').collect();
+    if let Some(kind) = parts.iter().position(|p| ADAPTER_PARTS.contains(p)).filter(|i| i + 1 < parts.len()) {
+        parts.remove(kind + 1);
+    }
+    parts.join(".")
 }
 
 /// What stands before an adapter's own name in its parameters' names.

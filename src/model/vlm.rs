@@ -15,6 +15,7 @@ use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
+use crate::ops::launch::widen;
 use crate::ops::matmul::sum_rows;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
@@ -260,9 +261,9 @@ impl Vlm {
             grads.add(&newline.name, sum_rows(&gather(dx, &ends)?)?)?;
         }
         let (places, rows): (Vec<u32>, Vec<u32>) = words.into_iter().unzip();
-        let sum = tokens.narrow(0, 0, projected)?.zeros_like()?;
+        let sum = widen(&tokens.narrow(0, 0, projected)?)?.zeros_like()?;
         scatter_add_(&sum, &rows, &gather(dx, &places)?)?;
-        Ok(Some(sum))
+        Ok(Some(sum.to_dtype(tokens.dtype())?))
     }
 
     /// The sums over all sequences, in their order.

@@ -1,25 +1,34 @@
 //! Our ops as nodes of candle's graph, for modules that are written as ordinary differentiable code (see
-//! `model::island`): the same kernels and the same backward as in the trunk.
+//! `model::island`): the same kernels and the same backward as in the trunk. A parameter may be wider than the rows that it meets:
+//! they are computed in the rows' type, and its gradient, summed in f32, has its own.
 
 use super::activation;
 use super::attention::{self, Config, Sequences};
-use super::matmul::{self, Mat, matmul as product, sum_rows};
+use super::launch::widen;
+use super::matmul::{self, Mat, matmul as product, matmul_wide, sum_rows};
 use super::norm::{self, Kind};
 use super::random::{self, Key};
 use crate::error::{Error, Result};
 use crate::recipe::schema::Activation;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, Shape, Storage, Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp1, Layout, Shape, Storage, Tensor,
 };
 use std::sync::Mutex;
 
+/// A parameter as rows of the type of `x` are computed with.
+fn like(p: &Tensor, x: &Tensor) -> Result<Tensor> {
+    Ok(p.detach().to_dtype(x.dtype())?)
+}
+
 /// `x·Wᵀ + b`: `x` `[N, in]`, `w` `[out, in]`, `b` `[out]` → `[N, out]`.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    let y = matmul::linear(&x.detach(), &w.detach(), b.map(Tensor::detach).as_ref())?;
+    let own = b.map(|b| like(b, x)).transpose()?;
+    let y = matmul::linear(&x.detach(), &like(w, x)?, own.as_ref())?;
     let (tracked_x, tracked_w) = (x.track_op(), w.track_op());
     let gradients = move |x: &Tensor, w: &Tensor, dy: &Tensor| -> Result<[Option<Tensor>; 2]> {
-        let dx = tracked_x.then(|| product(Mat::N(dy), Mat::N(w))).transpose()?;
-        let dw = tracked_w.then(|| product(Mat::T(dy), Mat::N(x))).transpose()?;
+        let dx = tracked_x.then(|| product(Mat::N(dy), Mat::N(&like(w, dy)?))).transpose()?;
+        let dw = tracked_w.then(|| matmul_wide(Mat::T(dy), Mat::N(x))).transpose()?;
+        let dw = dw.map(|dw| dw.to_dtype(w.dtype())).transpose()?;
         Ok([dx, dw])
     };
     let Some(b) = b else {
@@ -32,6 +41,24 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
         Ok([dx, dw, db])
     };
     node3("linear", [x, w, b], y, Box::new(backward))
+}
+
+/// `x·tanh(g)`, rows `[N, D]` behind a gate `[1]`.
+pub fn gated(x: &Tensor, g: &Tensor) -> Result<Tensor> {
+    let y = x.detach().broadcast_mul(&like(&g.detach().tanh()?, x)?)?;
+    let (tracked_x, tracked_g) = (x.track_op(), g.track_op());
+    let backward = move |[x, g]: [&Tensor; 2], Ends { dy, .. }: Ends| {
+        let t = g.tanh()?;
+        let narrow = like(&t, dy)?;
+        let dx = tracked_x.then(|| dy.broadcast_mul(&narrow)).transpose()?;
+        let dg = || -> Result<Tensor> {
+            let product = (widen(x)? * widen(dy)?)?;
+            let along = sum_rows(&product)?.sum_all()?.reshape(1)?.to_dtype(g.dtype())?;
+            Ok((along * (1.0 - t.sqr()?)?)?)
+        };
+        Ok([dx, tracked_g.then(dg).transpose()?])
+    };
+    node2("gated", x, g, y, Box::new(backward))
 }
 
 /// `act(x)`, any shape.
@@ -50,11 +77,17 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     node2("swiglu", gate, up, y, Box::new(backward))
 }
 
-/// `[Q, D]` → `[times·Q, D]`, the rows over and over; backward sums in f32.
-pub fn repeat(x: &Tensor, times: usize) -> Result<Tensor> {
+/// A parameter `[Q, D]` → `[times·Q, D]` of the type `dtype`, the rows over and over; backward sums in f32.
+pub fn repeat(x: &Tensor, times: usize, dtype: DType) -> Result<Tensor> {
     let (q, d) = x.dims2()?;
     // A fresh buffer also of a single copy: the node takes it.
-    let y = x.detach().unsqueeze(0)?.broadcast_as((times, q, d))?.force_contiguous()?.reshape((times * q, d))?;
+    let y = x
+        .detach()
+        .to_dtype(dtype)?
+        .unsqueeze(0)?
+        .broadcast_as((times, q, d))?
+        .force_contiguous()?
+        .reshape((times * q, d))?;
     let backward = move |[x]: [&Tensor; 1], at: Ends| {
         let sum = sum_rows(&at.dy.reshape((times, q * d))?)?;
         Ok([Some(sum.reshape((q, d))?.to_dtype(x.dtype())?)])
@@ -70,10 +103,10 @@ pub fn dropout(key: Key, x: &Tensor, p: f64) -> Result<Tensor> {
 
 /// LayerNorm over rows, `[N, D]` with scale and shift `[D]`.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
-    let (y, stats) = norm::forward(Kind::Layer, &x.detach(), &w.detach(), Some(&b.detach()), eps)?;
+    let (y, stats) = norm::forward(Kind::Layer, &x.detach(), &like(w, x)?, Some(&like(b, x)?), eps)?;
     let scale = w.track_op() || b.track_op();
     let backward = move |[x, w, b]: [&Tensor; 3], Ends { dy, .. }: Ends| {
-        let (dx, scale) = norm::backward(Kind::Layer, x, w, &stats, dy, scale)?;
+        let (dx, scale) = norm::backward(Kind::Layer, x, &like(w, x)?, &stats, dy, scale)?;
         let Some(scale) = scale else { return Ok([Some(dx), None, None]) };
         Ok([Some(dx), Some(scale.weight.to_dtype(w.dtype())?), Some(scale.bias.to_dtype(b.dtype())?)])
     };
@@ -82,10 +115,10 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor
 
 /// RMSNorm over rows, `[N, D]` with scale `[D]`.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
-    let (y, stats) = norm::forward(Kind::Rms, &x.detach(), &w.detach(), None, eps)?;
+    let (y, stats) = norm::forward(Kind::Rms, &x.detach(), &like(w, x)?, None, eps)?;
     let scale = w.track_op();
     let backward = move |[x, w]: [&Tensor; 2], at: Ends| {
-        let (dx, scale) = norm::backward(Kind::Rms, x, w, &stats, at.dy, scale)?;
+        let (dx, scale) = norm::backward(Kind::Rms, x, &like(w, x)?, &stats, at.dy, scale)?;
         Ok([Some(dx), scale.map(|s| s.weight.to_dtype(w.dtype())).transpose()?])
     };
     node2("rms_norm", x, w, y, Box::new(backward))
@@ -337,9 +370,11 @@ mod tests {
         check(&[x.clone(), scale4.clone()], || rms_norm(&x, &scale4, 1e-5).unwrap());
         check(&[x.clone(), gate.clone()], || swiglu(&x, &gate).unwrap());
         for times in [1, 3] {
-            check(std::slice::from_ref(&x), || repeat(&x, times).unwrap());
+            check(std::slice::from_ref(&x), || repeat(&x, times, DType::F64).unwrap());
         }
-        assert_eq!(repeat(&x, 1).unwrap().to_vec2::<f64>().unwrap(), x.to_vec2::<f64>().unwrap());
+        let one = var("one", &[1]);
+        check(&[x.clone(), one.clone()], || gated(&x, &one).unwrap());
+        assert_eq!(repeat(&x, 1, DType::F64).unwrap().to_vec2::<f64>().unwrap(), x.to_vec2::<f64>().unwrap());
         check(std::slice::from_ref(&x), || dropout(Key::new(3, "mask"), &x, 0.4).unwrap());
     }
 
@@ -355,6 +390,39 @@ mod tests {
         let y = || attention(cfg, &sequences, &q, &k, &v).unwrap();
         check(&[q.clone(), k.clone(), v.clone()], y);
         assert_eq!(y().get(2).unwrap().to_vec1::<f64>().unwrap(), [0.0; 12]);
+    }
+
+    /// Rows in bf16: the gradient of an f32 parameter is a sum in f32, however many rows there are.
+    #[test]
+    fn gradients_of_wide_parameters_are_wide() {
+        let random = |name: &str, shape: &[usize], dtype| {
+            normal(Key::new(3, name), shape, 0.5, DType::F32).unwrap().to_dtype(dtype).unwrap()
+        };
+        let (x, dy) = (random("x", &[5000, 6], DType::BF16), random("dy", &[5000, 6], DType::BF16));
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let [w, b, gate, scale] = [("w", vec![6, 6]), ("b", vec![6]), ("gate", vec![1]), ("scale", vec![6])]
+            .map(|(name, shape)| Var::from_tensor(&random(name, &shape, DType::F32)).unwrap());
+        type Run<'a> = Box<dyn Fn(&Tensor, &[Tensor]) -> Tensor + 'a>;
+        let cases: [(&str, Vec<&Var>, Run); 4] = [
+            ("linear", vec![&w, &b], Box::new(|x, p| linear(x, &p[0], Some(&p[1])).unwrap())),
+            ("gated", vec![&gate], Box::new(|x, p| gated(x, &p[0]).unwrap())),
+            ("layer_norm", vec![&scale, &b], Box::new(|x, p| layer_norm(x, &p[0], &p[1], 1e-5).unwrap())),
+            ("rms_norm", vec![&scale], Box::new(|x, p| rms_norm(x, &p[0], 1e-5).unwrap())),
+        ];
+        for (name, vars, run) in &cases {
+            let own: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+            let grads = (run(&x, &own) * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+            let f64s: Vec<Var> = vars.iter().map(|v| Var::from_tensor(&wide(v)).unwrap()).collect();
+            let own: Vec<Tensor> = f64s.iter().map(|v| v.as_tensor().clone()).collect();
+            let exact = (run(&wide(&x), &own) * wide(&dy)).unwrap().sum_all().unwrap().backward().unwrap();
+            for (v, v64) in vars.iter().zip(&f64s) {
+                let (got, want) = (grads.get(v).unwrap(), exact.get(v64).unwrap());
+                assert_eq!(got.dtype(), DType::F32, "{name}");
+                let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+                let off = norm(&(wide(got) - want).unwrap()) / norm(want);
+                assert!(off < 2e-4, "{name}: off by {off:e}");
+            }
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::ops::attention::Config;
-use crate::ops::graph::{activate, attention};
+use crate::ops::graph::{self, activate, attention};
 use crate::recipe::schema::{Activation, CrossAttention as Recipe, CrossAttentionForm, Sees};
 use candle_core::Tensor;
 
@@ -101,12 +101,12 @@ impl Insert for CrossAttention {
         if !seen.sequences.is_empty()
             && let Some(a) = self.attend(&gated.norm.forward(&x, vars)?, seen, vars)?
         {
-            x = (x + a.broadcast_mul(&vars.get(attn_gate)?.tanh()?)?)?;
+            x = (x + graph::gated(&a, &vars.get(attn_gate)?)?)?;
         }
         let [up, down] = &gated.ff;
         let h = up.forward(&gated.ff_norm.forward(&x, vars)?, vars)?;
         let h = down.forward(&activate(Activation::Gelu, &h)?, vars)?;
-        Ok((x + h.broadcast_mul(&vars.get(ff_gate)?.tanh()?)?)?)
+        Ok((x + graph::gated(&h, &vars.get(ff_gate)?)?)?)
     }
 
     fn sees(&self) -> Option<Sees> {

@@ -118,7 +118,7 @@ impl Kind for Perceiver {
         let pictures = x.dims2()?.0 / t;
         let context = self.project.forward(x, vars)?;
         let sequences = each_picture(pictures, q, t + q);
-        let mut h = repeat(&vars.get(&self.latents)?, pictures)?;
+        let mut h = repeat(&vars.get(&self.latents)?, pictures, x.dtype())?;
         for layer in &self.layers {
             h = layer.forward(&h, &context, &sequences, vars)?;
         }

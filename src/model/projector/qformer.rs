@@ -150,7 +150,7 @@ impl Kind for Qformer {
         let (t, q) = (grid.tokens(), self.queries());
         let pictures = x.dims2()?.0 / t;
         let queries = vars.get(&self.query_tokens)?.squeeze(0)?;
-        let h = self.norm.forward(&repeat(&queries, pictures)?, vars)?;
+        let h = self.norm.forward(&repeat(&queries, pictures, x.dtype())?, vars)?;
         let mut h = vars.dropout("projector.qformer", h, self.dropout)?;
         let sequences = [each_picture(pictures, q, q), each_picture(pictures, q, t)];
         for layer in &self.layers {
