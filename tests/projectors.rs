@@ -28,7 +28,7 @@ fn grid(side: usize) -> Grid {
 }
 
 /// Each with its visual tokens of 4 × 4 and of 6 × 6 patches.
-const TABLE: [(&str, [usize; 2]); 13] = [
+const TABLE: [(&str, [usize; 2]); 15] = [
     ("{ linear = {} }", [16, 36]),
     ("{ linear = { input_norm = true } }", [16, 36]),
     ("{ mlp = { hidden = 9, act = 'quick_gelu' } }", [16, 36]),
@@ -40,6 +40,8 @@ const TABLE: [(&str, [usize; 2]); 13] = [
     ("{ pixel_shuffle = { then = { mlp = { hidden = 7, norm = true } } } }", [4, 9]),
     ("{ perceiver = { queries = 3, depth = 2, heads = 4, kv_heads = 2, head_dim = 3, hidden = 7 } }", [3, 3]),
     ("{ perceiver = { queries = 1, depth = 1, heads = 1, kv_heads = 1, head_dim = 2, act = 'gelu' } }", [1, 1]),
+    ("{ resampler = { queries = 3, depth = 2, heads = 2, head_dim = 3, ff_mult = 2 } }", [3, 3]),
+    ("{ resampler = { queries = 1, depth = 1, heads = 1, head_dim = 4, ff_mult = 1 } }", [1, 1]),
     ("{ qformer = { queries = 3, width = 6, layers = 3, heads = 2, intermediate = 7, dropout = 0.3 } }", [3, 3]),
     (
         "{ qformer = { queries = 2, width = 4, layers = 2, heads = 1, intermediate = 5, cross_every = 1, act = 'silu' } }",
@@ -146,6 +148,9 @@ fn known_numbers_of_parameters() {
     assert_eq!(count(qformer, 1408, 2560, |n| n.starts_with("projector.qformer.")), 105_137_664);
     assert_eq!(count(qformer, 1408, 2560, all), 105_137_664 + 32 * 768 + 768 * 2560 + 2560);
     assert_eq!(count("{ perceiver = { hidden = 14336 } }", 1152, 4096, all), 743_219_200);
+    // OpenFlamingo's, as `tests/golden/flamingo/make.py` prints.
+    assert_eq!(count("{ resampler = {} }", 1024, 1024, all), 63_019_008);
+    assert_eq!(count("{ resampler = {} }", 1024, 4096, all), 63_019_008 + 1024 * 4096 + 4096);
 }
 
 #[test]
@@ -169,6 +174,10 @@ fn flops_by_hand() {
     let (own, mlp, cross) = (4 * 36, 2 * 42, 2 * 36);
     let inner = 2 * 3 * (3 * (own + mlp) + 2 * cross + 60);
     assert_eq!(work(qformer, 4), of(2 * 2 * 16 * 2 * 48, inner, 3 * 4 * 9 * 6 + 2 * 4 * 3 * 16 * 6));
+    // 16 features and 3 latents of width 8, heads 2 × 3, and the way from 8 to 10.
+    let resampler = "{ resampler = { queries = 3, depth = 2, heads = 2, head_dim = 3, ff_mult = 2 } }";
+    let layer = 3 * (48 + 48 + 2 * 128) + 19 * 96;
+    assert_eq!(work(resampler, 4), of(0, 2 * (2 * layer + 3 * 80), 2 * 4 * 3 * 19 * 6));
     assert_eq!(of(10, 100, 1000).forward(), 1110);
     assert_eq!(of(10, 100, 1000).training(), 20 + 300 + 3500);
 }
@@ -178,6 +187,7 @@ fn fresh_queries_differ_and_norms_and_biases_are_neutral() {
     let bits = |t: &Tensor| -> Vec<Vec<f64>> { t.to_vec2().unwrap() };
     for (text, queries) in [
         ("{ perceiver = { queries = 3, depth = 1 } }", "projector.perceiver_resampler.latents"),
+        ("{ resampler = { queries = 3, depth = 1 } }", "projector.perceiver.latents"),
         ("{ qformer = { queries = 3, width = 24, layers = 1 } }", "projector.query_tokens"),
     ] {
         let mut p = Projector::new(&config(text), 8, 16, true, &mut source()).unwrap();
@@ -186,8 +196,8 @@ fn fresh_queries_differ_and_norms_and_biases_are_neutral() {
         assert!(q.len() == 3 && q[0] != q[1] && q[1] != q[2], "{text}");
         for (name, t) in params.iter().filter(|(_, t)| t.rank() == 1) {
             let want = if name.ends_with(".weight") { 1.0 } else { 0.0 };
-            let bert = !name.starts_with("projector.language_projection");
-            assert!(!bert || flat(t).iter().all(|x| *x == want), "{name}");
+            let inner = !["projector.language_projection", "projector.out"].iter().any(|out| name.starts_with(out));
+            assert!(!inner || flat(t).iter().all(|x| *x == want), "{name}");
         }
         let y = p.forward(&noise("x", &[16, 8], 1.0), grid(4), Pass::default()).unwrap().0;
         let y = bits(&y);
@@ -344,6 +354,12 @@ fn agrees(file: &str, text: &str, prefix: &str) -> Projector {
 fn perceiver_agrees_with_transformers() {
     let text = "{ perceiver = { queries = 3, depth = 2, heads = 4, kv_heads = 2, head_dim = 3, hidden = 10, norm_eps = 1e-5 } }";
     agrees("perceiver.safetensors", text, "model.connector.");
+}
+
+#[test]
+fn resampler_agrees_with_openflamingo() {
+    let text = "{ resampler = { queries = 3, depth = 2, heads = 4, head_dim = 3, ff_mult = 2 } }";
+    agrees("../flamingo/resampler.safetensors", text, "");
 }
 
 #[test]

@@ -50,6 +50,7 @@ pub const ZOO: &[Entry] = &[
     projector("bottleneck", "{bottleneck={dim=48}}"),
     projector("pixel_shuffle", "{pixel_shuffle={factor=2,then={mlp={depth=2}}}}"),
     projector("perceiver", "{perceiver={queries=16,depth=2,heads=4,kv_heads=2,head_dim=24}}"),
+    projector("resampler", "{resampler={queries=16,depth=2,heads=4,head_dim=24}}"),
     projector("qformer", "{qformer={queries=16,width=96,layers=4,heads=4,intermediate=256,dropout=0.0}}"),
     adapters("no adapter", "[]"),
     adapters(
@@ -64,8 +65,8 @@ pub const ZOO: &[Entry] = &[
     adapters("prefix", "[{prefix={tokens=16}}]"),
     beside("cross_attention, gated", None, "{cross_attention={name=\"eyes\",every=1,heads=4,head_dim=24,ff_mult=2}}"),
     beside(
-        "cross_attention, perceiver",
-        Some("{perceiver={queries=16,depth=2,heads=4,kv_heads=2,head_dim=24}}"),
+        "cross_attention, resampler",
+        Some("{resampler={queries=16,depth=2,heads=4,head_dim=24}}"),
         "{cross_attention={name=\"eyes\",every=1,heads=4,head_dim=24,ff_mult=2}}",
     ),
     beside(

@@ -155,6 +155,52 @@ impl Module for GatedMlp {
     }
 }
 
+/// Flamingo's MLP: down(gelu(up(norm(x)))), without biases in its linear layers.
+#[derive(Debug, Clone)]
+pub struct FeedForward {
+    norm: LayerNorm,
+    up: Linear,
+    down: Linear,
+}
+
+impl FeedForward {
+    /// `{name}.0`, `.1`, `.3`, as in OpenFlamingo; `hidden` wide inside.
+    pub fn new(name: &str, d: usize, hidden: usize, src: &mut dyn Source) -> Result<Self> {
+        let norm = LayerNorm::new(&format!("{name}.0"), d, src)?;
+        let up = Linear::new(&format!("{name}.1"), d, hidden, false, src)?;
+        Ok(Self { norm, up, down: Linear::new(&format!("{name}.3"), hidden, d, false, src)? })
+    }
+
+    /// Does any of it train?
+    pub fn learns(&self) -> bool {
+        self.norm.learns() || self.up.learns() || self.down.learns()
+    }
+
+    /// Elements of its weights.
+    pub fn weights(&self) -> u64 {
+        self.up.weights() + self.down.weights()
+    }
+
+    /// `[N, d]` → `[N, d]`.
+    pub fn forward(&self, x: &Tensor, vars: &mut Vars) -> Result<Tensor> {
+        let h = self.up.forward(&self.norm.forward(x, vars)?, vars)?;
+        self.down.forward(&graph::activate(Activation::Gelu, &h)?, vars)
+    }
+}
+
+impl Module for FeedForward {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.visit(f);
+        [&mut self.up, &mut self.down].into_iter().for_each(|l| l.visit(f));
+    }
+}
+
+/// Of each picture the rows of the one, then those of the other: `[I·A, D]` and `[I·B, D]` → `[I·(A + B), D]`.
+pub fn of_each(pictures: usize, [a, b]: [&Tensor; 2]) -> Result<Tensor> {
+    let by_picture = |t: &Tensor| t.reshape((pictures, (), t.dim(1)?));
+    Ok(Tensor::cat(&[by_picture(a)?, by_picture(b)?], 1)?.flatten(0, 1)?)
+}
+
 /// `q` queries and `k` keys of each picture, row after row.
 pub fn each_picture(pictures: usize, q: usize, k: usize) -> Sequences {
     let one = |i: usize| Segment::new(i * q..(i + 1) * q, i * k..(i + 1) * k);

@@ -12,7 +12,7 @@ pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionFor
 pub use data::{Alpha, Data, Eval, Metric, Pictures, Resize, Synth, SynthKind};
 pub use optimizer::{AdamW, MomentType, Optimizer, ParamGroup, Scheduler, Warmup};
 pub use projectors::{BottleneckProjector, Layers, LinearProjector, MlpProjector, PixelShuffleProjector, Projector};
-pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector};
+pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

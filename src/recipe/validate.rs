@@ -124,6 +124,7 @@ fn projector(p: &Projector) -> Result<()> {
             mlp(p).context("pixel_shuffle: then")
         }
         Projector::Perceiver(p) => p.check().context("perceiver"),
+        Projector::Resampler(p) => p.check().context("resampler"),
         Projector::Qformer(p) => p.check().context("qformer"),
         Projector::Linear(_) | Projector::Bottleneck(_) | Projector::PixelShuffle(_) => Ok(()),
     }

@@ -10,11 +10,11 @@ use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
-use crate::model::layers::{LayerNorm, Linear};
+use crate::model::layers::{FeedForward, LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::ops::attention::Config;
-use crate::ops::graph::{self, activate, attention};
-use crate::recipe::schema::{Activation, CrossAttention as Recipe, CrossAttentionForm, Sees};
+use crate::ops::graph::{attention, gated};
+use crate::recipe::schema::{CrossAttention as Recipe, CrossAttentionForm, Sees};
 use candle_core::Tensor;
 
 /// One block.
@@ -41,8 +41,7 @@ struct Gated {
     norm: LayerNorm,
     /// `[1]` each.
     gates: [Param; 2],
-    ff_norm: LayerNorm,
-    ff: [Linear; 2],
+    ff: FeedForward,
 }
 
 impl CrossAttention {
@@ -58,11 +57,7 @@ impl CrossAttention {
             CrossAttentionForm::Gated => Form::Gated(Box::new(Gated {
                 norm: LayerNorm::new(&part("attn.norm"), d, src)?,
                 gates: [src.master(part("attn_gate"), &[1])?, src.master(part("ff_gate"), &[1])?],
-                ff_norm: LayerNorm::new(&part("ff.0"), d, src)?,
-                ff: [
-                    Linear::new(&part("ff.1"), d, cfg.ff_mult * d, false, src)?,
-                    Linear::new(&part("ff.3"), cfg.ff_mult * d, d, false, src)?,
-                ],
+                ff: FeedForward::new(&part("ff"), d, cfg.ff_mult * d, src)?,
             })),
         };
         let config = Config { heads: cfg.heads, kv_heads: cfg.heads, head_dim: cfg.head_dim, causal: false };
@@ -89,24 +84,22 @@ impl Insert for CrossAttention {
 
     fn forward(&self, x: &Tensor, visual: Option<Seen>, vars: &mut Vars) -> Result<Tensor> {
         let Some(seen) = visual else { bail!("adapter `{}` was given no visual tokens to look at", self.adapter) };
-        let gated = match &self.form {
-            Form::Gated(gated) => gated,
+        let form = match &self.form {
+            Form::Gated(form) => form,
             Form::PostNorm(norm) => {
                 let x = self.attend(x, seen, vars)?.map_or(Ok(x.clone()), |a| x + a)?;
                 return norm.forward(&x, vars);
             }
         };
-        let [attn_gate, ff_gate] = &gated.gates;
+        let [attn_gate, ff_gate] = &form.gates;
         let mut x = x.clone();
         if !seen.sequences.is_empty()
-            && let Some(a) = self.attend(&gated.norm.forward(&x, vars)?, seen, vars)?
+            && let Some(a) = self.attend(&form.norm.forward(&x, vars)?, seen, vars)?
         {
-            x = (x + graph::gated(&a, &vars.get(attn_gate)?)?)?;
+            x = (x + gated(&a, &vars.get(attn_gate)?)?)?;
         }
-        let [up, down] = &gated.ff;
-        let h = up.forward(&gated.ff_norm.forward(&x, vars)?, vars)?;
-        let h = down.forward(&activate(Activation::Gelu, &h)?, vars)?;
-        Ok((x + graph::gated(&h, &vars.get(ff_gate)?)?)?)
+        let h = form.ff.forward(&x, vars)?;
+        Ok((x + gated(&h, &vars.get(ff_gate)?)?)?)
     }
 
     fn sees(&self) -> Option<Sees> {
@@ -116,12 +109,7 @@ impl Insert for CrossAttention {
     fn learns(&self) -> bool {
         let form = match &self.form {
             Form::PostNorm(norm) => norm.learns(),
-            Form::Gated(g) => {
-                g.norm.learns()
-                    || g.ff_norm.learns()
-                    || g.gates.iter().any(|p| p.trainable)
-                    || g.ff.iter().any(Linear::learns)
-            }
+            Form::Gated(g) => g.norm.learns() || g.ff.learns() || g.gates.iter().any(|p| p.trainable),
         };
         form || [&self.to_q, &self.to_kv, &self.to_out].iter().any(|l| l.learns())
     }
@@ -141,8 +129,7 @@ impl Module for CrossAttention {
             Form::Gated(g) => {
                 g.norm.visit(f);
                 g.gates.iter_mut().for_each(&mut *f);
-                g.ff_norm.visit(f);
-                g.ff.iter_mut().for_each(|l| l.visit(f));
+                g.ff.visit(f);
             }
         }
     }

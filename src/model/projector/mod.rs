@@ -9,6 +9,7 @@ pub mod perceiver;
 pub mod pixel_shuffle;
 pub mod published;
 pub mod qformer;
+pub mod resampler;
 
 use super::init::{Place, Source};
 use super::island::{self, Pass, Tape, Vars};
@@ -23,6 +24,7 @@ use mlp::Mlp;
 use perceiver::Perceiver;
 use pixel_shuffle::PixelShuffle;
 use qformer::Qformer;
+use resampler::Resampler;
 use std::fmt::Debug;
 
 /// What a kind of projector can do. Its parameters are named `projector.…`.
@@ -102,6 +104,7 @@ impl Projector {
             schema::Projector::Bottleneck(p) => Box::new(Bottleneck::new(p, ends, src)?),
             schema::Projector::PixelShuffle(p) => Box::new(PixelShuffle::new(p, ends, src)?),
             schema::Projector::Perceiver(p) => Box::new(Perceiver::new(p, ends, src)?),
+            schema::Projector::Resampler(p) => Box::new(Resampler::new(p, ends, src)?),
             schema::Projector::Qformer(p) => Box::new(Qformer::new(p, ends, src)?),
         }))
     }

@@ -9,7 +9,7 @@ use super::{Ends, Kind, Work};
 use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
-use crate::model::layers::{GatedMlp, Linear, RmsNorm, each_picture};
+use crate::model::layers::{GatedMlp, Linear, RmsNorm, each_picture, of_each};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
@@ -84,12 +84,8 @@ impl Layer {
     /// Latents `[I·Q, D]` and context `[I·T, D]` → latents; `sequences` pair Q rows with T + Q.
     fn forward(&self, h: &Tensor, context: &Tensor, sequences: &Sequences, vars: &mut Vars) -> Result<Tensor> {
         let (own, seen) = (self.latents_norm.forward(h, vars)?, self.context_norm.forward(context, vars)?);
-        let pictures = sequences.len();
-        // Of each picture the context's rows, then the latents'.
         let mut both = |layer: &Linear| -> Result<Tensor> {
-            let (a, b) = (layer.forward(&seen, vars)?, layer.forward(&own, vars)?);
-            let by_picture = |t: Tensor| t.reshape((pictures, (), self.config.kv_heads * self.config.head_dim));
-            Ok(Tensor::cat(&[by_picture(a)?, by_picture(b)?], 1)?.flatten(0, 1)?)
+            of_each(sequences.len(), [&layer.forward(&seen, vars)?, &layer.forward(&own, vars)?])
         };
         let (k, v) = (both(&self.k)?, both(&self.v)?);
         let a = attention(self.config, sequences, &self.q.forward(&own, vars)?, &k, &v)?;

@@ -12,6 +12,7 @@
 //! | LLaVA-NeXT | as LLaVA, and `image_newline` (`model.image_newline`) |
 //! | projector of the original LLaVA code | `model.mm_projector.0.weight`, `model.mm_projector.2.weight` |
 //! | connector of Idefics2 | `model.connector.modality_projection…`, `model.connector.perceiver_resampler…`; alone, without `connector.` |
+//! | resampler of OpenFlamingo | `perceiver.latents`, `perceiver.layers…` |
 //! | Q-Former of BLIP-2 | `query_tokens`, `qformer…`, `language_projection…`; see [`bare_qformer`] |
 
 /// Which architecture a folder holds.
@@ -76,7 +77,14 @@ pub fn projector(name: &str) -> Option<String> {
         return Some("projector.image_newline".into());
     }
     let bare = name.strip_prefix("connector.").unwrap_or(name);
-    let whole = ["modality_projection.", "perceiver_resampler.", "query_tokens", "qformer.", "language_projection."];
+    let whole = [
+        "modality_projection.",
+        "perceiver_resampler.",
+        "perceiver.",
+        "query_tokens",
+        "qformer.",
+        "language_projection.",
+    ];
     if whole.iter().any(|part| bare.starts_with(part)) {
         return (!of_text(bare)).then(|| format!("projector.{bare}"));
     }

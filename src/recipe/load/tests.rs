@@ -163,11 +163,11 @@ fn resamplers_have_recipes_of_their_own() {
     let Some(Projector::Qformer(q)) = &qformer.model.projector else { panic!("{:?}", qformer.model.projector) };
     assert_eq!((q.queries, q.width, q.layers, q.cross_every), (32, 768, 12, 2));
     let (plain, flamingo) = (recipe("clip-llama-perceiver.toml"), recipe("clip-llama-flamingo.toml"));
-    for r in [&plain, &flamingo] {
-        let Some(Projector::Perceiver(p)) = &r.model.projector else { panic!("{:?}", r.model.projector) };
-        assert_eq!((p.queries, p.depth), (64, 3));
-        assert_eq!(r.stages, ["align", "sft"]);
-    }
+    let Some(Projector::Perceiver(p)) = &plain.model.projector else { panic!("{:?}", plain.model.projector) };
+    assert_eq!((p.queries, p.depth), (64, 3));
+    let Some(Projector::Resampler(r)) = &flamingo.model.projector else { panic!("{:?}", flamingo.model.projector) };
+    assert_eq!((r.queries, r.depth, r.heads, r.head_dim), (64, 6, 8, 64));
+    assert!([&plain, &flamingo].iter().all(|r| r.stages == ["align", "sft"]));
     assert!(matches!(plain.stage["sft"].adapters[..], [Adapter::Lora(_)]));
     assert_eq!((plain.model.deliver, flamingo.model.deliver), (Deliver::Splice, Deliver::CrossAttention));
     let Adapter::CrossAttention(eyes) = &flamingo.stage["align"].adapters[0] else { panic!("no inserts") };

@@ -1,6 +1,6 @@
 //! `model.projector`: the connector between tower and language model.
 
-use super::{Activation, PerceiverProjector, QformerPart, QformerProjector};
+use super::{Activation, PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
 use serde::{Deserialize, Serialize};
 
 /// `model.projector`: the connector between tower and language model.
@@ -17,6 +17,8 @@ pub enum Projector {
     PixelShuffle(PixelShuffleProjector),
     /// Latents look at the features: a fixed number of tokens.
     Perceiver(PerceiverProjector),
+    /// The same in Flamingo's first form.
+    Resampler(ResamplerProjector),
     /// BLIP-2's Querying Transformer: a fixed number of tokens.
     Qformer(QformerProjector),
 }
@@ -30,6 +32,7 @@ impl Projector {
             Self::Bottleneck(p) => &p.source,
             Self::PixelShuffle(p) => p.then.source(),
             Self::Perceiver(p) => &p.source,
+            Self::Resampler(p) => &p.source,
             Self::Qformer(p) => &p.source,
         };
         source.as_deref()

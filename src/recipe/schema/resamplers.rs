@@ -59,6 +59,43 @@ impl PerceiverProjector {
     }
 }
 
+/// Flamingo's Perceiver Resampler in its first form, as OpenFlamingo has it: `depth` layers in which `queries` latents of the tower's
+/// width look at the features and at themselves, and a linear layer to the language model's width if that is another. The defaults
+/// are OpenFlamingo's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResamplerProjector {
+    /// A projector saved before, or an OpenFlamingo checkpoint if tower and language model have one width.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Visual tokens of a picture.
+    #[serde(default = "sixty_four")]
+    pub queries: usize,
+    #[serde(default = "six")]
+    pub depth: usize,
+    #[serde(default = "eight")]
+    pub heads: usize,
+    /// Width of a head, whatever the tower's width.
+    #[serde(default = "sixty_four")]
+    pub head_dim: usize,
+    /// Width inside the MLPs, in widths of the tower.
+    #[serde(default = "four")]
+    pub ff_mult: usize,
+}
+
+impl ResamplerProjector {
+    /// Do its numbers fit together?
+    pub fn check(&self) -> Result<()> {
+        at_least_one(&[
+            ("queries", self.queries),
+            ("depth", self.depth),
+            ("heads", self.heads),
+            ("head_dim", self.head_dim),
+            ("ff_mult", self.ff_mult),
+        ])
+    }
+}
+
 impl QformerProjector {
     /// Do its numbers fit together?
     pub fn check(&self) -> Result<()> {
@@ -154,6 +191,14 @@ fn three() -> usize {
 
 fn four() -> usize {
     4
+}
+
+fn six() -> usize {
+    6
+}
+
+fn eight() -> usize {
+    8
 }
 
 fn twelve() -> usize {
