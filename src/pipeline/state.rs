@@ -46,11 +46,22 @@ impl State {
     /// trains.
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
         self.look(stage)?;
+        self.take_over(stage)?;
+        self.begin(stage, name)
+    }
+
+    /// What becomes of the adapters that are there: merged into the weights, frozen, or as they are.
+    pub fn take_over(&mut self, stage: &Stage) -> Result<()> {
         match hand_over(stage) {
             HandOver::Merge => self.merge()?,
             HandOver::Stack => self.adapters.values_mut().for_each(Adapter::set_freeze),
             HandOver::Continue => {}
         }
+        Ok(())
+    }
+
+    /// What [`State::enter`] does after [`State::take_over`].
+    pub fn begin(&mut self, stage: &Stage, name: &str) -> Result<()> {
         let continued: Vec<String> =
             self.adapters.iter().filter(|(_, a)| !a.freeze()).map(|(name, _)| name.clone()).collect();
         self.reset(stage, name)?;
