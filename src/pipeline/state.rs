@@ -95,7 +95,9 @@ impl State {
         for (n, t) in self.vlm.params() {
             if patterns.matches(&n) {
                 values.insert(n.clone(), fresh(key, &n, t.dims(), t.dtype())?);
-                self.changed.insert(n);
+                if !is_adapter(&n) {
+                    self.changed.insert(n);
+                }
             }
         }
         self.vlm.assign(&values)?;
