@@ -1,6 +1,5 @@
 //! The model as it goes from stage to stage: which adapters it carries, which of its own parameters have changed.
 
-use super::assemble::START_ADAPTER;
 use crate::adapters::{self, lora};
 use crate::bail;
 use crate::checkpoint::safetensors::{load, save};
@@ -10,7 +9,7 @@ use crate::model::params::{Module, adapter_of};
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{Adapter, HandOver, Recipe, Stage};
+use crate::recipe::schema::{Adapter, HandOver, Recipe, START_ADAPTER, Stage};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -8,7 +8,9 @@ mod optimizer;
 mod projectors;
 mod resamplers;
 
-pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, Sees};
+pub use adapters::{
+    Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, START_ADAPTER, Sees,
+};
 pub use data::{Alpha, Data, Eval, Metric, Pictures, Resize, Synth, SynthKind};
 pub use optimizer::{AdamW, MomentType, Optimizer, ParamGroup, Scheduler, Warmup};
 pub use projectors::{BottleneckProjector, Layers, LinearProjector, MlpProjector, PixelShuffleProjector, Projector};

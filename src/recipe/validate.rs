@@ -13,7 +13,11 @@ pub fn validate(recipe: &Recipe) -> Result<()> {
     if recipe.output_dir.as_os_str().is_empty() {
         bail!("output_dir: empty"; "name a folder for the run, e.g. runs/first");
     }
+    // Who has which name.
     let mut adapters = BTreeMap::new();
+    if recipe.model.adapter.is_some() {
+        adapters.insert(START_ADAPTER.to_string(), "by `model.adapter`".to_string());
+    }
     for (i, name) in recipe.stages.iter().enumerate() {
         let stage = &recipe.stage[name];
         let earlier = &recipe.stages[..i];
@@ -263,8 +267,8 @@ fn own_adapters(stage: &str, s: &Stage, deliver: Deliver, seen: &mut BTreeMap<St
         let what = format!("adapters[{i}].{}", adapter.kind());
         let name = adapter.name(stage, i);
         plain_name(&name).with_context(|| format!("{what}.name"))?;
-        if let Some(other) = seen.insert(name.clone(), stage.into()) {
-            bail!("{what}: the name `{name}` is taken in stage `{other}`"; "give the adapter its own `name`");
+        if let Some(other) = seen.insert(name.clone(), format!("in stage `{stage}`")) {
+            bail!("{what}: the name `{name}` is taken {other}"; "give the adapter its own `name`");
         }
         match adapter {
             Adapter::Lora(a) => lora(&what, a)?,

@@ -386,6 +386,22 @@ fn parts_of_a_model() {
 }
 
 #[test]
+fn the_adapter_that_the_model_brings_keeps_its_name() {
+    let lora = |name: &str| format!("stage.sft.adapters=[{{lora={{{name}rank=1,alpha=1,target=['*']}}}}]");
+    let named = good().replace("sft", "start");
+    let e = load_text(&named, &[], &["model.adapter=lora"]).unwrap_err();
+    assert_eq!(
+        e.report(),
+        "recipe.toml: stage.start: adapters[0].lora: the name `start` is taken by `model.adapter`\n\n\
+         hint: give the adapter its own `name`"
+    );
+    let e = load_text(&good(), &[], &["model.adapter=lora", &lora("name='start',")]).unwrap_err();
+    assert!(e.cause().contains("stage.sft: adapters[0].lora: the name `start` is taken by `model.adapter`"), "{e}");
+    assert!(load_text(&named, &[], &[]).is_ok(), "without it the name is free");
+    assert!(load_text(&named, &[], &["model.adapter=lora", &lora("name='own',").replace("sft", "start")]).is_ok());
+}
+
+#[test]
 fn adapters_are_followed_through_the_stages() {
     let third = "[stage.dpo]\nfrom = { stage = 'sft', adapters = 'continue' }\nobjective = { dpo = { reference = 'base' } }\n\
          data = [{ path = 'c' }]\nbatch = { global = 2 }\nlr = 1e-6\n";

@@ -3,6 +3,9 @@
 use super::Activation;
 use serde::{Deserialize, Serialize};
 
+/// Name of the adapter that `model.adapter` brings along.
+pub const START_ADAPTER: &str = "start";
+
 /// One adapter of a stage, by its kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
