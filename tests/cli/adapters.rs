@@ -113,6 +113,35 @@ fn flamingo() {
     through(LORA, &more);
 }
 
+/// Gates, B and `up` begin at zero, one behind the other, and an epoch is a single step: what lies behind them has no gradient
+/// before the fourth.
+#[test]
+fn zeros_behind_zeros_have_time_to_move() {
+    let f = Folder::with(THREE_STAGES);
+    let adapters = [
+        FLAMINGO.replace("every", "name=\"gates\",every"),
+        "{lora={name=\"tower\",rank=2,alpha=4,target=[\"vision.encoder.layers[0].*.q_proj\"]}}".to_string(),
+    ];
+    let adapters = format!("stage.align.adapters=[{}]", adapters.join(","));
+    let set = [
+        "model.deliver=\"cross_attention\"",
+        "model.projector={bottleneck={dim=4}}",
+        adapters.as_str(),
+        "stage.align.batch={global=8,micro=4}",
+        "stage.align.max_steps=5",
+        "stage.align.eval=[]",
+    ];
+    let set: Vec<&str> = set.into_iter().flat_map(|s| ["--set", s]).collect();
+    f.train(&[&["--stages", "align"], &set[..]].concat());
+    let at = |name: &str| safetensors::load(&f.path("run/01-align/final").join(name)).unwrap();
+    let zero = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|x| *x == 0.0);
+    let trained = at("trained.safetensors");
+    for part in ["attn_gate", "up.weight", "lora_B.tower.weight"] {
+        let (_, t) = trained.iter().find(|(n, _)| n.ends_with(part)).unwrap_or_else(|| panic!("{part}: {trained:?}"));
+        assert!(!zero(t), "{part}");
+    }
+}
+
 #[test]
 fn a_post_norm_form_that_sees_all_pictures() {
     let align = "stage.align.adapters=[{cross_attention={every=2,heads=2,head_dim=8,form=\"post_norm\",sees=\"all\"}}]";
