@@ -271,6 +271,7 @@ fn without_inserts_nobody_reads_what_stands_beside_the_text() {
     let lost = vlm.unreachable(true);
     assert_eq!(lost.len(), projector.len());
     assert!(lost[0].1.contains("no cross_attention adapter"), "{lost:?}");
+    assert!(vlm.is_blind() && !plain("splice").is_blind());
     let e = attach(&mut vlm, &config("{ cross_attention = { every = 3 } }"), "new", key("adapter")).unwrap_err();
     assert!(e.to_string().contains("every = 3, but the language model has 2 layers"), "{e}");
     let twice = "{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }";

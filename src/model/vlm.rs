@@ -179,10 +179,15 @@ impl Vlm {
         Ok(self.deliver.image_tokens(self.visual_tokens_per_image()?))
     }
 
+    /// Do visual tokens stand beside the text with no layer that reads them?
+    pub fn is_blind(&self) -> bool {
+        self.deliver == Deliver::CrossAttention && self.language.first_that_sees().is_none()
+    }
+
     /// Trainable parameters that no gradient can reach, with the reason. `pictures`: does the data show any?
     pub fn unreachable(&mut self, pictures: bool) -> Vec<(String, String)> {
         let mut out = self.vision.as_mut().map_or_else(Vec::new, Tower::unreachable);
-        if self.deliver == Deliver::CrossAttention && self.language.first_that_sees().is_none() {
+        if self.is_blind() {
             for name in self.trainable().into_keys().filter(|n| n.starts_with("vision.") || n.starts_with("projector."))
             {
                 out.push((name, "no cross_attention adapter reads the visual tokens".to_string()));

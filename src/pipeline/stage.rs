@@ -130,9 +130,13 @@ fn tidy(dir: &Path) -> Result<()> {
     folders.iter().filter(|d| d.is_dir()).try_for_each(|d| recover(d).map(drop))
 }
 
-/// Every trained parameter must be one that a gradient of these samples can reach.
+/// Pictures must be seen, and every trained parameter must be one that a gradient of these samples can reach.
 pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
     let images = data.images();
+    if !images.is_empty() && state.vlm.is_blind() {
+        bail!("the data has pictures, but no cross_attention adapter reads the visual tokens";
+            "declare one under `adapters` here or in a stage that this one starts from, or set model.deliver = \"splice\"")
+    }
     let mut lost = state.vlm.unreachable(!images.is_empty());
     let newline = state.vlm.newline.as_ref().filter(|p| p.trainable && images.iter().all(|i| i.tiles.is_none()));
     if let (Some(p), false) = (newline, images.is_empty()) {

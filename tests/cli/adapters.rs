@@ -8,6 +8,9 @@ const BOTTLENECK: &str = "{bottleneck={dim=4,norm=true,dropout=0.1,target=[\"lan
 const FLAMINGO: &str = "{cross_attention={every=1,heads=2,head_dim=8}}";
 const PREFIX: &str = "{prefix={name=\"soft\",tokens=3}}";
 
+/// A sample without a picture.
+const TEXT_ALONE: &str = r#"[{ "id": "a", "conversations": [{ "from": "human", "value": "What is it?" }, { "from": "gpt", "value": "A square." }] }]"#;
+
 fn set(adapters: &str, more: &[&str]) -> Vec<String> {
     let adapters = format!("stage.sft.adapters=[{adapters}]");
     let fixed = [adapters.as_str(), "defaults.max_steps=2", "defaults.checkpoint={every_steps=1,keep=2}"];
@@ -171,6 +174,15 @@ fn what_cannot_be_is_told_before_training() {
     let projector = "stage.dpo.train=[\"projector.*\"]";
     fails(BOTTLENECK, &[merge, projector], &["the adapter `sft` is a bottleneck and cannot be merged", "\"stack\""]);
     fails(LORA, &["model.deliver=\"cross_attention\""], &["no cross_attention adapter reads the visual tokens"]);
+    // No less so where nothing of the visual part trains; for text alone nobody has to look.
+    let beside = "model.deliver=\"cross_attention\"";
+    let norm = "stage.align.train=[\"language.norm.weight\"]";
+    let blind = "stage.align: the data has pictures, but no cross_attention adapter reads the visual tokens";
+    fails(LORA, &[beside, norm], &[blind, "model.deliver = \"splice\""]);
+    f.fails(&["check", "recipe.toml", "--set", beside, "--set", norm], &[blind]);
+    f.write("text.json", TEXT_ALONE);
+    let text = |stage: &str| format!("stage.{stage}.data=[{{path=\"text.json\"}}]");
+    fails(LORA, &[beside, norm, &text("align")], &["stage.sft: the data has pictures"]);
     fails("{bottleneck={dim=0,target=[\"*\"]}}", &[], &["adapters[0].bottleneck: dim = 0"]);
     fails("{bottleneck={dim=2,target=[\"language.layers.*.mpl\"]}}", &[], &["language.layers.*.mpl"]);
     fails("{prefix={tokens=0}}", &[], &["adapters[0].prefix: tokens = 0"]);
