@@ -149,7 +149,7 @@ pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
     let more =
         if lost.len() > lines.len() { format!("\n  … and {} more", lost.len() - lines.len()) } else { String::new() };
     bail!("it trains parameters that no gradient can reach:\n  {}{more}", lines.join("\n  ");
-        "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
+        "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`; an adapter as a whole is kept as it is by freeze = true, or by from = {{ stage = …, adapters = \"stack\" }}")
 }
 
 /// Prints what the stage consists of and costs, and writes it down.

@@ -183,6 +183,16 @@ fn what_cannot_be_is_told_before_training() {
     f.write("text.json", TEXT_ALONE);
     let text = |stage: &str| format!("stage.{stage}.data=[{{path=\"text.json\"}}]");
     fails(LORA, &[beside, norm, &text("align")], &["stage.sft: the data has pictures"]);
+    let eyeless = [beside, norm, &text("align"), &text("sft")];
+    fails(
+        FLAMINGO,
+        &eyeless,
+        &[
+            "stage.sft: it trains parameters that no gradient can reach",
+            "cross_attention.sft.attn.norm.bias: no sample of this stage has a picture",
+            "freeze = true",
+        ],
+    );
     fails("{bottleneck={dim=0,target=[\"*\"]}}", &[], &["adapters[0].bottleneck: dim = 0"]);
     fails("{bottleneck={dim=2,target=[\"language.layers.*.mpl\"]}}", &[], &["language.layers.*.mpl"]);
     fails("{prefix={tokens=0}}", &[], &["adapters[0].prefix: tokens = 0"]);
