@@ -1,6 +1,8 @@
 //! `model.projector`: the connector between tower and language model.
 
 use super::{Activation, PerceiverProjector, QformerPart, QformerProjector};
+use crate::bail;
+use crate::error::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 /// `model.projector`: the connector between tower and language model.
@@ -33,6 +35,18 @@ impl Projector {
             Self::Qformer(p) => &p.source,
         };
         source.as_deref()
+    }
+
+    /// Do its numbers fit together? Errors name its kind.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Linear(_) => Ok(()),
+            Self::Mlp(p) => p.check().context("mlp"),
+            Self::Bottleneck(p) => p.check().context("bottleneck"),
+            Self::PixelShuffle(p) => p.check().context("pixel_shuffle"),
+            Self::Perceiver(p) => p.check().context("perceiver"),
+            Self::Qformer(p) => p.check().context("qformer"),
+        }
     }
 
     /// Parts that a published `source` may lack, and which may be `fresh`: what their parameters' names begin with.
@@ -69,6 +83,42 @@ impl Layers {
         match self {
             Self::Linear(p) => &p.source,
             Self::Mlp(p) => &p.source,
+        }
+    }
+}
+
+impl MlpProjector {
+    fn check(&self) -> Result<()> {
+        if self.depth == 0 {
+            bail!("depth = 0"; "LLaVA-1.5 has depth = 2")
+        }
+        if self.hidden == Some(0) {
+            bail!("hidden = 0"; "leave it out for the language model's width")
+        }
+        Ok(())
+    }
+}
+
+impl BottleneckProjector {
+    fn check(&self) -> Result<()> {
+        if self.dim == 0 {
+            bail!("dim = 0"; "a quarter of the tower's width, say")
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            bail!("dropout = {}", self.dropout; "from 0 to below 1")
+        }
+        Ok(())
+    }
+}
+
+impl PixelShuffleProjector {
+    fn check(&self) -> Result<()> {
+        if self.factor == 0 {
+            bail!("factor = 0"; "2 makes a quarter of the tokens")
+        }
+        match &self.then {
+            Layers::Linear(_) => Ok(()),
+            Layers::Mlp(p) => p.check().context("then: mlp"),
         }
     }
 }
