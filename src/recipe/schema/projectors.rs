@@ -129,9 +129,11 @@ impl Default for Layers {
     }
 }
 
+/// One linear layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinearProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// LayerNorm over the tower's features before the first layer (their rms may be far from the embeddings').
@@ -139,16 +141,20 @@ pub struct LinearProjector {
     pub input_norm: bool,
 }
 
+/// Linear layers with an activation between them (LLaVA-1.5).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MlpProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// How many layers.
     #[serde(default = "two")]
     pub depth: usize,
     /// Width between the layers; default: the language model's hidden size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden: Option<usize>,
+    /// Between the layers.
     #[serde(default)]
     pub act: Activation,
     /// LayerNorm over the tower's features before the first layer.
@@ -164,16 +170,20 @@ pub struct MlpProjector {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BottleneckProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Width between `down` and `up`.
     pub dim: usize,
+    /// Behind `down`.
     #[serde(default)]
     pub act: Activation,
+    /// Share of the activation's outputs that training sets to zero.
     #[serde(default)]
     pub dropout: f64,
 }
 
+/// Fewer tokens of more features each.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PixelShuffleProjector {
