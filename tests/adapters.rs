@@ -271,12 +271,35 @@ fn without_inserts_nobody_reads_what_stands_beside_the_text() {
     let lost = vlm.unreachable(true);
     assert_eq!(lost.len(), projector.len());
     assert!(lost[0].1.contains("no cross_attention adapter"), "{lost:?}");
+    assert!(vlm.is_blind() && !plain("splice").is_blind());
     let e = attach(&mut vlm, &config("{ cross_attention = { every = 3 } }"), "new", key("adapter")).unwrap_err();
     assert!(e.to_string().contains("every = 3, but the language model has 2 layers"), "{e}");
     let twice = "{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }";
     attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap();
     let e = attach(&mut vlm, &config(twice), "new", key("adapter")).unwrap_err();
     assert!(e.to_string().contains("already an adapter named `new`"), "{e}");
+}
+
+/// Without a picture the part of a block that looks at pictures learns nothing, and is told; the rest has gradients.
+#[test]
+fn without_pictures_the_eyes_learn_nothing() {
+    let eyes = TABLE.iter().filter(|(text, ..)| text.contains("cross_attention"));
+    for (text, ..) in eyes {
+        let mut vlm = adapted(text);
+        perturb(&mut vlm);
+        let own = own(&mut vlm);
+        vlm.train_only(&own);
+        let lost: BTreeSet<String> = vlm.unreachable(false).into_iter().map(|(n, _)| n).collect();
+        let written: Vec<Sequence> = sequences().into_iter().filter(|s| s.pictures.is_empty()).collect();
+        assert!(!written.is_empty());
+        let batch = pack(&vlm, &written.iter().collect::<Vec<_>>());
+        let grads = gradients(&vlm, &batch, &coefs(batch.targets.len()), Mode::default());
+        let moves = |n: &String| grads.get(n).is_some_and(|g| flat(g).iter().any(|x| *x != 0.0));
+        let still: BTreeSet<String> = own.iter().filter(|n| !moves(n)).cloned().collect();
+        assert_eq!(still, lost, "{text}");
+        let eyes = lost.iter().all(|n| n.contains(".new.attn"));
+        assert!(eyes && !lost.is_empty() && lost.len() < own.len(), "{text}: {lost:?}");
+    }
 }
 
 /// Hands out weights of any size that take no memory.

@@ -115,3 +115,14 @@ fn a_use_against_the_direction_is_found() {
     assert!(found("model", fine).is_empty(), "{:?}", found("model", fine));
     assert!(found("adapters", "use crate::model::vlm::Vlm;").is_empty());
 }
+
+/// DESIGN.md, "One more projector": outside of the schema, a kind is spelt out where it is built, and nowhere else.
+#[test]
+fn a_kind_of_projector_has_one_place_outside_its_file_and_the_schema() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for kind in ["Bottleneck", "PixelShuffle"] {
+        let spelt = |file: &PathBuf| std::fs::read_to_string(file).unwrap().contains(&format!("Projector::{kind}("));
+        let files: Vec<PathBuf> = sources(&src).into_iter().filter(spelt).collect();
+        assert_eq!(files, [src.join("model/projector/mod.rs")], "{kind}");
+    }
+}

@@ -156,6 +156,20 @@ fn exactly_what_was_chosen_moves() {
 }
 
 #[test]
+fn a_reset_of_an_adapter_changes_no_backbone() {
+    let lora = "adapters = [{ lora = { rank = 2, alpha = 4, target = ['language.layers.*.q_proj'] } }]";
+    let mut state = enter(&stage(lora), false);
+    let before = state.vlm.params();
+    state.enter(&stage("reset = ['*.lora_B.*']"), "t").unwrap();
+    assert!(state.changed.iter().all(|n| n.starts_with("projector.")), "{:?}", state.changed);
+    let own = state.own();
+    let moved: Vec<&String> = before.keys().filter(|n| bits(&before[*n]) != bits(&state.vlm.params()[*n])).collect();
+    assert!(!moved.is_empty() && moved.iter().all(|n| n.contains(".lora_B.") && own.contains_key(*n)), "{moved:?}");
+    state.enter(&stage("reset = ['language.norm.*']"), "u").unwrap();
+    assert!(state.changed.contains("language.norm.weight"));
+}
+
+#[test]
 fn layers_behind_the_features_cannot_be_chosen() {
     for (text, why) in [
         ("train = ['vision.encoder.layers[-2..].*']", "taken after layer 2 of 3 (select_layer)"),

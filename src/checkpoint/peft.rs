@@ -163,9 +163,12 @@ struct Config {
     rslora: bool,
     dora: bool,
     dropout: f64,
-    ranks: BTreeMap<String, f64>,
-    alphas: BTreeMap<String, f64>,
+    ranks: Pattern,
+    alphas: Pattern,
 }
+
+/// Entries of `rank_pattern` or `alpha_pattern`, in the file's order.
+type Pattern = Vec<(String, f64)>;
 
 impl Config {
     /// Fields that are read, and fields that say how an adapter was made but not what it computes.
@@ -246,7 +249,7 @@ impl Config {
 }
 
 /// `rank_pattern` or `alpha_pattern`: module names or their endings. PEFT takes regular expressions; plain names are what it writes.
-fn pattern(value: Option<&Value>, key: &str) -> Result<BTreeMap<String, f64>> {
+fn pattern(value: Option<&Value>, key: &str) -> Result<Pattern> {
     let entries = value.and_then(Value::as_object).into_iter().flatten();
     let read = |(name, v): (&String, &Value)| {
         let plain = name.trim_start_matches('^').chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c));
@@ -259,8 +262,10 @@ fn pattern(value: Option<&Value>, key: &str) -> Result<BTreeMap<String, f64>> {
     entries.map(read).collect()
 }
 
-/// The value for a module as PEFT finds it: the first entry that equals the module's path or ends it after a dot.
-fn pattern_value(pattern: &BTreeMap<String, f64>, path: &str) -> Option<f64> {
+/// The value for a module as PEFT finds it (`get_pattern_key`): of the entries that equal the module's path or end it after a
+/// dot, the first one in the file, be it the longest or not. (PEFT sorts the entries by name when it writes the file, not when
+/// it reads it.)
+fn pattern_value(pattern: &Pattern, path: &str) -> Option<f64> {
     let fits = |key: &str| match key.strip_prefix('^') {
         Some(whole) => path == whole,
         None => path.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')),

@@ -180,22 +180,22 @@ impl Vlm {
         Ok(self.deliver.image_tokens(self.visual_tokens_per_image()?))
     }
 
+    /// Do visual tokens stand beside the text with no layer that reads them?
+    pub fn is_blind(&self) -> bool {
+        self.deliver == Deliver::CrossAttention && self.language.first_that_sees().is_none()
+    }
+
     /// Trainable parameters that no gradient can reach, with the reason. `pictures`: does the data show any?
     pub fn unreachable(&mut self, pictures: bool) -> Vec<(String, String)> {
         let mut out = self.vision.as_mut().map_or_else(Vec::new, Tower::unreachable);
-        if self.deliver == Deliver::CrossAttention && self.language.first_that_sees().is_none() {
-            for name in self.trainable().into_keys().filter(|n| n.starts_with("vision.") || n.starts_with("projector."))
-            {
-                out.push((name, "no cross_attention adapter reads the visual tokens".to_string()));
-            }
-        }
-        if !pictures {
-            for name in self.trainable().into_keys() {
-                if name.starts_with("vision.") || name.starts_with("projector.") {
-                    out.push((name, "no sample of this stage has a picture".to_string()));
-                }
-            }
-        }
+        let why = match (pictures, self.is_blind()) {
+            (false, _) => "no sample of this stage has a picture",
+            (true, true) => "no cross_attention adapter reads the visual tokens",
+            (true, false) => return out,
+        };
+        let mut lost: Vec<String> = self.trainable().into_keys().filter(|n| serves_pictures(n)).collect();
+        lost.retain(|n| !out.iter().any(|(told, _)| told == n));
+        out.extend(lost.into_iter().map(|n| (n, why.to_string())));
         out
     }
 
@@ -479,6 +479,18 @@ impl Vlm {
         });
         out
     }
+}
+
+/// Is this a parameter that the gradient reaches through visual tokens alone? Of a `cross_attention` adapter the attention is one,
+/// with its norm and gate in front and behind; its MLP, or the norm behind the sum, works on any row.
+fn serves_pictures(name: &str) -> bool {
+    let of_adapter = |(_, rest): (&str, &str)| {
+        let part = rest.split_once('.').map_or("", |(_, part)| part);
+        part.starts_with("attn.") || part == "attn_gate"
+    };
+    name.starts_with("vision.")
+        || name.starts_with("projector.")
+        || name.split_once(".cross_attention.").is_some_and(of_adapter)
 }
 
 struct Projected {

@@ -14,7 +14,7 @@ use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{Weights, source};
 use crate::ops::random::Key;
-use crate::recipe::schema::{self, MlpProjector, Recipe};
+use crate::recipe::schema::{self, MlpProjector, Recipe, START_ADAPTER};
 use std::path::{Path, PathBuf};
 
 /// A model ready to train, and how its inputs are prepared.
@@ -149,9 +149,6 @@ fn has_all_but(cfg: &schema::Projector, weights: &Weights, source: &str) -> Resu
 fn part_name(prefix: &str) -> &str {
     prefix.trim_start_matches("projector.").trim_end_matches('.')
 }
-
-/// Name of the adapter that `model.adapter` brings along.
-pub const START_ADAPTER: &str = "start";
 
 struct Whole {
     dir: PathBuf,

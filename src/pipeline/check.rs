@@ -3,7 +3,7 @@
 //! Nothing is written into the run directory. Problems of all stages and evaluations are reported together.
 
 use super::align;
-use super::assemble::{Assembly, START_ADAPTER, assemble, sight};
+use super::assemble::{Assembly, assemble, sight};
 use super::components::{self, Training};
 use super::freeze::thousands;
 use super::memory;
@@ -16,7 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
 use crate::model::params::{Module, adapter_of};
 use crate::optim::AdamW;
-use crate::recipe::schema::{Model, Recipe, Scheduler, Stage};
+use crate::recipe::schema::{Model, Recipe, START_ADAPTER, Scheduler, Stage};
 use crate::report::{Reporter, Table};
 use candle_core::Device;
 use rayon::prelude::*;

@@ -124,8 +124,11 @@ pub struct GradientWatch {
     deadline: usize,
 }
 
-/// With LoRA's B at zero and a first step at learning rate 0, A sees its first gradient in the third step.
-const GRACE: usize = 3;
+/// Steps that pass before a gradient has found its way through parts that begin at zero. A warm-up's first step has learning
+/// rate 0 and moves nothing; each such part then takes one step to move before what lies behind it gets a gradient. At most two
+/// follow each other: the gates of cross-attention, which reads the visual tokens, and `up` of a bottleneck projector or B of a
+/// LoRA on the tower. The gates move in step 2, `up` or B in step 3, and `down` or A sees its first gradient in step 4.
+const GRACE: usize = 4;
 
 impl GradientWatch {
     /// For a stage that begins (or goes on) at step `first` and whose epoch has `epoch` steps.

@@ -19,8 +19,9 @@ const SAMPLES: usize = 4;
 /// Largest change of a label token's log-probability that a merge may cause.
 const TOLERANCE: f64 = 1e-2;
 
-/// Enters stage `name`. If that merges adapters, the log-probabilities of a few samples are compared before and after;
-/// the largest difference is reported and saved, and an error above the tolerance.
+/// Enters stage `name`. If that merges adapters, the log-probabilities of a few samples are compared before and after the
+/// merge alone, since what else the stage does may move them as well; the largest difference is reported and saved, and an
+/// error above the tolerance.
 pub fn measured(
     recipe: &Recipe,
     state: &mut State,
@@ -37,7 +38,7 @@ pub fn measured(
     let data = dataset(recipe, stage, &assembly.encoder.seeing(sight(&state.vlm)?))?;
     let items = &data.items[..data.items.len().min(SAMPLES)];
     let before = logps(&state.vlm, items, assembly)?;
-    state.enter(stage, name)?;
+    state.take_over(stage)?;
     let after = logps(&state.vlm, items, assembly)?;
     let drift = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     reporter.info(&format!("{name}: adapters merged; log-probabilities moved by at most {drift:.2e}"));
@@ -48,7 +49,7 @@ pub fn measured(
         bail!("merging moved a log-probability by {drift:.2e}, more than {TOLERANCE:.0e}";
             "the weights' dtype is too coarse for the update: use adapters = \"continue\" or \"stack\"")
     }
-    Ok(())
+    state.begin(stage, name)
 }
 
 fn logps(vlm: &Vlm, items: &[Item], assembly: &Assembly) -> Result<Vec<f64>> {

@@ -130,9 +130,13 @@ fn tidy(dir: &Path) -> Result<()> {
     folders.iter().filter(|d| d.is_dir()).try_for_each(|d| recover(d).map(drop))
 }
 
-/// Every trained parameter must be one that a gradient of these samples can reach.
+/// Pictures must be seen, and every trained parameter must be one that a gradient of these samples can reach.
 pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
     let images = data.images();
+    if !images.is_empty() && state.vlm.is_blind() {
+        bail!("the data has pictures, but no cross_attention adapter reads the visual tokens";
+            "declare one under `adapters` here or in a stage that this one starts from, or set model.deliver = \"splice\"")
+    }
     let mut lost = state.vlm.unreachable(!images.is_empty());
     let newline = state.vlm.newline.as_ref().filter(|p| p.trainable && images.iter().all(|i| i.tiles.is_none()));
     if let (Some(p), false) = (newline, images.is_empty()) {
@@ -145,7 +149,7 @@ pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
     let more =
         if lost.len() > lines.len() { format!("\n  … and {} more", lost.len() - lines.len()) } else { String::new() };
     bail!("it trains parameters that no gradient can reach:\n  {}{more}", lines.join("\n  ");
-        "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`")
+        "exclude them in `train` with a `!pattern` in front, or in the adapter's `target`; an adapter as a whole is kept as it is by freeze = true, or by from = {{ stage = …, adapters = \"stack\" }}")
 }
 
 /// Prints what the stage consists of and costs, and writes it down.

@@ -1,6 +1,5 @@
 //! The model as it goes from stage to stage: which adapters it carries, which of its own parameters have changed.
 
-use super::assemble::START_ADAPTER;
 use crate::adapters::{self, lora};
 use crate::bail;
 use crate::checkpoint::safetensors::{load, save};
@@ -10,7 +9,7 @@ use crate::model::params::{Module, adapter_of};
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{Adapter, HandOver, Recipe, Stage};
+use crate::recipe::schema::{Adapter, HandOver, Recipe, START_ADAPTER, Stage};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -46,11 +45,22 @@ impl State {
     /// trains.
     pub fn enter(&mut self, stage: &Stage, name: &str) -> Result<()> {
         self.look(stage)?;
+        self.take_over(stage)?;
+        self.begin(stage, name)
+    }
+
+    /// What becomes of the adapters that are there: merged into the weights, frozen, or as they are.
+    pub fn take_over(&mut self, stage: &Stage) -> Result<()> {
         match hand_over(stage) {
             HandOver::Merge => self.merge()?,
             HandOver::Stack => self.adapters.values_mut().for_each(Adapter::set_freeze),
             HandOver::Continue => {}
         }
+        Ok(())
+    }
+
+    /// What [`State::enter`] does after [`State::take_over`].
+    pub fn begin(&mut self, stage: &Stage, name: &str) -> Result<()> {
         let continued: Vec<String> =
             self.adapters.iter().filter(|(_, a)| !a.freeze()).map(|(name, _)| name.clone()).collect();
         self.reset(stage, name)?;
@@ -84,7 +94,9 @@ impl State {
         for (n, t) in self.vlm.params() {
             if patterns.matches(&n) {
                 values.insert(n.clone(), fresh(key, &n, t.dims(), t.dtype())?);
-                self.changed.insert(n);
+                if !is_adapter(&n) {
+                    self.changed.insert(n);
+                }
             }
         }
         self.vlm.assign(&values)?;

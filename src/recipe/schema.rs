@@ -2,14 +2,20 @@
 //!
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
 
+#![warn(missing_docs)]
+
 mod adapters;
 mod data;
+mod objective;
 mod optimizer;
 mod projectors;
 mod resamplers;
 
-pub use adapters::{Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, Sees};
+pub use adapters::{
+    Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, START_ADAPTER, Sees,
+};
 pub use data::{Alpha, Data, Eval, Metric, Pictures, Resize, Synth, SynthKind};
+pub use objective::{Dpo, DpoLoss, Objective, Reference};
 pub use optimizer::{AdamW, MomentType, Optimizer, ParamGroup, Scheduler, Warmup};
 pub use projectors::{BottleneckProjector, Layers, LinearProjector, MlpProjector, PixelShuffleProjector, Projector};
 pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
@@ -54,19 +60,23 @@ pub struct Model {
     /// `vision` and `language` without `source` and `init` say only what is different.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// The tower; none, and no projector, for a model of text alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision: Option<Vision>,
+    /// What leads from the tower to the language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projector: Option<Projector>,
     /// Where visual tokens go.
     #[serde(default, skip_serializing_if = "is_default")]
     pub deliver: Deliver,
+    /// The language model and its tokenizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub language: Option<Language>,
     /// Type of frozen weights and activations.
     #[serde(default, skip_serializing_if = "is_default")]
     pub dtype: DType,
-    /// A PEFT LoRA folder to start from, on top of the model above.
+    /// A PEFT folder to start from, on top of the model above: a LoRA or soft tokens (prompt tuning). The adapter is called
+    /// `start`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
     /// Default template of all data; a data entry may name another.
@@ -117,6 +127,7 @@ pub enum SelectFeature {
     Full,
 }
 
+/// Between linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -125,8 +136,11 @@ pub enum Activation {
     Gelu,
     /// GELU's tanh approximation.
     GeluTanh,
+    /// CLIP's x·σ(1.702·x).
     QuickGelu,
+    /// x·σ(x).
     Silu,
+    /// max(x, 0).
     Relu,
 }
 
@@ -134,6 +148,7 @@ pub enum Activation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Language {
+    /// Folder, HF repository `owner/name[@revision]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Random initialisation instead of `source`: the keys of HF's `LlamaConfig`.
@@ -151,15 +166,19 @@ pub enum DType {
     /// bf16 on a GPU, f32 on the CPU.
     #[default]
     Auto,
+    /// Single precision anywhere.
     F32,
+    /// bf16 anywhere.
     Bf16,
 }
 
+/// How a conversation becomes text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
     /// The picture and its caption, nothing else (projector pretrain).
     Plain,
+    /// `USER: … ASSISTANT: …` behind a system text (LLaVA-1.5).
     #[default]
     VicunaV1,
     /// The tokenizer's own chat template.
@@ -186,23 +205,29 @@ pub struct Stage {
     /// embeddings are interpolated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
+    /// What is minimised.
     #[serde(default)]
     pub objective: Objective,
+    /// Where the samples come from, all of them mixed.
     pub data: Vec<Data>,
+    /// How many samples make a step, and which.
     pub batch: Batch,
     /// Peak learning rate.
     pub lr: f64,
     /// Passes over the data; `max_steps` wins if both are given.
     #[serde(default = "one_f64")]
     pub epochs: f64,
+    /// Optimizer steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
+    /// How learning rates go over the steps.
     #[serde(default)]
     pub lr_scheduler: Scheduler,
     /// Layer-wise decay: a layer's learning rate is this power of its distance from the top of its backbone, in every group that
     /// states none of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer_decay: Option<f64>,
+    /// How parameters are updated.
     #[serde(default)]
     pub optimizer: Optimizer,
     /// Learning rate, schedule and weight decay by pattern; first match wins, the rest takes the stage's.
@@ -211,10 +236,13 @@ pub struct Stage {
     /// Clip by the global norm of all trained gradients; `0` switches it off.
     #[serde(default = "one_f64")]
     pub max_grad_norm: f64,
+    /// Of all that is random in the stage: the order of samples, dropout, fresh values.
     #[serde(default = "default_seed")]
     pub seed: u64,
+    /// When to save, and how much of it to keep.
     #[serde(default)]
     pub checkpoint: Checkpoint,
+    /// What backward makes again to save memory.
     #[serde(default)]
     pub activations: Activations,
     /// Layers that recompute whatever the rest does, by pattern, e.g. `["language.layers[0..16]"]`.
@@ -244,11 +272,13 @@ impl Default for AlignCheck {
     }
 }
 
+/// Where a stage starts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct From {
     /// A stage that comes earlier in `stages`.
     pub stage: String,
+    /// What becomes of the adapters that are there.
     #[serde(default)]
     pub adapters: HandOver,
 }
@@ -266,50 +296,7 @@ pub enum HandOver {
     Merge,
 }
 
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Objective {
-    /// Next-token cross-entropy on the labelled tokens.
-    #[default]
-    Sft,
-    Dpo(Dpo),
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Dpo {
-    #[serde(default = "default_beta")]
-    pub beta: f64,
-    #[serde(default)]
-    pub loss: DpoLoss,
-    #[serde(default)]
-    pub reference: Reference,
-    /// ε of `robust`.
-    #[serde(default)]
-    pub label_smoothing: f64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DpoLoss {
-    #[default]
-    Sigmoid,
-    Ipo,
-    Hinge,
-    Robust,
-}
-
-/// What the policy is compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Reference {
-    /// The policy as the stage begins, dropout off.
-    #[default]
-    Start,
-    /// The model with its adapters off (TRL's choice for a fresh PEFT adapter).
-    Base,
-}
-
+/// How samples become steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Batch {
@@ -318,13 +305,16 @@ pub struct Batch {
     /// Samples a forward pass; must divide `global`. Default: `global`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro: Option<usize>,
+    /// Which samples go together.
     #[serde(default)]
     pub group_by: GroupBy,
 }
 
+/// Which samples a global batch is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupBy {
+    /// Any, shuffled.
     #[default]
     None,
     /// Samples of like length and modality (picture or text only) in one global batch.
@@ -333,11 +323,13 @@ pub enum GroupBy {
     Sequential,
 }
 
+/// When a stage saves what it can go on from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
     /// `0`: only at the stage's end.
     pub every_steps: usize,
+    /// How many of the newest stay, at least 1.
     pub keep: usize,
 }
 
@@ -377,7 +369,4 @@ fn one_f64() -> f64 {
 }
 fn default_seed() -> u64 {
     42
-}
-fn default_beta() -> f64 {
-    0.1
 }

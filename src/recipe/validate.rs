@@ -13,7 +13,11 @@ pub fn validate(recipe: &Recipe) -> Result<()> {
     if recipe.output_dir.as_os_str().is_empty() {
         bail!("output_dir: empty"; "name a folder for the run, e.g. runs/first");
     }
+    // Who has which name.
     let mut adapters = BTreeMap::new();
+    if recipe.model.adapter.is_some() {
+        adapters.insert(START_ADAPTER.to_string(), "by `model.adapter`".to_string());
+    }
     for (i, name) in recipe.stages.iter().enumerate() {
         let stage = &recipe.stage[name];
         let earlier = &recipe.stages[..i];
@@ -107,37 +111,7 @@ fn model(m: &Model) -> Result<()> {
             bail!("language: `init` has no tokenizer"; "name one: tokenizer = FOLDER, FILE or REPOSITORY");
         }
     }
-    m.projector.as_ref().map_or(Ok(()), |p| projector(p).context("projector"))
-}
-
-fn projector(p: &Projector) -> Result<()> {
-    match p {
-        Projector::Mlp(p) => mlp(p),
-        Projector::Bottleneck(p) if p.dim == 0 => bail!("bottleneck: dim = 0"; "a quarter of the tower's width, say"),
-        Projector::Bottleneck(p) if !(0.0..1.0).contains(&p.dropout) => {
-            bail!("bottleneck: dropout = {}", p.dropout; "from 0 to below 1")
-        }
-        Projector::PixelShuffle(p) if p.factor == 0 => {
-            bail!("pixel_shuffle: factor = 0"; "2 makes a quarter of the tokens")
-        }
-        Projector::PixelShuffle(PixelShuffleProjector { then: Layers::Mlp(p), .. }) => {
-            mlp(p).context("pixel_shuffle: then")
-        }
-        Projector::Perceiver(p) => p.check().context("perceiver"),
-        Projector::Resampler(p) => p.check().context("resampler"),
-        Projector::Qformer(p) => p.check().context("qformer"),
-        Projector::Linear(_) | Projector::Bottleneck(_) | Projector::PixelShuffle(_) => Ok(()),
-    }
-}
-
-fn mlp(p: &MlpProjector) -> Result<()> {
-    if p.depth == 0 {
-        bail!("mlp: depth = 0"; "LLaVA-1.5 has depth = 2");
-    }
-    if p.hidden == Some(0) {
-        bail!("mlp: hidden = 0"; "leave it out for the language model's width");
-    }
-    Ok(())
+    m.projector.as_ref().map_or(Ok(()), |p| p.check().context("projector"))
 }
 
 fn one_start(source: bool, init: bool, whole: bool) -> Result<()> {
@@ -264,8 +238,8 @@ fn own_adapters(stage: &str, s: &Stage, deliver: Deliver, seen: &mut BTreeMap<St
         let what = format!("adapters[{i}].{}", adapter.kind());
         let name = adapter.name(stage, i);
         plain_name(&name).with_context(|| format!("{what}.name"))?;
-        if let Some(other) = seen.insert(name.clone(), stage.into()) {
-            bail!("{what}: the name `{name}` is taken in stage `{other}`"; "give the adapter its own `name`");
+        if let Some(other) = seen.insert(name.clone(), format!("in stage `{stage}`")) {
+            bail!("{what}: the name `{name}` is taken {other}"; "give the adapter its own `name`");
         }
         match adapter {
             Adapter::Lora(a) => lora(&what, a)?,

@@ -8,6 +8,9 @@ const BOTTLENECK: &str = "{bottleneck={dim=4,norm=true,dropout=0.1,target=[\"lan
 const FLAMINGO: &str = "{cross_attention={every=1,heads=2,head_dim=8}}";
 const PREFIX: &str = "{prefix={name=\"soft\",tokens=3}}";
 
+/// A sample without a picture.
+const TEXT_ALONE: &str = r#"[{ "id": "a", "conversations": [{ "from": "human", "value": "What is it?" }, { "from": "gpt", "value": "A square." }] }]"#;
+
 fn set(adapters: &str, more: &[&str]) -> Vec<String> {
     let adapters = format!("stage.sft.adapters=[{adapters}]");
     let fixed = [adapters.as_str(), "defaults.max_steps=2", "defaults.checkpoint={every_steps=1,keep=2}"];
@@ -113,6 +116,35 @@ fn flamingo() {
     through(LORA, &more);
 }
 
+/// Gates, B and `up` begin at zero, one behind the other, and an epoch is a single step: what lies behind them has no gradient
+/// before the fourth.
+#[test]
+fn zeros_behind_zeros_have_time_to_move() {
+    let f = Folder::with(THREE_STAGES);
+    let adapters = [
+        FLAMINGO.replace("every", "name=\"gates\",every"),
+        "{lora={name=\"tower\",rank=2,alpha=4,target=[\"vision.encoder.layers[0].*.q_proj\"]}}".to_string(),
+    ];
+    let adapters = format!("stage.align.adapters=[{}]", adapters.join(","));
+    let set = [
+        "model.deliver=\"cross_attention\"",
+        "model.projector={bottleneck={dim=4}}",
+        adapters.as_str(),
+        "stage.align.batch={global=8,micro=4}",
+        "stage.align.max_steps=5",
+        "stage.align.eval=[]",
+    ];
+    let set: Vec<&str> = set.into_iter().flat_map(|s| ["--set", s]).collect();
+    f.train(&[&["--stages", "align"], &set[..]].concat());
+    let at = |name: &str| safetensors::load(&f.path("run/01-align/final").join(name)).unwrap();
+    let zero = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|x| *x == 0.0);
+    let trained = at("trained.safetensors");
+    for part in ["attn_gate", "up.weight", "lora_B.tower.weight"] {
+        let (_, t) = trained.iter().find(|(n, _)| n.ends_with(part)).unwrap_or_else(|| panic!("{part}: {trained:?}"));
+        assert!(!zero(t), "{part}");
+    }
+}
+
 #[test]
 fn a_post_norm_form_that_sees_all_pictures() {
     let align = "stage.align.adapters=[{cross_attention={every=2,heads=2,head_dim=8,form=\"post_norm\",sees=\"all\"}}]";
@@ -142,6 +174,25 @@ fn what_cannot_be_is_told_before_training() {
     let projector = "stage.dpo.train=[\"projector.*\"]";
     fails(BOTTLENECK, &[merge, projector], &["the adapter `sft` is a bottleneck and cannot be merged", "\"stack\""]);
     fails(LORA, &["model.deliver=\"cross_attention\""], &["no cross_attention adapter reads the visual tokens"]);
+    // No less so where nothing of the visual part trains; for text alone nobody has to look.
+    let beside = "model.deliver=\"cross_attention\"";
+    let norm = "stage.align.train=[\"language.norm.weight\"]";
+    let blind = "stage.align: the data has pictures, but no cross_attention adapter reads the visual tokens";
+    fails(LORA, &[beside, norm], &[blind, "model.deliver = \"splice\""]);
+    f.fails(&["check", "recipe.toml", "--set", beside, "--set", norm], &[blind]);
+    f.write("text.json", TEXT_ALONE);
+    let text = |stage: &str| format!("stage.{stage}.data=[{{path=\"text.json\"}}]");
+    fails(LORA, &[beside, norm, &text("align")], &["stage.sft: the data has pictures"]);
+    let eyeless = [beside, norm, &text("align"), &text("sft")];
+    fails(
+        FLAMINGO,
+        &eyeless,
+        &[
+            "stage.sft: it trains parameters that no gradient can reach",
+            "cross_attention.sft.attn.norm.bias: no sample of this stage has a picture",
+            "freeze = true",
+        ],
+    );
     fails("{bottleneck={dim=0,target=[\"*\"]}}", &[], &["adapters[0].bottleneck: dim = 0"]);
     fails("{bottleneck={dim=2,target=[\"language.layers.*.mpl\"]}}", &[], &["language.layers.*.mpl"]);
     fails("{prefix={tokens=0}}", &[], &["adapters[0].prefix: tokens = 0"]);

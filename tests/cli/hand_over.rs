@@ -96,6 +96,23 @@ fn merge_measures_the_drift_and_ends_in_whole_weights() {
 }
 
 #[test]
+fn what_a_stage_adds_is_not_put_down_to_its_merge() {
+    let f = Folder::with(THREE_STAGES);
+    let mut args = vec!["--set", "defaults.max_steps=2"];
+    for own in [
+        "stage.dpo.from={stage='sft',adapters='merge'}",
+        "stage.dpo.adapters=[{prefix={tokens=8}}]",
+        "stage.dpo.reset=['projector.*']",
+    ] {
+        args.extend(["--set", own]);
+    }
+    f.train(&args);
+    let drift = json(&f.path("run/03-dpo/merge.json"))["max_abs_logp_difference"].as_f64().unwrap();
+    assert!(drift > 0.0 && drift < 1e-4, "{drift}");
+    assert!(f.path("run/03-dpo/final/adapters/dpo/adapter_model.safetensors").exists());
+}
+
+#[test]
 fn a_stage_may_start_from_an_earlier_one() {
     let f = Folder::with(THREE_STAGES);
     let own = "stage.dpo.adapters=[{lora={rank=2,alpha=4,target=['language.layers.*.q_proj']}}]";

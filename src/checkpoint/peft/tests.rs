@@ -89,6 +89,28 @@ fn ranks_and_alphas_by_module_round_trip() {
 }
 
 #[test]
+fn of_entries_that_fit_the_first_in_the_file_counts() {
+    let (short, long) = ("q_proj", "layers.0.self_attn.q_proj");
+    let scales = |entries: [(&str, i64); 2]| {
+        let dir = tempfile::tempdir().unwrap();
+        let [q, other] = [0, 1].map(|i| format!("language.layers.{i}.self_attn.q_proj"));
+        let keys: Vec<String> = [0, 1]
+            .into_iter()
+            .flat_map(|i| {
+                ["A", "B"].map(|m| format!("base_model.model.model.layers.{i}.self_attn.q_proj.lora_{m}.weight"))
+            })
+            .collect();
+        let alphas: serde_json::Map<_, _> = entries.into_iter().map(|(k, v)| (k.to_string(), json!(v))).collect();
+        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+        let dir = folder(dir.path(), json!({ "r": 2, "lora_alpha": 8, "alpha_pattern": alphas }), &keys);
+        let read = LoraAdapter::load(&dir, "x").unwrap();
+        [read.scale(&q), read.scale(&other)]
+    };
+    assert_eq!(scales([(short, 32), (long, 64)]), [16.0, 16.0]);
+    assert_eq!(scales([(long, 64), (short, 32)]), [32.0, 16.0]);
+}
+
+#[test]
 fn patterns_of_target_modules() {
     let modules = |list: &[&str], base| target_modules(list.iter().copied(), base);
     let both = [

@@ -1,3 +1,5 @@
+mod shipped;
+
 use super::*;
 use crate::recipe::schema::*;
 
@@ -93,101 +95,6 @@ fn the_resolved_recipe_reads_back_the_same() {
         load_text(&text, &[], &["stage.align.lr=0.1", "stage.sft.lr=2e-5", "stage.sft.objective={dpo={}}"]).unwrap();
     let saved = to_toml(&r).unwrap();
     assert_eq!(load_text(&saved, &[], &[]).unwrap(), r, "{saved}");
-}
-
-#[test]
-fn every_recipe_of_the_repository_parses() {
-    fn collect(dir: &Path, out: &mut Vec<PathBuf>) {
-        for entry in std::fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                collect(&path, out);
-            } else if path.extension().is_some_and(|e| e == "toml") {
-                out.push(path);
-            }
-        }
-    }
-    let mut files = Vec::new();
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
-    collect(&root, &mut files);
-    files.sort();
-    let mut recipes = 0;
-    for file in files {
-        if file.parent().unwrap().ends_with("base") {
-            // A base is half a recipe: it must be valid TOML here, the recipes that extend it check the rest.
-            toml::from_str::<Table>(&std::fs::read_to_string(&file).unwrap()).unwrap();
-            continue;
-        }
-        let recipe = load_with(&file, &[], &|name| Some(format!("/somewhere/{name}"))).map_err(|e| e.report());
-        let recipe = recipe.unwrap_or_else(|e| panic!("{e}"));
-        let dir = tempfile::tempdir().unwrap();
-        let saved = dir.path().join("recipe.toml");
-        std::fs::write(&saved, to_toml(&recipe).unwrap()).unwrap();
-        assert_eq!(load(&saved, &[]).unwrap(), recipe, "{}", file.display());
-        recipes += 1;
-    }
-    assert!(recipes > 0);
-}
-
-#[test]
-fn llava_has_its_published_values() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/llava-1.5-7b.toml");
-    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
-    let (align, sft) = (&r.stage["align"], &r.stage["sft"]);
-    assert_eq!((align.lr, align.batch.global, sft.lr, sft.batch.global), (1e-3, 256, 2e-4, 128));
-    assert_eq!(sft.param_groups[0].lr, Some(2e-5));
-    let Adapter::Lora(lora) = &sft.adapters[0] else { panic!("{:?}", sft.adapters[0]) };
-    assert_eq!((lora.rank, lora.alpha, lora.dropout), (128, 256.0, 0.05));
-    assert_eq!(align.lr_scheduler, Scheduler::default());
-    assert_eq!(r.stages, ["align", "sft", "dpo"]);
-    let e = load_with(&file, &[], &|_| None).unwrap_err();
-    assert!(e.cause().ends_with("stage.align.data[0].path: the environment variable `DATA` is not set"), "{e}");
-}
-
-#[test]
-fn pixel_shuffle_has_a_recipe_of_its_own() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/clip-llama-pixel-shuffle.toml");
-    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
-    let Some(Projector::PixelShuffle(p)) = &r.model.projector else { panic!("{:?}", r.model.projector) };
-    assert!(p.factor == 2 && matches!(&p.then, Layers::Mlp(m) if m.depth == 2));
-    assert_eq!(r.stages, ["align", "sft"]);
-}
-
-#[test]
-fn resamplers_have_recipes_of_their_own() {
-    let recipe = |name: &str| {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes").join(name);
-        load_with(&file, &[], &|_| Some("/data".into())).unwrap()
-    };
-    let qformer = recipe("clip-llama-qformer.toml");
-    let Some(Projector::Qformer(q)) = &qformer.model.projector else { panic!("{:?}", qformer.model.projector) };
-    assert_eq!((q.queries, q.width, q.layers, q.cross_every), (32, 768, 12, 2));
-    let (plain, flamingo) = (recipe("clip-llama-perceiver.toml"), recipe("clip-llama-flamingo.toml"));
-    let Some(Projector::Perceiver(p)) = &plain.model.projector else { panic!("{:?}", plain.model.projector) };
-    assert_eq!((p.queries, p.depth), (64, 3));
-    let Some(Projector::Resampler(r)) = &flamingo.model.projector else { panic!("{:?}", flamingo.model.projector) };
-    assert_eq!((r.queries, r.depth, r.heads, r.head_dim), (64, 6, 8, 64));
-    assert!([&plain, &flamingo].iter().all(|r| r.stages == ["align", "sft"]));
-    assert!(matches!(plain.stage["sft"].adapters[..], [Adapter::Lora(_)]));
-    assert_eq!((plain.model.deliver, flamingo.model.deliver), (Deliver::Splice, Deliver::CrossAttention));
-    let Adapter::CrossAttention(eyes) = &flamingo.stage["align"].adapters[0] else { panic!("no inserts") };
-    assert_eq!((eyes.every, eyes.form), (4, CrossAttentionForm::Gated));
-}
-
-#[test]
-fn pictures_grow_in_a_recipe_of_their_own() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/progressive-resolution.toml");
-    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
-    let sizes: Vec<Option<usize>> = r.stages.iter().map(|s| r.stage[s].image_size).collect();
-    assert_eq!(sizes, [Some(224), Some(336), Some(672)]);
-}
-
-#[test]
-fn tiles_have_a_recipe_of_their_own() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/clip-llama-anyres.toml");
-    let r = load_with(&file, &[], &|_| Some("/data".into())).unwrap();
-    let how = |stage: &str| r.stage[stage].data[0].resize;
-    assert_eq!((how("align"), how("sft"), r.has_tiles()), (Resize::Crop, Resize::Anyres, true));
 }
 
 #[test]
@@ -383,6 +290,22 @@ fn parts_of_a_model() {
     let e = load_text(&text, &[], &[]).unwrap_err();
     assert!(e.cause().contains("model: no language model"), "{e}");
     assert!(load_text(&text, &[], &["model.source=llava"]).is_ok(), "a whole LLaVA model brings its own");
+}
+
+#[test]
+fn the_adapter_that_the_model_brings_keeps_its_name() {
+    let lora = |name: &str| format!("stage.sft.adapters=[{{lora={{{name}rank=1,alpha=1,target=['*']}}}}]");
+    let named = good().replace("sft", "start");
+    let e = load_text(&named, &[], &["model.adapter=lora"]).unwrap_err();
+    assert_eq!(
+        e.report(),
+        "recipe.toml: stage.start: adapters[0].lora: the name `start` is taken by `model.adapter`\n\n\
+         hint: give the adapter its own `name`"
+    );
+    let e = load_text(&good(), &[], &["model.adapter=lora", &lora("name='start',")]).unwrap_err();
+    assert!(e.cause().contains("stage.sft: adapters[0].lora: the name `start` is taken by `model.adapter`"), "{e}");
+    assert!(load_text(&named, &[], &[]).is_ok(), "without it the name is free");
+    assert!(load_text(&named, &[], &["model.adapter=lora", &lora("name='own',").replace("sft", "start")]).is_ok());
 }
 
 #[test]

@@ -3,6 +3,9 @@
 use super::Activation;
 use serde::{Deserialize, Serialize};
 
+/// Name of the adapter that `model.adapter` brings along.
+pub const START_ADAPTER: &str = "start";
+
 /// One adapter of a stage, by its kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -61,14 +64,18 @@ impl Adapter {
     }
 }
 
+/// W + s·B·A on linear layers (Hu et al. 2021); B begins at zero.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// Default: the stage's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Rows of A and columns of B.
     pub rank: usize,
+    /// What B·A is scaled by, times the rank; often once or twice the rank.
     pub alpha: f64,
+    /// Share of the inputs of A that training sets to zero.
     #[serde(default)]
     pub dropout: f64,
     /// Patterns over the names of linear layers of `vision.` and `language.`.
@@ -82,6 +89,7 @@ pub struct Lora {
     /// Learning rate of B, and of DoRA's lengths, in learning rates of A (LoRA+, Hayou et al. 2024).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr_ratio: Option<f64>,
+    /// It stays as it is.
     #[serde(default)]
     pub freeze: bool,
 }
@@ -95,8 +103,10 @@ pub struct BottleneckAdapter {
     pub name: Option<String>,
     /// Width between `down` and `up`.
     pub dim: usize,
+    /// Behind `down`.
     #[serde(default)]
     pub act: Activation,
+    /// Share of the activation's outputs that training sets to zero.
     #[serde(default)]
     pub dropout: f64,
     /// LayerNorm before `down`.
@@ -104,6 +114,7 @@ pub struct BottleneckAdapter {
     pub norm: bool,
     /// Patterns over the places `language.layers.N.{self_attn,mlp}` and `vision.encoder.layers.N.{self_attn,mlp}`.
     pub target: Vec<String>,
+    /// It stays as it is.
     #[serde(default)]
     pub freeze: bool,
 }
@@ -118,8 +129,10 @@ pub struct CrossAttention {
     /// Before layers n, 2n, … counted from 1.
     #[serde(default = "four")]
     pub every: usize,
+    /// What stands around the attention.
     #[serde(default)]
     pub form: CrossAttentionForm,
+    /// How many heads look.
     #[serde(default = "eight")]
     pub heads: usize,
     /// Width of a head.
@@ -128,12 +141,15 @@ pub struct CrossAttention {
     /// Width of the block's own MLP in widths of the language model; `gated` alone.
     #[serde(default = "four")]
     pub ff_mult: usize,
+    /// Which pictures a token looks at.
     #[serde(default)]
     pub sees: Sees,
+    /// It stays as it is.
     #[serde(default)]
     pub freeze: bool,
 }
 
+/// What stands around the attention of a `cross_attention` block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CrossAttentionForm {
@@ -164,6 +180,7 @@ pub struct Prefix {
     pub name: Option<String>,
     /// How many.
     pub tokens: usize,
+    /// It stays as it is.
     #[serde(default)]
     pub freeze: bool,
 }

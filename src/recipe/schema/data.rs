@@ -13,10 +13,13 @@ pub struct Data {
     /// Folder that the samples' image paths are relative to; default: the folder of `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images: Option<PathBuf>,
+    /// Default: the model's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
+    /// How a picture becomes what the tower sees.
     #[serde(default)]
     pub resize: Resize,
+    /// What becomes of transparency.
     #[serde(default)]
     pub alpha: Alpha,
     /// With `anyres`: the heights and widths in pixels that tiles may fill, multiples of what the tower sees at once. Default:
@@ -36,6 +39,7 @@ impl Data {
     }
 }
 
+/// How a picture becomes what the tower sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Resize {
@@ -49,6 +53,7 @@ pub enum Resize {
     Anyres,
 }
 
+/// What becomes of transparency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Alpha {
@@ -63,15 +68,19 @@ pub enum Alpha {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Eval {
+    /// What is measured.
     pub metric: Metric,
+    /// Where the samples come from.
     pub data: Vec<Data>,
     /// Also with these stand-ins for the pictures, to see that the answer comes from them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pictures: Vec<Pictures>,
+    /// Samples a forward pass.
     #[serde(default = "default_eval_batch")]
     pub micro: usize,
 }
 
+/// What an evaluation measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
@@ -86,10 +95,13 @@ pub enum Metric {
     Hallucination,
 }
 
+/// What stands in for the pictures of an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pictures {
+    /// The mean colour.
     Blank,
+    /// Another sample's picture.
     Shuffled,
 }
 
@@ -97,16 +109,22 @@ pub enum Pictures {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Synth {
+    /// What it shows.
     pub kind: SynthKind,
+    /// The folder that it is written to.
     pub out: PathBuf,
+    /// How many pictures.
     pub n: usize,
+    /// The same seed makes the same pictures.
     #[serde(default = "default_seed")]
     pub seed: u64,
 }
 
+/// What the binary can draw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SynthKind {
+    /// Coloured shapes, with questions about them.
     Shapes,
 }
 fn default_eval_batch() -> usize {

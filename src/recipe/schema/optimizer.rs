@@ -6,8 +6,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Scheduler {
+    /// Then half a cosine down to 0.
     Cosine(Warmup),
+    /// Then straight down to 0.
     Linear(Warmup),
+    /// Then as it is.
     Constant(Warmup),
 }
 
@@ -25,18 +28,23 @@ impl Default for Scheduler {
     }
 }
 
+/// How long learning rates rise; without either key they do not.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Warmup {
+    /// A share of all steps, from 0 to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup_ratio: Option<f64>,
+    /// A number of steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<usize>,
 }
 
+/// How gradients become updates.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Optimizer {
+    /// Adam with decoupled weight decay (Loshchilov & Hutter 2019).
     Adamw(AdamW),
 }
 
@@ -46,10 +54,13 @@ impl Default for Optimizer {
     }
 }
 
+/// AdamW's settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdamW {
+    /// How slowly the moments forget.
     pub betas: [f64; 2],
+    /// Added to the root of the second moment.
     pub eps: f64,
     /// Decoupled; not applied to biases and norms unless a group says so.
     pub weight_decay: f64,
@@ -60,8 +71,10 @@ pub struct AdamW {
     pub stochastic_rounding: bool,
 }
 
+/// How moments are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum MomentType {
+    /// In full.
     #[default]
     #[serde(rename = "f32")]
     F32,
@@ -76,15 +89,19 @@ impl Default for AdamW {
     }
 }
 
+/// What is different about some parameters.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ParamGroup {
     /// Default: the first pattern.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Patterns over the names of parameters.
     pub r#match: Vec<String>,
+    /// Peak learning rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
+    /// Of all its parameters, biases and norms among them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
     /// Its own schedule over the stage's steps.

@@ -1,6 +1,8 @@
 //! `model.projector`: the connector between tower and language model.
 
 use super::{Activation, PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
+use crate::bail;
+use crate::error::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 /// `model.projector`: the connector between tower and language model.
@@ -36,6 +38,19 @@ impl Projector {
             Self::Qformer(p) => &p.source,
         };
         source.as_deref()
+    }
+
+    /// Do its numbers fit together? Errors name its kind.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Linear(_) => Ok(()),
+            Self::Mlp(p) => p.check().context("mlp"),
+            Self::Bottleneck(p) => p.check().context("bottleneck"),
+            Self::PixelShuffle(p) => p.check().context("pixel_shuffle"),
+            Self::Perceiver(p) => p.check().context("perceiver"),
+            Self::Resampler(p) => p.check().context("resampler"),
+            Self::Qformer(p) => p.check().context("qformer"),
+        }
     }
 
     /// Parts that a published `source` may lack, and which may be `fresh`: what their parameters' names begin with.
@@ -76,15 +91,53 @@ impl Layers {
     }
 }
 
+impl MlpProjector {
+    fn check(&self) -> Result<()> {
+        if self.depth == 0 {
+            bail!("depth = 0"; "LLaVA-1.5 has depth = 2")
+        }
+        if self.hidden == Some(0) {
+            bail!("hidden = 0"; "leave it out for the language model's width")
+        }
+        Ok(())
+    }
+}
+
+impl BottleneckProjector {
+    fn check(&self) -> Result<()> {
+        if self.dim == 0 {
+            bail!("dim = 0"; "a quarter of the tower's width, say")
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            bail!("dropout = {}", self.dropout; "from 0 to below 1")
+        }
+        Ok(())
+    }
+}
+
+impl PixelShuffleProjector {
+    fn check(&self) -> Result<()> {
+        if self.factor == 0 {
+            bail!("factor = 0"; "2 makes a quarter of the tokens")
+        }
+        match &self.then {
+            Layers::Linear(_) => Ok(()),
+            Layers::Mlp(p) => p.check().context("then: mlp"),
+        }
+    }
+}
+
 impl Default for Layers {
     fn default() -> Self {
         Self::Linear(LinearProjector { source: None, input_norm: false })
     }
 }
 
+/// One linear layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinearProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// LayerNorm over the tower's features before the first layer (their rms may be far from the embeddings').
@@ -92,16 +145,20 @@ pub struct LinearProjector {
     pub input_norm: bool,
 }
 
+/// Linear layers with an activation between them (LLaVA-1.5).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MlpProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// How many layers.
     #[serde(default = "two")]
     pub depth: usize,
     /// Width between the layers; default: the language model's hidden size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden: Option<usize>,
+    /// Between the layers.
     #[serde(default)]
     pub act: Activation,
     /// LayerNorm over the tower's features before the first layer.
@@ -117,16 +174,20 @@ pub struct MlpProjector {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BottleneckProjector {
+    /// File, folder or repository of the weights to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Width between `down` and `up`.
     pub dim: usize,
+    /// Behind `down`.
     #[serde(default)]
     pub act: Activation,
+    /// Share of the activation's outputs that training sets to zero.
     #[serde(default)]
     pub dropout: f64,
 }
 
+/// Fewer tokens of more features each.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PixelShuffleProjector {

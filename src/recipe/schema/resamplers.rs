@@ -16,8 +16,10 @@ pub struct PerceiverProjector {
     /// Visual tokens of a picture.
     #[serde(default = "sixty_four")]
     pub queries: usize,
+    /// How many layers.
     #[serde(default = "three")]
     pub depth: usize,
+    /// How many heads the latents look with.
     #[serde(default = "sixteen")]
     pub heads: usize,
     /// Heads of keys and values; divides `heads`.
@@ -144,6 +146,7 @@ pub struct QformerProjector {
     /// Width of the queries.
     #[serde(default = "bert_width")]
     pub width: usize,
+    /// How many layers.
     #[serde(default = "twelve")]
     pub layers: usize,
     /// Divides `width`.
@@ -155,6 +158,7 @@ pub struct QformerProjector {
     /// Layers 0, n, 2n, … look at the features.
     #[serde(default = "two")]
     pub cross_every: usize,
+    /// Of the layers' MLPs.
     #[serde(default)]
     pub act: Activation,
     /// Behind the first norm and behind each attention and MLP (HF's `hidden_dropout_prob`). The probabilities of attention
@@ -167,7 +171,9 @@ pub struct QformerProjector {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QformerPart {
+    /// The trained tokens.
     QueryTokens,
+    /// The linear layer to the language model's width.
     LanguageProjection,
 }
 
