@@ -97,7 +97,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let unchanged = freeze::prove_frozen(state, &frozen)?;
     // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
     let mut figures =
-        evals.run(&state.vlm, run.encoder, &stage.eval).with_context(|| format!("{name}, after its last step"))?;
+        evals.run(&state.vlm, run.encoder, run.images).with_context(|| format!("{name}, after its last step"))?;
     if let (Some(before), Some(check)) = (before, &stage.align_check) {
         let after =
             align::look(run, stage, state, &looked_at).with_context(|| format!("{name}, after its last step"))?;
