@@ -82,9 +82,13 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
     let plan = Plan::new(&data, &stage.batch, stage.seed, name, total)?;
     tell_parts(run, state, name, &data, &plan, &optimizer, total)?;
-    let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
+    let path = dir.join("reference.safetensors");
+    let reference = reference_table(run, state, stage, &data, &path).with_context(|| format!("stage.{name}"))?;
     let looked_at = align::samples(stage, state, &data).with_context(|| format!("stage.{name}"))?;
-    let before = if looked_at.is_empty() { None } else { Some(align::look(run, stage, state, &looked_at)?) };
+    let before = match looked_at.is_empty() {
+        true => None,
+        false => Some(align::look(run, stage, state, &looked_at).with_context(|| format!("stage.{name}"))?),
+    };
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;
@@ -96,8 +100,10 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     freeze::prove_finite(&state.vlm.trainable()).with_context(|| format!("{name}, after its last step"))?;
     let unchanged = freeze::prove_frozen(state, &frozen)?;
     // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
-    let mut figures =
-        evals.run(&state.vlm, run.encoder, run.images).with_context(|| format!("{name}, after its last step"))?;
+    let mut figures = evals
+        .run(&state.vlm, run.encoder, run.images)
+        .map_err(|e| freeze::name_broken(&mut state.vlm, e))
+        .with_context(|| format!("{name}, after its last step"))?;
     if let (Some(before), Some(check)) = (before, &stage.align_check) {
         let after =
             align::look(run, stage, state, &looked_at).with_context(|| format!("{name}, after its last step"))?;
@@ -277,7 +283,7 @@ fn metrics_line(
 }
 
 /// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
-fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
+fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
     let fingerprint = fingerprint(data);
     // Before the first checkpoint, the start itself may have changed.
@@ -299,7 +305,10 @@ fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path
     let mut table = ReferenceTable::new();
     for part in items.chunks(micro) {
         let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
-        table.extend(pair_logps(&state.vlm, part, &pixels, settings.reference == Reference::Base)?);
+        let rows = pair_logps(&state.vlm, part, &pixels, settings.reference == Reference::Base)
+            .map_err(|e| freeze::name_broken(&mut state.vlm, e))
+            .context("the log-probabilities under the reference")?;
+        table.extend(rows);
     }
     let (chosen, rejected): (Vec<f64>, Vec<f64>) = table.values().copied().unzip();
     let n = table.len();

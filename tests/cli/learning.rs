@@ -138,6 +138,38 @@ fn a_planted_nan_is_named() {
     assert!(!f.path("run/01-align/done.json").exists());
 }
 
+/// The same before the first step: in the look at pictures and captions, and under the reference of preference training.
+#[test]
+fn a_planted_nan_is_named_before_the_first_step() {
+    let f = Folder::with(THREE_STAGES);
+    let plant = |name: &str, part: &str| {
+        f.model(name, |t| {
+            let name = t.keys().find(|n| n.ends_with(part)).unwrap().clone();
+            let mut values = t[&name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values[3] = f32::NAN;
+            t.insert(name.clone(), Tensor::from_vec(values, t[&name].dims(), t[&name].device()).unwrap());
+        });
+    };
+    plant("projector", "linear_2.weight");
+    let args = ["train", "recipe.toml", "--set", "model.source='projector'", "--set", CHECK];
+    let e = f.fails(&args, &["stage.align: align_check: `projector.linear_2.weight` holds NaN", "are not numbers"]);
+    assert!(!e.contains("step 1"), "{e}");
+    plant("language", "layers.2.self_attn.v_proj.weight");
+    let (head, rest) = THREE_STAGES.split_once("[stage.align]").unwrap();
+    let dpo = rest.split_once("[stage.dpo]\nfrom").unwrap().1.split_once('\n').unwrap().1;
+    let head = head.replace("[\"align\", \"sft\", \"dpo\"]", "[\"dpo\"]");
+    f.write("recipe.toml", &format!("{head}[stage.dpo]\ntrain = [\"projector.*\"]\n{dpo}"));
+    let args = ["train", "recipe.toml", "--set", "model.source='language'"];
+    let e = f.fails(
+        &args,
+        &[
+            "stage.dpo: the log-probabilities under the reference: `language.layers.2.self_attn.v_proj.weight` holds NaN",
+            "a label's log-probability is NaN",
+        ],
+    );
+    assert!(!e.contains("step 1"), "{e}");
+}
+
 /// Rates that fall by layer and groups with schedules of their own: told as they are, and resumed to the same bits.
 #[test]
 fn schedules_and_rates_by_layer_are_told_and_resume() {
