@@ -285,10 +285,11 @@ fn metrics_line(
 /// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
 fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
-    let fingerprint = fingerprint(data);
+    let whose = settings.reference;
+    let fingerprint = fingerprint(data, whose);
     // Before the first checkpoint, the start itself may have changed.
     let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
-    if begun && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
+    if begun && safetensors::metadata(path)?.get(BELONGS_TO) == Some(&fingerprint) {
         let all = safetensors::load(path)?;
         let column = |k: &str| -> Result<Vec<f64>> {
             let Some(t) = all.get(k) else {
@@ -305,7 +306,7 @@ fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, 
     let mut table = ReferenceTable::new();
     for part in items.chunks(micro) {
         let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
-        let rows = pair_logps(&state.vlm, part, &pixels, settings.reference == Reference::Base)
+        let rows = pair_logps(&state.vlm, part, &pixels, whose == Reference::Base)
             .map_err(|e| freeze::name_broken(&mut state.vlm, e))
             .context("the log-probabilities under the reference")?;
         table.extend(rows);
@@ -314,16 +315,17 @@ fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, 
     let n = table.len();
     let columns =
         BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
-    safetensors::save(path, &columns, &BTreeMap::from([(DATA.to_string(), fingerprint)]))?;
+    safetensors::save(path, &columns, &BTreeMap::from([(BELONGS_TO.to_string(), fingerprint)]))?;
     Ok(table)
 }
 
 /// What the reference's log-probabilities belong to.
-const DATA: &str = "data_sha256";
+const BELONGS_TO: &str = "reference_sha256";
 
-/// SHA-256 of all tokens and pictures, in order.
-fn fingerprint(data: &Dataset) -> String {
+/// SHA-256 of which model the reference is, and of all tokens and pictures, in order.
+fn fingerprint(data: &Dataset, reference: Reference) -> String {
     let mut h = Sha256::new();
+    h.update(format!("{reference:?}"));
     for sample in data.items.iter().flat_map(Item::samples) {
         h.update((sample.ids.len() as u64).to_le_bytes());
         sample.ids.iter().for_each(|id| h.update(id.to_le_bytes()));
