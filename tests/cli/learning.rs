@@ -115,6 +115,11 @@ fn an_explosion_is_told_once_in_a_while() {
     let told = said.stderr.matches("the gradients' norm is").count();
     let over = f.metrics().iter().filter(|m| m["grad_norm_total"].as_f64().unwrap() > 100.0).count();
     assert!(over >= 5 && told == if over >= 10 { 2 } else { 1 }, "{over} steps, {told} times:\n{}", said.stderr);
+    // The first comes before any update: the rate of its step, 0, is no advice.
+    let first = said.stderr.lines().find(|l| l.contains("the gradients' norm is")).unwrap();
+    for part in ["align, step 1: ", "updated nothing yet", "weights that it starts from", "lr (at most 1.0e-9)"] {
+        assert!(first.contains(part), "`{part}` is not in: {first}");
+    }
     let calm = Folder::with(THREE_STAGES).train(&["--stages", "align"]);
     assert!(!calm.stderr.contains("the gradients' norm is"), "{}", calm.stderr);
 }
