@@ -41,7 +41,7 @@ pub fn samples<'a>(stage: &Stage, state: &mut State, data: &'a Dataset) -> Resul
 /// The figures of a model as it stands.
 pub fn look(run: &Run, stage: &Stage, state: &mut State, items: &[&Item]) -> Result<Alignment> {
     measure(&state.vlm, items, micro(stage), |part| load_pixels(part.iter().copied(), run.images))
-        .map_err(|e| name_broken(&mut state.vlm, e))
+        .map_err(|e| name_broken(&mut state.vlm, e, |_| ()))
         .context(NAME)
 }
 

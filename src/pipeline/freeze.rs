@@ -6,6 +6,7 @@ use crate::bail;
 use crate::error::{Error, Result};
 use crate::model::params::Module;
 use crate::model::vlm::Vlm;
+use crate::model::watch;
 use crate::ops::adamw::sum_of_squares;
 use crate::optim::StepReport;
 use candle_core::{DType, Tensor};
@@ -64,16 +65,20 @@ pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
         "lower the learning rate or lengthen the warm-up and run the command again with --allow-changes: it goes on from the last checkpoint")
 }
 
-/// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to.
-pub fn name_broken(vlm: &mut Vlm, e: Error) -> Error {
+/// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to; if all
+/// are numbers, the first module that gives others when the pass runs `again`.
+pub fn name_broken<T>(vlm: &mut Vlm, e: Error, again: impl FnOnce(&Vlm) -> T) -> Error {
     let mut first = None;
     vlm.visit(&mut |p| {
         if first.is_none() && sum_of_squares(&p.value).is_ok_and(|s| !s.is_finite()) {
             first = Some(p.name.clone());
         }
     });
-    match first {
-        Some(name) => e.context(format!("`{name}` holds NaN or infinite values")),
+    if let Some(name) = first {
+        return e.context(format!("`{name}` holds NaN or infinite values"));
+    }
+    match watch::first_broken(|| again(vlm)) {
+        Some(module) => e.context(format!("all weights are finite, but what `{module}` makes of them is not")),
         None => e,
     }
 }

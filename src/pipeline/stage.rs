@@ -17,6 +17,7 @@ use crate::data::{Dataset, ImageProcessor, Item, Loader, LoaderOptions, Plan, Te
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::model::vision::Tower;
+use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::ops::tensor;
 use crate::optim::{AdamW, Depths};
@@ -102,7 +103,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
     let mut figures = evals
         .run(&state.vlm, run.encoder, run.images)
-        .map_err(|e| freeze::name_broken(&mut state.vlm, e))
+        .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
         .with_context(|| format!("{name}, after its last step"))?;
     if let (Some(before), Some(check)) = (before, &stage.align_check) {
         let after =
@@ -221,9 +222,8 @@ fn steps(
         let cfg = StepConfig { micro, kept, dropout: dropout.index(step.step as u64) };
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
-        let done = compute(&state.vlm, &task, &items, &step.pixels, cfg)
-            .map_err(|e| freeze::name_broken(&mut state.vlm, e))
-            .with_context(at)?;
+        let pass = |vlm: &Vlm| compute(vlm, &task, &items, &step.pixels, cfg);
+        let done = pass(&state.vlm).map_err(|e| freeze::name_broken(&mut state.vlm, e, pass)).with_context(at)?;
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
@@ -306,8 +306,9 @@ fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, 
     let mut table = ReferenceTable::new();
     for part in items.chunks(micro) {
         let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
-        let rows = pair_logps(&state.vlm, part, &pixels, whose == Reference::Base)
-            .map_err(|e| freeze::name_broken(&mut state.vlm, e))
+        let rows = |vlm: &Vlm| pair_logps(vlm, part, &pixels, whose == Reference::Base);
+        let rows = rows(&state.vlm)
+            .map_err(|e| freeze::name_broken(&mut state.vlm, e, rows))
             .context("the log-probabilities under the reference")?;
         table.extend(rows);
     }

@@ -175,6 +175,24 @@ fn a_planted_nan_is_named_before_the_first_step() {
     assert!(!e.contains("step 1"), "{e}");
 }
 
+/// Weights that are numbers, but so large that what a layer makes of them is not.
+#[test]
+fn the_layer_that_overflows_is_named() {
+    let f = Folder::with(THREE_STAGES);
+    f.model("large", |t| {
+        for part in ["layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"] {
+            let name = t.keys().find(|n| n.ends_with(&format!("model.{part}"))).unwrap().clone();
+            let large: Tensor = (&t[&name] * 1e25).unwrap();
+            t.insert(name, large);
+        }
+    });
+    let args = ["train", "recipe.toml", "--set", "model.source='large'"];
+    f.fails(
+        &args,
+        &["align, step 1: all weights are finite, but what `language.layers.1` makes of them is not: the loss"],
+    );
+}
+
 /// Rates that fall by layer and groups with schedules of their own: told as they are, and resumed to the same bits.
 #[test]
 fn schedules_and_rates_by_layer_are_told_and_resume() {
