@@ -19,4 +19,5 @@ pub mod segment;
 pub mod vision;
 pub mod visual;
 pub mod vlm;
+pub mod watch;
 pub mod weights;

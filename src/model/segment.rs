@@ -4,6 +4,7 @@
 use super::linear::LowRank;
 use super::params::{Grads, Module};
 use super::visual::Visual;
+use super::watch;
 use crate::error::Result;
 use crate::ops::random::Key;
 use crate::ops::{attention, bytes};
@@ -113,6 +114,7 @@ pub fn forward<S: Segment>(
     for (i, s) in segments.iter().enumerate() {
         let kept = if i < frontier { Kept::Nothing } else { s.policy().unwrap_or(kept) };
         let (y, saved) = s.forward(&x, side, kept)?;
+        watch::see(s.name(), &y)?;
         if i >= frontier {
             records.push((x, (kept != Kept::Input).then_some(saved)));
         }

@@ -11,6 +11,7 @@ use super::projector::Projector;
 use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
 use super::visual::{Layout, Visual};
+use super::watch;
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::LogProbs;
@@ -292,6 +293,7 @@ impl Vlm {
             dropout: mode.dropout.filter(|_| self.projector_trains),
         };
         let (tokens, tape) = debug_span!("projector").in_scope(|| projector.forward(&features, tower.grid(), pass))?;
+        watch::see("projector", &tokens)?;
         let tokens = match &self.newline {
             Some(newline) if batch.layouts.iter().any(Option::is_some) => {
                 let row = newline.compute().reshape((1, ()))?;

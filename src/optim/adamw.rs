@@ -73,6 +73,8 @@ pub struct GroupReport {
     pub lr: f64,
     /// Lowest one, where it decays layer by layer.
     pub lr_lowest: Option<f64>,
+    /// Highest learning rate that its schedule reaches.
+    pub peak: f64,
     /// Norm of the group's gradients, before clipping.
     pub grad_norm: f64,
 }
@@ -150,7 +152,7 @@ impl AdamW {
         let report = |((g, lr), norm): ((&Group, &f64), &f64)| {
             let [low, high] = g.factors;
             let (lr, lr_lowest) = (high * lr, (low < high).then_some(low * lr));
-            GroupReport { name: g.name.clone(), lr, lr_lowest, grad_norm: *norm }
+            GroupReport { name: g.name.clone(), lr, lr_lowest, peak: g.peaks()[1], grad_norm: *norm }
         };
         let groups = self.groups.list().iter().zip(&lrs).zip(&norms.groups).map(report).collect();
         let squares = self.groups.members().keys().cloned().zip(norms.squares).collect();

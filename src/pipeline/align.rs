@@ -3,6 +3,7 @@
 //! The figures of the start are computed whenever the stage begins or goes on: its start is rebuilt from the stage before to the
 //! same bits, so that nothing has to be kept for a resumed run.
 
+use super::freeze::name_broken;
 use super::stage::{Run, micro};
 use super::state::State;
 use crate::bail;
@@ -38,8 +39,10 @@ pub fn samples<'a>(stage: &Stage, state: &mut State, data: &'a Dataset) -> Resul
 }
 
 /// The figures of a model as it stands.
-pub fn look(run: &Run, stage: &Stage, state: &State, items: &[&Item]) -> Result<Alignment> {
-    measure(&state.vlm, items, micro(stage), |part| load_pixels(part.iter().copied(), run.images)).context(NAME)
+pub fn look(run: &Run, stage: &Stage, state: &mut State, items: &[&Item]) -> Result<Alignment> {
+    measure(&state.vlm, items, micro(stage), |part| load_pixels(part.iter().copied(), run.images))
+        .map_err(|e| name_broken(&mut state.vlm, e, |_| ()))
+        .context(NAME)
 }
 
 /// The figures of a stage's end beside those of its start, for `results.json`.

@@ -110,7 +110,7 @@ impl<'a> Check<'a> {
         writeln!(out)?;
         write!(out, "{}", groups(name, stage, &optimizer).render())?;
         writeln!(out)?;
-        let decoded = decode(&data, self.assembly.images.as_ref())?;
+        let decoded = decode_some(&data, self.assembly.images.as_ref())?;
         write!(out, "{}", data_table(name, stage, &data, sight, decoded, (total, epoch)).render())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
@@ -191,7 +191,7 @@ impl<'a> Check<'a> {
             let load = || -> Result<Dataset> {
                 let first = sights.first().copied().unwrap_or(encoder.sight());
                 let data = evaluation::dataset(self.recipe, eval, &encoder.seeing(first))?;
-                decode(&data, self.assembly.images.as_ref())?;
+                decode_some(&data, self.assembly.images.as_ref())?;
                 for other in sights.iter().skip(1) {
                     evaluation::dataset(self.recipe, eval, &encoder.seeing(*other))?;
                 }
@@ -229,23 +229,28 @@ fn is_random(model: &Model, name: &str) -> bool {
             && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
 }
 
-/// Decodes pictures, at most [`DECODED`]; returns how many. Errors name the picture and the first sample that shows it.
-fn decode(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
+/// Decodes pictures of a data set, at most [`DECODED`]; returns how many.
+fn decode_some(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
     let mut all: BTreeMap<&ImageRef, &str> = BTreeMap::new();
     for item in &data.items {
         item.images().iter().for_each(|i| _ = all.entry(i).or_insert(item.id()));
     }
+    let some: Vec<_> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).map(|(i, id)| (*i, *id)).collect();
+    decode(&some, images)?;
+    Ok(some.len())
+}
+
+/// Decodes pictures and keeps none. Errors name all broken ones, each with the sample beside it.
+pub fn decode(pictures: &[(&ImageRef, &str)], images: Option<&ImageProcessor>) -> Result<()> {
     let Some(images) = images else {
-        if let Some((first, id)) = all.first_key_value() {
+        if let Some((first, id)) = pictures.first() {
             bail!("sample {id} shows {}, but the model has no vision tower", first.path.display();
                 "set model.vision, or leave the pictures out of the data")
         }
-        return Ok(0);
+        return Ok(());
     };
-    let some: Vec<_> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).collect();
-    let load = |(i, id): &(&&ImageRef, &&str)| images.load(i).err().map(|e| e.context(format!("sample {id}")));
-    together(some.par_iter().filter_map(load).collect())?;
-    Ok(some.len())
+    let load = |(i, id): &(&ImageRef, &str)| images.load(i).err().map(|e| e.context(format!("sample {id}")));
+    together(pictures.par_iter().filter_map(load).collect())
 }
 
 fn groups(name: &str, stage: &Stage, optimizer: &AdamW) -> Table {

@@ -1,15 +1,17 @@
-//! A run's held-out evaluations: their data, encoded and decoded once, and the tables of the figures so far.
+//! A run's held-out evaluations: their data, and the tables of the figures so far.
 
+use super::check::decode;
 use crate::bail;
-use crate::data::{Dataset, ImageProcessor, Item, Pixels, Sight, TextEncoder, load_pixels};
+use crate::data::{Dataset, ImageProcessor, ImageRef, Item, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
-use crate::recipe::schema::{Eval, Metric, Recipe};
+use crate::recipe::schema::{Alpha, Eval, Metric, Recipe, Resize, Stage};
 use crate::report::Table;
 use crate::report::human::percent;
 use crate::train::evaluate::{Evaluation, Figures, evaluate};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 /// The samples of an evaluation, as its metric takes them. An error if the metric can tell nothing from them.
 pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
@@ -25,54 +27,67 @@ pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Da
     Ok(set)
 }
 
-/// Evaluations by name, ready to run.
+/// What a stage evaluates, encoded as its model sees pictures; these are decoded as they are needed.
 pub struct Evaluations<'a> {
     recipe: &'a Recipe,
-    /// How the model sees pictures in `data`; `None` before anything is loaded.
-    sight: Option<Option<Sight>>,
-    data: BTreeMap<String, (Dataset, Pixels)>,
+    data: BTreeMap<&'a String, Dataset>,
 }
 
 impl<'a> Evaluations<'a> {
-    /// Nothing is loaded yet.
-    pub fn new(recipe: &'a Recipe) -> Self {
-        Self { recipe, sight: None, data: BTreeMap::new() }
+    /// The evaluations of `stage`; `encoder` sees pictures as it does.
+    pub fn load(recipe: &'a Recipe, stage: &Stage, encoder: &TextEncoder) -> Result<Self> {
+        let mut data = BTreeMap::new();
+        for (name, eval) in recipe.eval.iter().filter(|(name, _)| stage.eval.contains(name)) {
+            data.insert(name, dataset(recipe, eval, encoder).with_context(|| format!("eval.{name}"))?);
+        }
+        Ok(Self { recipe, data })
     }
 
-    /// Loads what `stage` needs and lacks: at first the data of every stage, so that a broken picture is found before any of
-    /// them trains; later, where pictures are seen in another way, its own.
-    pub fn load(&mut self, stage: &str, encoder: &TextEncoder, images: Option<&ImageProcessor>) -> Result<()> {
-        let recipe = self.recipe;
-        let of = |s: &String| recipe.stage.get(s).map_or(&[][..], |s| &s.eval);
-        let mut wanted: BTreeSet<&String> = recipe.stages.iter().filter(|s| *s == stage).flat_map(of).collect();
-        if self.sight.is_none() {
-            wanted = recipe.stages.iter().flat_map(of).collect();
-        }
-        if self.sight.replace(encoder.sight()) != Some(encoder.sight()) {
-            self.data.clear();
-        }
-        for name in wanted.into_iter().filter(|n| !self.data.contains_key(*n)).collect::<Vec<_>>() {
-            let e = &recipe.eval[name];
-            let load = || -> Result<(Dataset, Pixels)> {
-                let set = dataset(recipe, e, encoder)?;
-                let pixels = load_pixels(&set.items, images)?;
-                Ok((set, pixels))
-            };
-            self.data.insert(name.clone(), load().with_context(|| format!("eval.{name}"))?);
-        }
-        Ok(())
-    }
-
-    /// Runs the named evaluations.
-    pub fn run(&self, vlm: &Vlm, encoder: &TextEncoder, names: &[String]) -> Result<BTreeMap<String, Figures>> {
+    /// Runs them all.
+    pub fn run(
+        &self,
+        vlm: &Vlm,
+        encoder: &TextEncoder,
+        images: Option<&ImageProcessor>,
+    ) -> Result<BTreeMap<String, Figures>> {
         let mut out = BTreeMap::new();
-        for name in names {
-            let (e, (set, pixels)) = (&self.recipe.eval[name], &self.data[name]);
-            let eval =
-                Evaluation { metric: e.metric, items: &set.items, pixels, pictures: &e.pictures, micro: e.micro };
-            out.insert(name.clone(), evaluate(vlm, encoder, &eval).with_context(|| format!("eval.{name}"))?);
+        for (name, set) in &self.data {
+            let e = &self.recipe.eval[*name];
+            let (items, pictures) = (&set.items[..], &e.pictures[..]);
+            let eval = Evaluation { metric: e.metric, items, images, pictures, micro: e.micro };
+            out.insert((*name).clone(), evaluate(vlm, encoder, &eval).with_context(|| format!("eval.{name}"))?);
         }
         Ok(out)
+    }
+}
+
+/// The pictures of evaluations, each once whatever stages see of it, with a sample that shows it.
+#[derive(Default)]
+pub struct Shown(BTreeMap<String, BTreeMap<Way, (ImageRef, String)>>);
+
+/// What decides whether a picture can be decoded.
+type Way = (PathBuf, Resize, Alpha);
+
+impl Shown {
+    /// Notes what the samples of an evaluation show.
+    pub fn add(&mut self, eval: &str, data: &Dataset) {
+        let own = self.0.entry(eval.to_string()).or_default();
+        for item in &data.items {
+            for i in item.images() {
+                let way = (i.path.clone(), i.resize, i.alpha);
+                own.entry(way).or_insert_with(|| (i.clone(), item.id().to_string()));
+            }
+        }
+    }
+
+    /// Decodes the pictures of some evaluations and keeps none, so that a broken one is found before anything trains.
+    pub fn prove(&self, evals: &BTreeSet<&String>, images: Option<&ImageProcessor>) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for (name, own) in self.0.iter().filter(|(name, _)| evals.contains(name)) {
+            let new = own.iter().filter(|(way, _)| seen.insert(*way)).map(|(_, (i, id))| (i, id.as_str()));
+            decode(&new.collect::<Vec<_>>(), images).with_context(|| format!("eval.{name}"))?;
+        }
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use crate::bail;
 use crate::error::{Error, Result};
 use crate::model::params::Module;
 use crate::model::vlm::Vlm;
+use crate::model::watch;
 use crate::ops::adamw::sum_of_squares;
 use crate::optim::StepReport;
 use candle_core::{DType, Tensor};
@@ -64,16 +65,20 @@ pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
         "lower the learning rate or lengthen the warm-up and run the command again with --allow-changes: it goes on from the last checkpoint")
 }
 
-/// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to.
-pub fn name_broken(vlm: &mut Vlm, e: Error) -> Error {
+/// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to; if all
+/// are numbers, the first module that gives others when the pass runs `again`.
+pub fn name_broken<T>(vlm: &mut Vlm, e: Error, again: impl FnOnce(&Vlm) -> T) -> Error {
     let mut first = None;
     vlm.visit(&mut |p| {
         if first.is_none() && sum_of_squares(&p.value).is_ok_and(|s| !s.is_finite()) {
             first = Some(p.name.clone());
         }
     });
-    match first {
-        Some(name) => e.context(format!("`{name}` holds NaN or infinite values")),
+    if let Some(name) = first {
+        return e.context(format!("`{name}` holds NaN or infinite values"));
+    }
+    match watch::first_broken(|| again(vlm)) {
+        Some(module) => e.context(format!("all weights are finite, but what `{module}` makes of them is not")),
         None => e,
     }
 }
@@ -85,11 +90,15 @@ const EXPLODED: f64 = 100.0;
 #[derive(Debug, Default)]
 pub struct ExplosionWatch {
     seen: usize,
+    /// Is what trains as the stage found it? Gradients of its first step are, and while the rates are 0, of the next.
+    untouched: bool,
 }
 
 impl ExplosionWatch {
     /// What to say of a step's gradients; of exploded ones the 1st, 10th, 100th, … is told.
     pub fn see(&mut self, report: &StepReport, max_grad_norm: f64) -> Option<String> {
+        let untouched = report.step == 0 || self.untouched;
+        self.untouched = untouched && report.groups.iter().all(|g| g.lr == 0.0);
         if report.grad_norm <= EXPLODED {
             return None;
         }
@@ -99,11 +108,18 @@ impl ExplosionWatch {
             return None;
         }
         let worst = report.groups.iter().max_by(|a, b| a.grad_norm.total_cmp(&b.grad_norm))?;
-        let clipping = if max_grad_norm == 0.0 { "set max_grad_norm = 1.0, or " } else { "" };
         let count = if self.seen > 1 { format!(" (so it was in {} steps)", self.seen) } else { String::new() };
+        let clipping = if max_grad_norm == 0.0 { "set max_grad_norm = 1.0, or " } else { "" };
+        let advice = match untouched {
+            true => format!(
+                "this stage has updated nothing yet, so look at its data, the weights that it starts from and the scale of their features first; then {clipping}lower its lr (at most {:.1e})",
+                worst.peak
+            ),
+            false => format!("{clipping}lower its lr (at most {:.1e}), or lengthen its warm-up", worst.peak),
+        };
+        let (norm, name) = (report.grad_norm, &worst.name);
         Some(format!(
-            "the gradients' norm is {:.3e}, above {EXPLODED}{count}; most of it is in group `{}`: {clipping}lower its lr ({:.1e} here), or lengthen its warm-up",
-            report.grad_norm, worst.name, worst.lr
+            "the gradients' norm is {norm:.3e}, above {EXPLODED}{count}; most of it is in group `{name}`: {advice}"
         ))
     }
 }
@@ -155,15 +171,18 @@ mod tests {
 
     #[test]
     fn explosions_are_told_more_and_more_rarely() {
-        let group =
-            |name: &str, grad_norm: f64| GroupReport { name: name.into(), lr: 1e-3, lr_lowest: None, grad_norm };
-        let report = |norm: f64| StepReport {
-            step: 0,
+        let group = |name: &str, lr: f64, grad_norm: f64| {
+            let name = name.into();
+            GroupReport { name, lr, lr_lowest: None, peak: 2e-3, grad_norm }
+        };
+        let at = |step: usize, lr: f64, norm: f64| StepReport {
+            step,
             grad_norm: norm,
             clip: 1.0,
-            groups: vec![group("calm", 1.0), group("wild", norm)],
+            groups: vec![group("calm", lr, 1.0), group("wild", lr, norm)],
             squares: BTreeMap::new(),
         };
+        let report = |norm: f64| at(7, 1e-3, norm);
         let mut watch = ExplosionWatch::default();
         let told: Vec<usize> = (1..=250).filter(|_| watch.see(&report(101.0), 1.0).is_some()).collect();
         assert_eq!(told, [1, 10, 100]);
@@ -171,11 +190,25 @@ mod tests {
         assert_eq!(watch.see(&report(100.0), 1.0), None);
         let text = watch.see(&report(12_345.0), 0.0).unwrap();
         for part in
-            ["1.234e4", "above 100", "`wild`", "set max_grad_norm = 1.0", "lower its lr (1.0e-3 here)", "warm-up"]
+            ["1.234e4", "above 100", "`wild`", "set max_grad_norm = 1.0", "lower its lr (at most 2.0e-3)", "warm-up"]
         {
             assert!(text.contains(part), "`{part}` is not in: {text}");
         }
         let clipped = ExplosionWatch::default().see(&report(f64::INFINITY), 1.0).unwrap();
         assert!(!clipped.contains("max_grad_norm"), "{clipped}");
+        assert!(!clipped.contains("updated nothing"), "{clipped}");
+        // What no update has touched is told at once, and not by a rate of 0.
+        let mut watch = ExplosionWatch::default();
+        let first = watch.see(&at(0, 0.0, 500.0), 1.0).unwrap();
+        for part in ["updated nothing yet", "data", "weights that it starts from", "features", "at most 2.0e-3"] {
+            assert!(first.contains(part), "`{part}` is not in: {first}");
+        }
+        assert!(!first.contains("0.0e0") && !first.contains("warm-up"), "{first}");
+        // The first rate is 0, so that the second step's gradients are those of the start as well, and the third's are not.
+        for (step, untouched) in [(1, true), (2, false)] {
+            watch.seen = 0;
+            let text = watch.see(&at(step, 1e-3, 500.0), 1.0).unwrap();
+            assert_eq!(text.contains("updated nothing yet"), untouched, "{step}: {text}");
+        }
     }
 }

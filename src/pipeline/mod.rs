@@ -26,7 +26,7 @@ use crate::model::init::Place;
 use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
-use evaluation::Evaluations;
+use evaluation::{Evaluations, Shown};
 use run_dir::{RunDir, checksums};
 use signals::Signals;
 use stage::{Run, check_reachable, dataset, optimizer, run_stage, step_counts};
@@ -67,9 +67,15 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
     assembly.warnings.iter().for_each(|w| reporter.warn(w));
-    let inputs = survey(recipe, &mut assembly)?;
+    let (inputs, shown) = survey(recipe, &mut assembly)?;
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
-    let mut evals = Evaluations::new(recipe);
+    let mut coming = BTreeSet::new();
+    for name in &wanted {
+        if dir.done(recipe, name)?.is_none() {
+            coming.extend(&recipe.stage[*name].eval);
+        }
+    }
+    shown.prove(&coming, assembly.images.as_ref())?;
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
     for name in wanted {
@@ -80,7 +86,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         nothing_to_do = false;
         let mut state = start(recipe, &dir, &mut assembly, at.take(), name, reporter)?;
         let encoder = assembly.encoder.seeing(sight(&state.vlm)?);
-        evals.load(name, &encoder, assembly.images.as_ref())?;
+        let evals = Evaluations::load(recipe, &recipe.stage[name], &encoder)?;
         let run = Run {
             recipe,
             dir: &dir,
@@ -167,8 +173,8 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
 }
 
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
-/// returns the checksums of everything the run reads.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, String>> {
+/// returns the checksums of everything the run reads, and the pictures of evaluations.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, String>, Shown)> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
@@ -199,10 +205,12 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
         assembly.used |= hand_over(stage) == HandOver::Merge;
         files.extend(stage.data.iter().map(|d| d.path.clone()));
     }
+    let mut shown = Shown::default();
     for (name, at) in evals {
         let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+        shown.add(name, &data);
         files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
@@ -210,7 +218,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<BTreeMap<String, S
     if assembly.place.dtype != candle_core::DType::F32 {
         inputs.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }
-    Ok(inputs)
+    Ok((inputs, shown))
 }
 
 /// A finished stage of a run, for `generate` and `score`.

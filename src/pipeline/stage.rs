@@ -17,6 +17,7 @@ use crate::data::{Dataset, ImageProcessor, Item, Loader, LoaderOptions, Plan, Te
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::model::vision::Tower;
+use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::ops::tensor;
 use crate::optim::{AdamW, Depths};
@@ -82,9 +83,13 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
     let plan = Plan::new(&data, &stage.batch, stage.seed, name, total)?;
     tell_parts(run, state, name, &data, &plan, &optimizer, total)?;
-    let reference = reference_table(run, state, stage, &data, &dir.join("reference.safetensors"))?;
+    let path = dir.join("reference.safetensors");
+    let reference = reference_table(run, state, stage, &data, &path).with_context(|| format!("stage.{name}"))?;
     let looked_at = align::samples(stage, state, &data).with_context(|| format!("stage.{name}"))?;
-    let before = if looked_at.is_empty() { None } else { Some(align::look(run, stage, state, &looked_at)?) };
+    let before = match looked_at.is_empty() {
+        true => None,
+        false => Some(align::look(run, stage, state, &looked_at).with_context(|| format!("stage.{name}"))?),
+    };
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;
@@ -96,8 +101,10 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     freeze::prove_finite(&state.vlm.trainable()).with_context(|| format!("{name}, after its last step"))?;
     let unchanged = freeze::prove_frozen(state, &frozen)?;
     // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
-    let mut figures =
-        evals.run(&state.vlm, run.encoder, &stage.eval).with_context(|| format!("{name}, after its last step"))?;
+    let mut figures = evals
+        .run(&state.vlm, run.encoder, run.images)
+        .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
+        .with_context(|| format!("{name}, after its last step"))?;
     if let (Some(before), Some(check)) = (before, &stage.align_check) {
         let after =
             align::look(run, stage, state, &looked_at).with_context(|| format!("{name}, after its last step"))?;
@@ -219,9 +226,8 @@ fn steps(
         let cfg = StepConfig { micro, kept, dropout: dropout.index(step.step as u64) };
         let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
         let at = || format!("{name}, step {}", step.step + 1);
-        let done = compute(&state.vlm, &task, &items, &step.pixels, cfg)
-            .map_err(|e| freeze::name_broken(&mut state.vlm, e))
-            .with_context(at)?;
+        let pass = |vlm: &Vlm| compute(vlm, &task, &items, &step.pixels, cfg);
+        let done = pass(&state.vlm).map_err(|e| freeze::name_broken(&mut state.vlm, e, pass)).with_context(at)?;
         let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
         watch.see(step.step, &report.squares).with_context(at)?;
         last_loss = done.loss;
@@ -281,12 +287,13 @@ fn metrics_line(
 }
 
 /// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
-fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
+fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
     let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
-    let fingerprint = fingerprint(data);
+    let whose = settings.reference;
+    let fingerprint = fingerprint(data, whose);
     // Before the first checkpoint, the start itself may have changed.
     let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
-    if begun && safetensors::metadata(path)?.get(DATA) == Some(&fingerprint) {
+    if begun && safetensors::metadata(path)?.get(BELONGS_TO) == Some(&fingerprint) {
         let all = safetensors::load(path)?;
         let column = |k: &str| -> Result<Vec<f64>> {
             let Some(t) = all.get(k) else {
@@ -303,22 +310,27 @@ fn reference_table(run: &Run, state: &State, stage: &Stage, data: &Dataset, path
     let mut table = ReferenceTable::new();
     for part in items.chunks(micro) {
         let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
-        table.extend(pair_logps(&state.vlm, part, &pixels, settings.reference == Reference::Base)?);
+        let rows = |vlm: &Vlm| pair_logps(vlm, part, &pixels, whose == Reference::Base);
+        let rows = rows(&state.vlm)
+            .map_err(|e| freeze::name_broken(&mut state.vlm, e, rows))
+            .context("the log-probabilities under the reference")?;
+        table.extend(rows);
     }
     let (chosen, rejected): (Vec<f64>, Vec<f64>) = table.values().copied().unzip();
     let n = table.len();
     let columns =
         BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
-    safetensors::save(path, &columns, &BTreeMap::from([(DATA.to_string(), fingerprint)]))?;
+    safetensors::save(path, &columns, &BTreeMap::from([(BELONGS_TO.to_string(), fingerprint)]))?;
     Ok(table)
 }
 
 /// What the reference's log-probabilities belong to.
-const DATA: &str = "data_sha256";
+const BELONGS_TO: &str = "reference_sha256";
 
-/// SHA-256 of all tokens and pictures, in order.
-fn fingerprint(data: &Dataset) -> String {
+/// SHA-256 of which model the reference is, and of all tokens and pictures, in order.
+fn fingerprint(data: &Dataset, reference: Reference) -> String {
     let mut h = Sha256::new();
+    h.update(format!("{reference:?}"));
     for sample in data.items.iter().flat_map(Item::samples) {
         h.update((sample.ids.len() as u64).to_le_bytes());
         sample.ids.iter().for_each(|id| h.update(id.to_le_bytes()));

@@ -72,6 +72,14 @@ fn pictures() {
     f.fails(&["train", "recipe.toml", "--set", data], &["sample b", "images/cut.png"]);
     f.write("images/cut.png", "this is text");
     f.fails(&["train", "recipe.toml", "--set", data], &["sample b", "images/cut.png"]);
+    // What only the second stage evaluates is told before the first one trains.
+    let g = Folder::with(&fs::read_to_string(f.path("recipe.toml")).unwrap());
+    let (held, whole) = (f.path("data.jsonl").display().to_string(), f.path("images").display().to_string());
+    let eval = format!("eval.preference={{metric='loss',data=[{{path='{held}',images='{whole}'}}]}}");
+    let args =
+        ["train", "recipe.toml", "--set", &eval, "--set", "stage.dpo.eval=[]", "--set", "stage.sft.image_size=28"];
+    g.fails(&args, &["eval.preference: sample b", "images/cut.png"]);
+    assert!(!g.path("run/metrics.jsonl").exists());
 }
 
 #[test]

@@ -115,6 +115,11 @@ fn an_explosion_is_told_once_in_a_while() {
     let told = said.stderr.matches("the gradients' norm is").count();
     let over = f.metrics().iter().filter(|m| m["grad_norm_total"].as_f64().unwrap() > 100.0).count();
     assert!(over >= 5 && told == if over >= 10 { 2 } else { 1 }, "{over} steps, {told} times:\n{}", said.stderr);
+    // The first comes before any update: the rate of its step, 0, is no advice.
+    let first = said.stderr.lines().find(|l| l.contains("the gradients' norm is")).unwrap();
+    for part in ["align, step 1: ", "updated nothing yet", "weights that it starts from", "lr (at most 1.0e-9)"] {
+        assert!(first.contains(part), "`{part}` is not in: {first}");
+    }
     let calm = Folder::with(THREE_STAGES).train(&["--stages", "align"]);
     assert!(!calm.stderr.contains("the gradients' norm is"), "{}", calm.stderr);
 }
@@ -136,6 +141,56 @@ fn a_planted_nan_is_named() {
     let e = f.fails(&args, &["align, step 1: `language.layers.1.mlp.up_proj.weight` holds NaN", "the loss is NaN"]);
     assert!(!e.contains("layers.2"), "{e}");
     assert!(!f.path("run/01-align/done.json").exists());
+}
+
+/// The same before the first step: in the look at pictures and captions, and under the reference of preference training.
+#[test]
+fn a_planted_nan_is_named_before_the_first_step() {
+    let f = Folder::with(THREE_STAGES);
+    let plant = |name: &str, part: &str| {
+        f.model(name, |t| {
+            let name = t.keys().find(|n| n.ends_with(part)).unwrap().clone();
+            let mut values = t[&name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values[3] = f32::NAN;
+            t.insert(name.clone(), Tensor::from_vec(values, t[&name].dims(), t[&name].device()).unwrap());
+        });
+    };
+    plant("projector", "linear_2.weight");
+    let args = ["train", "recipe.toml", "--set", "model.source='projector'", "--set", CHECK];
+    let e = f.fails(&args, &["stage.align: align_check: `projector.linear_2.weight` holds NaN", "are not numbers"]);
+    assert!(!e.contains("step 1"), "{e}");
+    plant("language", "layers.2.self_attn.v_proj.weight");
+    let (head, rest) = THREE_STAGES.split_once("[stage.align]").unwrap();
+    let dpo = rest.split_once("[stage.dpo]\nfrom").unwrap().1.split_once('\n').unwrap().1;
+    let head = head.replace("[\"align\", \"sft\", \"dpo\"]", "[\"dpo\"]");
+    f.write("recipe.toml", &format!("{head}[stage.dpo]\ntrain = [\"projector.*\"]\n{dpo}"));
+    let args = ["train", "recipe.toml", "--set", "model.source='language'"];
+    let e = f.fails(
+        &args,
+        &[
+            "stage.dpo: the log-probabilities under the reference: `language.layers.2.self_attn.v_proj.weight` holds NaN",
+            "a label's log-probability is NaN",
+        ],
+    );
+    assert!(!e.contains("step 1"), "{e}");
+}
+
+/// Weights that are numbers, but so large that what a layer makes of them is not.
+#[test]
+fn the_layer_that_overflows_is_named() {
+    let f = Folder::with(THREE_STAGES);
+    f.model("large", |t| {
+        for part in ["layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight"] {
+            let name = t.keys().find(|n| n.ends_with(&format!("model.{part}"))).unwrap().clone();
+            let large: Tensor = (&t[&name] * 1e25).unwrap();
+            t.insert(name, large);
+        }
+    });
+    let args = ["train", "recipe.toml", "--set", "model.source='large'"];
+    f.fails(
+        &args,
+        &["align, step 1: all weights are finite, but what `language.layers.1` makes of them is not: the loss"],
+    );
 }
 
 /// Rates that fall by layer and groups with schedules of their own: told as they are, and resumed to the same bits.

@@ -59,6 +59,27 @@ fn three_stages_of_growing_pictures() {
     h.train(&["--stages", "align", "--set", &tower, "--set", "defaults.max_steps=1"]);
 }
 
+/// Each stage's evaluations are seen as that stage sees them, whichever stages are left to run.
+#[test]
+fn grids_of_an_evaluation_need_only_fit_the_stages_that_run_it() {
+    let tiled = "[eval.tiled]\nmetric = \"loss\"\ndata = [{ path = \"${GOLDEN}/data/sft.json\", \
+        images = \"${GOLDEN}/images\", resize = \"anyres\", grid_pinpoints = [[56, 112], [112, 56]] }]\n";
+    // A newline token is there for stages that see tiles.
+    let entry = "sft.json\", images = \"${GOLDEN}/images\"";
+    let text = THREE_STAGES.replace(entry, &format!("{entry}, resize = \"anyres\""));
+    let text = text.replacen("train = [\"projector.*\"]", "train = [\"!projector.image_newline\", \"projector.*\"]", 1);
+    let f = Folder::with(&(text + tiled));
+    let sizes = ["stage.align.image_size=84", "stage.sft.image_size=56", "stage.dpo.image_size=84"];
+    let set =
+        set(&[&sizes[..], &["stage.sft.eval=[\"captions\",\"tiled\"]", "stage.dpo.eval=[\"captions\"]"]].concat());
+    let set: Vec<&str> = set.iter().map(String::as_str).collect();
+    f.ok(["check", "recipe.toml"].iter().chain(&set));
+    f.train(&set);
+    f.same_when_killed(&set, &["align", "sft", "dpo"]);
+    let results: Value = serde_json::from_slice(&std::fs::read(f.path("run/results.json")).unwrap()).unwrap();
+    assert!(results["sft"]["tiled"]["values"]["loss"].is_f64() && results["dpo"]["tiled"].is_null(), "{results}");
+}
+
 #[test]
 fn a_stage_goes_on_with_the_size_of_the_one_before() {
     let set =

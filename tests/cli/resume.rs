@@ -105,6 +105,24 @@ fn what_has_changed_is_named() {
     assert_eq!(f.metrics().len(), 10 + 3 + 3);
 }
 
+/// A kept reference is that of the data and of the model that the recipe names.
+#[test]
+fn another_reference_is_computed_again() {
+    let f = Folder::with(THREE_STAGES);
+    let kept = |f: &Folder| fs::read(f.path("run/03-dpo/reference.safetensors")).unwrap();
+    let mut child = f.start(&[]);
+    f.wait_for_step(&mut child, "dpo", 5);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let start = kept(&f);
+    let base = ["--set", "stage.dpo.objective.dpo.reference='base'"];
+    let said = f.train(&[&["--allow-changes"][..], &base].concat());
+    assert!(said.stderr.contains("pairs under the reference"), "{}", said.stderr);
+    let whole = Folder::with(THREE_STAGES);
+    whole.train(&base);
+    assert!(kept(&f) != start && kept(&f) == kept(&whole));
+}
+
 #[test]
 fn one_process_a_run() {
     let f = Folder::with(THREE_STAGES);

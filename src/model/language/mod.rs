@@ -14,6 +14,7 @@ use super::norm::Norm;
 use super::params::{Grads, Module, Param};
 use super::segment::{self, Kept, Side, Tape};
 use super::visual::Visual;
+use super::watch;
 use crate::bail;
 use crate::error::Result;
 use crate::ops::cross_entropy::{self, LogProbs, add_weight_grad};
@@ -180,6 +181,7 @@ impl Language {
         let x = gather(&y, &rows)?;
         drop(y);
         let (h, stats) = self.norm.forward(&x)?;
+        watch::see("language.norm", &h)?;
         let mut out = cross_entropy::forward(&h, self.lm_head.compute(), &ids, record)?;
         let head = out.dx.take().map(|dx| Head { rows, x, stats, dx, targets: ids, total_rows });
         Ok((out, record.then_some(Saved { tape, head })))

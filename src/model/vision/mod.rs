@@ -11,6 +11,7 @@ use super::linear::Linear;
 use super::norm::Norm;
 use super::params::{Grads, Module, Param};
 use super::segment::{self, Kept, Side, Tape};
+use super::watch;
 use crate::bail;
 use crate::error::Result;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
@@ -232,6 +233,7 @@ impl Tower {
         let b = pixels.dim(0)?;
         let (patches, embedded) = self.embed(pixels)?;
         let (x, stats) = self.pre_layrnorm.forward(&embedded)?;
+        watch::see("vision.pre_layrnorm", &x)?;
         let mut side = Side::packed(&vec![self.rows(); b]);
         (side.dropout, side.adapters_off) = (dropout, adapters_off);
         let frontier = if record { self.frontier } else { None };
