@@ -1,4 +1,4 @@
-mod shipped;
+mod shipped_tests;
 
 use super::*;
 use crate::recipe::schema::*;
