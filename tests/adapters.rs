@@ -25,7 +25,7 @@ fn config(text: &str) -> Adapter {
 }
 
 /// An adapter, whether it starts as the identity, and its parameters on the tiny model.
-const TABLE: [(&str, bool, usize); 11] = [
+const TABLE: [(&str, bool, usize); 12] = [
     ("{ bottleneck = { dim = 3, target = ['language.layers.*.mlp'] } }", true, 2 * (2 * 12 * 3 + 3 + 12)),
     (
         "{ bottleneck = { dim = 5, act = 'relu', norm = true, dropout = 0.3, target = ['language.layers[-1].*', 'vision.encoder.layers[0..2].self_attn'] } }",
@@ -65,6 +65,7 @@ const TABLE: [(&str, bool, usize); 11] = [
         true,
         2 * (2 * (3 * (12 + 10) + 10) + 3 * (10 + 12) + 12) + 4 * (3 * (8 + 8) + 8) + 2 * 3 * (8 + 14) + 14 + 8,
     ),
+    ("{ prefix = { tokens = 2, before = 'picture' } }", false, 2 * 12),
 ];
 
 fn deliver(text: &str) -> Deliver {
@@ -212,6 +213,24 @@ fn answers_token_by_token() {
     }
 }
 
+/// Soft visual tokens beside cross-attention: they stand in front of a picture's place, and what follows sees the picture.
+#[test]
+fn soft_visual_tokens_in_front_of_pictures_beside_the_text() {
+    let mut vlm = adapted("{ cross_attention = { every = 1, heads = 2, head_dim = 3, ff_mult = 2 } }");
+    attach(&mut vlm, &config("{ prefix = { tokens = 2, before = 'picture' } }"), "soft", key("soft")).unwrap();
+    perturb(&mut vlm);
+    assert_eq!(vlm.prefix_rows(), [0, 2]);
+    let chosen = names(&mut vlm, |n| adapter_of(n).is_some() || n.starts_with("projector."));
+    vlm.train_only(&chosen);
+    let batch = batch(&vlm);
+    let weights = coefs(batch.targets.len());
+    let grads = gradients(&vlm, &batch, &weights, Mode::default());
+    check_params("soft", &mut vlm, &grads, |_| false, |vlm| loss(vlm, &batch, &weights, Mode::default()));
+    let rows = vlm.embed_prompt(&batch).unwrap().dims()[0];
+    assert_eq!(rows, batch.ids.len() + 2 * batch.pictures.len());
+    assert!(batch.pictures.len() > batch.lengths.len() - 1);
+}
+
 #[test]
 fn a_text_sees_the_pictures_before_it() {
     for sees in ["last", "all"] {
@@ -221,13 +240,41 @@ fn a_text_sees_the_pictures_before_it() {
         let sequences = sequences();
         let batch = pack(&vlm, &[&sequences[0], &sequences[2]]);
         let [first, second] = [0, 1].map(|i| batch.pixels.as_ref().unwrap().narrow(0, i, 1).unwrap());
-        let second = (second * 1.5).unwrap();
-        let other = Batch { pixels: Some(Tensor::cat(&[first, second], 0).unwrap()), ..batch.clone() };
-        let [a, b] = [&batch, &other].map(|b| logps(&vlm, b, Mode::default()));
-        let moved: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a != b).collect();
+        let moved = |pictures: [Tensor; 2]| -> Vec<bool> {
+            let other = Batch { pixels: Some(Tensor::cat(&pictures, 0).unwrap()), ..batch.clone() };
+            let [a, b] = [&batch, &other].map(|b| logps(&vlm, b, Mode::default()));
+            a.iter().zip(&b).map(|(a, b)| a != b).collect()
+        };
         // 0 [first] 3 7 7 [second] 2 1: the picture's own row predicts what follows it. Then a sequence without a picture.
-        assert_eq!(moved[..5], [false, false, false, true, true], "{sees}");
-        assert!(moved[5..].iter().all(|m| !m), "{sees}");
+        let by_second = moved([first.clone(), (&second * 1.5).unwrap()]);
+        assert_eq!(by_second[..5], [false, false, false, true, true], "{sees}");
+        let by_first = moved([(&first * 1.5).unwrap(), second]);
+        assert_eq!(by_first[..3], [true, true, true], "{sees}");
+        assert!(by_second[5..].iter().chain(&by_first[5..]).all(|m| !m), "{sees}");
+    }
+}
+
+/// Only through its own eyes: a layer before which nothing stands carries what rows before it saw.
+#[test]
+fn behind_the_last_picture_the_first_is_seen_or_not() {
+    for (sees, seen) in [("last", false), ("all", true)] {
+        let mut vlm = plain("cross_attention");
+        let text = format!("{{ cross_attention = {{ every = 2, heads = 2, head_dim = 3, sees = '{sees}' }} }}");
+        attach(&mut vlm, &config(&text), "new", key("adapter")).unwrap();
+        perturb(&mut vlm);
+        // Nothing passes from row to row behind the block.
+        vlm.visit(&mut |p| {
+            if p.name == "language.layers.1.self_attn.o_proj.weight" {
+                p.value = p.value.zeros_like().unwrap();
+            }
+        });
+        let batch = pack(&vlm, &[&sequences()[0]]);
+        let [first, second] = [0, 1].map(|i| batch.pixels.as_ref().unwrap().narrow(0, i, 1).unwrap());
+        let pixels = Tensor::cat(&[(first * 1.5).unwrap(), second], 0).unwrap();
+        let other = Batch { pixels: Some(pixels), ..batch.clone() };
+        let [a, b] = [&batch, &other].map(|b| logps(&vlm, b, Mode::default()));
+        assert_eq!(a[3..5] != b[3..5], seen, "{sees}");
+        assert!(a[..3] != b[..3], "{sees}");
     }
 }
 

@@ -84,7 +84,7 @@ fn what_is_told_is_what_stands_in_memory() {
             state.enter(&stage, "s").unwrap();
             let mut optimizer = optimizer(&stage, &mut state.vlm);
             let batch = pack(&state.vlm, &sequences().iter().collect::<Vec<_>>());
-            let tokens = batch.ids.len() + batch.lengths.len() * state.vlm.prefix_rows();
+            let tokens = batch.ids.len() + batch.lengths.len() * state.vlm.prefix_rows()[0];
             let load = Load { pictures: batch.pixels.as_ref().unwrap().dims()[0], tokens };
             let less = Load { pictures: 1, tokens: tokens / 2 };
             let none = BTreeSet::new();
@@ -219,7 +219,7 @@ fn soft_tokens_count_in_every_sequence() {
     ] {
         let data = Dataset { items };
         let plan = Plan::new(&data, &batch, 1, "s", 1).unwrap();
-        assert_eq!(loads(&data, &plan, 0..1, 2, 0), [Load { pictures: 0, tokens: without }]);
-        assert_eq!(loads(&data, &plan, 0..1, 2, 3), [Load { pictures: 0, tokens: with }]);
+        assert_eq!(loads(&data, &plan, 0..1, 2, [0, 0]), [Load { pictures: 0, tokens: without }]);
+        assert_eq!(loads(&data, &plan, 0..1, 2, [3, 5]), [Load { pictures: 0, tokens: with }]);
     }
 }

@@ -265,7 +265,7 @@ fn written_for_peft() {
     let base = vlm.params();
     attach(
         &mut vlm,
-        &Adapter::Prefix(schema::Prefix { name: None, tokens: 4, freeze: false }),
+        &Adapter::Prefix(schema::Prefix { name: None, tokens: 4, before: Default::default(), freeze: false }),
         "soft",
         Key::new(1, "p"),
     )

@@ -28,7 +28,7 @@ fn grid(side: usize) -> Grid {
 }
 
 /// Each with its visual tokens of 4 × 4 and of 6 × 6 patches.
-const TABLE: [(&str, [usize; 2]); 15] = [
+const TABLE: [(&str, [usize; 2]); 17] = [
     ("{ linear = {} }", [16, 36]),
     ("{ linear = { input_norm = true } }", [16, 36]),
     ("{ mlp = { hidden = 9, act = 'quick_gelu' } }", [16, 36]),
@@ -42,6 +42,8 @@ const TABLE: [(&str, [usize; 2]); 15] = [
     ("{ perceiver = { queries = 1, depth = 1, heads = 1, kv_heads = 1, head_dim = 2, act = 'gelu' } }", [1, 1]),
     ("{ resampler = { queries = 3, depth = 2, heads = 2, head_dim = 3, ff_mult = 2 } }", [3, 3]),
     ("{ resampler = { queries = 1, depth = 1, heads = 1, head_dim = 4, ff_mult = 1 } }", [1, 1]),
+    ("{ visual_prefix = {} }", [2, 2]),
+    ("{ visual_prefix = { tokens = 3 } }", [3, 3]),
     ("{ qformer = { queries = 3, width = 6, layers = 3, heads = 2, intermediate = 7, dropout = 0.3 } }", [3, 3]),
     (
         "{ qformer = { queries = 2, width = 4, layers = 2, heads = 1, intermediate = 5, cross_every = 1, act = 'silu' } }",
@@ -148,6 +150,7 @@ fn known_numbers_of_parameters() {
     assert_eq!(count(qformer, 1408, 2560, |n| n.starts_with("projector.qformer.")), 105_137_664);
     assert_eq!(count(qformer, 1408, 2560, all), 105_137_664 + 32 * 768 + 768 * 2560 + 2560);
     assert_eq!(count("{ perceiver = { hidden = 14336 } }", 1152, 4096, all), 743_219_200);
+    assert_eq!(count("{ visual_prefix = {} }", 1024, 4096, all), 2 * 4096 * 1024 + 2 * 4096);
     // OpenFlamingo's, as `tests/golden/flamingo/make.py` prints.
     assert_eq!(count("{ resampler = {} }", 1024, 1024, all), 63_019_008);
     assert_eq!(count("{ resampler = {} }", 1024, 4096, all), 63_019_008 + 1024 * 4096 + 4096);
@@ -178,6 +181,7 @@ fn flops_by_hand() {
     let resampler = "{ resampler = { queries = 3, depth = 2, heads = 2, head_dim = 3, ff_mult = 2 } }";
     let layer = 3 * (48 + 48 + 2 * 128) + 19 * 96;
     assert_eq!(work(resampler, 4), of(0, 2 * (2 * layer + 3 * 80), 2 * 4 * 3 * 19 * 6));
+    assert_eq!(work("{ visual_prefix = { tokens = 3 } }", 4), of(2 * 3 * 80, 0, 0));
     assert_eq!(of(10, 100, 1000).forward(), 1110);
     assert_eq!(of(10, 100, 1000).training(), 20 + 300 + 3500);
 }

@@ -10,7 +10,7 @@ use crate::model::params::Param;
 use crate::model::vlm::{Prefix, Vlm};
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema;
+use crate::recipe::schema::{self, PrefixPlace};
 use candle_core::Tensor;
 
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
@@ -84,17 +84,20 @@ pub fn attach_loaded_prefix(vlm: &mut Vlm, embeddings: &Tensor, adapter: &str) -
     }
     let value = embeddings.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
     let embeddings = Param::computed_in(prefix_name(adapter), value, place.dtype)?;
-    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
+    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), before: PrefixPlace::Text, embeddings });
     Ok(())
 }
 
-/// Puts fresh soft tokens in front of every sequence, behind those that are there.
+/// Puts fresh soft tokens in front of every sequence, or of every picture in one, behind those that are there.
 pub fn attach_prefix(vlm: &mut Vlm, cfg: &schema::Prefix, adapter: &str, key: Key) -> Result<()> {
     if vlm.prefixes.iter().any(|p| p.adapter == adapter) {
         bail!("there is already an adapter named `{adapter}`"; "give one of the two another `name`")
     }
+    if cfg.before == PrefixPlace::Picture && vlm.vision.is_none() {
+        bail!("the model has no vision tower, and no text a picture"; "leave `before` out, or set model.vision")
+    }
     let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
     let embeddings = source.master(prefix_name(adapter), &[cfg.tokens, d])?;
-    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), embeddings });
+    vlm.prefixes.push(Prefix { adapter: adapter.to_string(), before: cfg.before, embeddings });
     Ok(())
 }

@@ -52,6 +52,7 @@ pub const ZOO: &[Entry] = &[
     projector("perceiver", "{perceiver={queries=16,depth=2,heads=4,kv_heads=2,head_dim=24}}"),
     projector("resampler", "{resampler={queries=16,depth=2,heads=4,head_dim=24}}"),
     projector("qformer", "{qformer={queries=16,width=96,layers=4,heads=4,intermediate=256,dropout=0.0}}"),
+    projector("visual_prefix", "{visual_prefix={tokens=8}}"),
     adapters("no adapter", "[]"),
     adapters(
         "lora, rslora",
@@ -63,6 +64,7 @@ pub const ZOO: &[Entry] = &[
     ),
     adapters("bottleneck adapter", "[{bottleneck={dim=32,target=[\"language.layers.*.{self_attn,mlp}\"]}}]"),
     adapters("prefix", "[{prefix={tokens=16}}]"),
+    adapters("prefix, picture", "[{prefix={tokens=16,before=\"picture\"}}]"),
     beside("cross_attention, gated", None, "{cross_attention={name=\"eyes\",every=1,heads=4,head_dim=24,ff_mult=2}}"),
     beside(
         "cross_attention, resampler",

@@ -20,7 +20,7 @@ use crate::ops::launch::widen;
 use crate::ops::matmul::sum_rows;
 use crate::ops::random::Key;
 use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::Deliver;
+use crate::recipe::schema::{Deliver, PrefixPlace};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -39,7 +39,7 @@ pub struct Vlm {
     pub image_token_id: Option<u32>,
     /// Where visual tokens go.
     pub deliver: Deliver,
-    /// Soft tokens in front of every sequence, an adapter's each.
+    /// Soft tokens in front of sequences and pictures, an adapter's each.
     pub prefixes: Vec<Prefix>,
     /// What backward has to reach, see [`Vlm::plan`].
     projector_trains: bool,
@@ -47,11 +47,13 @@ pub struct Vlm {
     projector_keeps: OnceLock<[usize; 2]>,
 }
 
-/// Soft tokens (Lester et al. 2021; PEFT's prompt tuning): trained embeddings in front of every sequence.
+/// Soft tokens (Lester et al. 2021; PEFT's prompt tuning): trained embeddings in front of every sequence, or of every picture.
 #[derive(Debug, Clone)]
 pub struct Prefix {
     /// The adapter that they are.
     pub adapter: String,
+    /// Where they stand.
+    pub before: PrefixPlace,
     /// `[tokens, D]`.
     pub embeddings: Param,
 }
@@ -195,6 +197,8 @@ impl Vlm {
             (true, false) => return out,
         };
         let mut lost: Vec<String> = self.trainable().into_keys().filter(|n| serves_pictures(n)).collect();
+        let soft = self.prefixes.iter().filter(|p| !pictures && p.before == PrefixPlace::Picture);
+        lost.extend(soft.filter(|p| p.embeddings.trainable).map(|p| p.embeddings.name.clone()));
         lost.retain(|n| !out.iter().any(|(told, _)| told == n));
         out.extend(lost.into_iter().map(|n| (n, why.to_string())));
         out
@@ -421,9 +425,12 @@ impl Vlm {
         all
     }
 
-    /// Rows that soft tokens add to every sequence.
-    pub fn prefix_rows(&self) -> usize {
-        self.prefixes.iter().filter_map(|p| p.embeddings.value.dims().first()).sum()
+    /// Rows that soft tokens add to every sequence, and to every picture in one.
+    pub fn prefix_rows(&self) -> [usize; 2] {
+        [PrefixPlace::Text, PrefixPlace::Picture].map(|place| {
+            let there = self.prefixes.iter().filter(|p| p.before == place);
+            there.filter_map(|p| p.embeddings.value.dims().first()).sum()
+        })
     }
 
     /// Bytes that one layer's activations take at most while it runs, recorded or not.

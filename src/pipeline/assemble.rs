@@ -90,7 +90,12 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             peft::Loaded::Prompt(embeddings) => {
                 adapters::inserts::attach_loaded_prefix(&mut vlm, &embeddings, START_ADAPTER)?;
                 let (name, tokens) = (Some(START_ADAPTER.to_string()), embeddings.dim(0)?);
-                schema::Adapter::Prefix(schema::Prefix { name, tokens, freeze: false })
+                schema::Adapter::Prefix(schema::Prefix {
+                    name,
+                    tokens,
+                    before: schema::PrefixPlace::Text,
+                    freeze: false,
+                })
             }
         });
     }

@@ -8,7 +8,7 @@ use crate::checkpoint::{hf, peft, safetensors};
 use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
 use crate::model::params::{Module, adapter_of};
-use crate::recipe::schema::Adapter;
+use crate::recipe::schema::{Adapter, PrefixPlace};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -52,10 +52,12 @@ pub fn write_final(
             let dir = dir.join("adapters").join(&name);
             match &cfg {
                 Adapter::Lora(cfg) => lora::export(&mut state.vlm, &name, cfg)?.save(&dir, base, None)?,
-                Adapter::Prefix(_) => {
+                Adapter::Prefix(cfg) if cfg.before == PrefixPlace::Text => {
                     own.values().try_for_each(|t| peft::save_prompt(&dir, t, &state.vlm.language.config))?
                 }
-                Adapter::Bottleneck(_) | Adapter::CrossAttention(_) => save_insert(&dir, &cfg, &own)?,
+                Adapter::Prefix(_) | Adapter::Bottleneck(_) | Adapter::CrossAttention(_) => {
+                    save_insert(&dir, &cfg, &own)?
+                }
             }
         }
         let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));

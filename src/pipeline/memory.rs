@@ -16,13 +16,18 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 /// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens. `soft` tokens stand
-/// in front of every sequence.
-pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize, soft: usize) -> Vec<Load> {
+/// in front of every sequence, and of every picture in one.
+pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize, soft: [usize; 2]) -> Vec<Load> {
+    let [text, picture] = soft;
     let mut most: BTreeMap<usize, usize> = BTreeMap::new();
     for step in steps {
         for part in plan.step(step).chunks(micro.max(1)) {
             let pictures: BTreeSet<_> = part.iter().flat_map(|i| data.items[*i].images()).collect();
-            let tokens: usize = part.iter().flat_map(|i| data.items[*i].samples()).map(|s| s.ids.len() + soft).sum();
+            let tokens: usize = part
+                .iter()
+                .flat_map(|i| data.items[*i].samples())
+                .map(|s| s.ids.len() + text + picture * s.images.len())
+                .sum();
             let pieces = pictures.iter().map(|i| i.pieces()).sum();
             let sum = most.entry(pieces).or_insert(0);
             *sum = tokens.max(*sum);

@@ -12,13 +12,14 @@ mod projectors;
 mod resamplers;
 
 pub use adapters::{
-    Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, START_ADAPTER, Sees,
+    Adapter, BottleneckAdapter, CrossAttention, CrossAttentionForm, Deliver, Lora, Prefix, PrefixPlace, START_ADAPTER,
+    Sees,
 };
 pub use data::{Alpha, Data, Eval, Metric, Pictures, Resize, Synth, SynthKind};
 pub use objective::{Dpo, DpoLoss, Objective, Reference};
 pub use optimizer::{AdamW, MomentType, Optimizer, ParamGroup, Scheduler, Warmup};
 pub use projectors::{BottleneckProjector, Layers, LinearProjector, MlpProjector, PixelShuffleProjector, Projector};
-pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
+pub use resamplers::{PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector, VisualPrefixProjector};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

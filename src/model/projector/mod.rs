@@ -10,6 +10,7 @@ pub mod pixel_shuffle;
 pub mod published;
 pub mod qformer;
 pub mod resampler;
+pub mod visual_prefix;
 
 use super::init::{Place, Source};
 use super::island::{self, Pass, Tape, Vars};
@@ -26,6 +27,7 @@ use pixel_shuffle::PixelShuffle;
 use qformer::Qformer;
 use resampler::Resampler;
 use std::fmt::Debug;
+use visual_prefix::VisualPrefix;
 
 /// What a kind of projector can do. Its parameters are named `projector.…`.
 pub trait Kind: Module + Debug + Send + Sync {
@@ -105,6 +107,7 @@ impl Projector {
             schema::Projector::PixelShuffle(p) => Box::new(PixelShuffle::new(p, ends, src)?),
             schema::Projector::Perceiver(p) => Box::new(Perceiver::new(p, ends, src)?),
             schema::Projector::Resampler(p) => Box::new(Resampler::new(p, ends, src)?),
+            schema::Projector::VisualPrefix(p) => Box::new(VisualPrefix::new(p, ends, src)?),
             schema::Projector::Qformer(p) => Box::new(Qformer::new(p, ends, src)?),
         }))
     }

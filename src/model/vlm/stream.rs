@@ -1,11 +1,10 @@
-//! The layout of a micro-batch: soft tokens in front of each sequence, then its text; visual tokens in it or beside it.
+//! The layout of a micro-batch: soft tokens in front of each sequence, then its text (with soft tokens in front of its pictures); visual tokens in it or beside it.
 
 use super::{Batch, Prefix, Vlm};
 use crate::bail;
 use crate::error::Result;
 use crate::model::visual::{self, Shown};
-use crate::recipe::schema::Deliver;
-use std::ops::Range;
+use crate::recipe::schema::{Deliver, PrefixPlace};
 
 /// The rows that the language model computes on.
 pub(super) struct Stream {
@@ -21,7 +20,7 @@ pub(super) struct Stream {
     pub(super) newline: Option<u32>,
     /// Pictures that stand beside the stream.
     pub(super) shown: Vec<Shown>,
-    /// Rows of each prefix's tokens: all of the first sequence's, then the next one's.
+    /// Rows of each prefix's tokens: all of the first sequence's (or picture's), then the next one's.
     pub(super) prefixes: Vec<Vec<u32>>,
 }
 
@@ -29,18 +28,17 @@ pub(super) struct Stream {
 type PictureRows = (Vec<Vec<u32>>, Option<u32>);
 
 impl Vlm {
-    /// Lays out the rows of a batch: the prefixes in front of each sequence, then its text; visual tokens in it or beside it.
+    /// Lays out the rows of a batch: prefixes in front of each sequence and picture, the text, visual tokens in it or beside it.
     pub(super) fn stream(&self, batch: &Batch, adapters_off: bool) -> Result<Stream> {
         let (pictures, newline) = self.picture_rows(batch)?;
         let prefixes: &[Prefix] = if adapters_off { &[] } else { &self.prefixes };
-        let mut tokens = Vec::with_capacity(prefixes.len());
+        let mut soft = Vec::with_capacity(prefixes.len());
         for p in prefixes {
-            tokens.push(p.embeddings.value.dim(0)?);
+            soft.push((p.before, p.embeddings.value.dim(0)?));
         }
-        let more: usize = tokens.iter().sum();
         let mut out = Stream {
-            ids: Vec::with_capacity(batch.ids.len() + more * batch.lengths.len()),
-            lengths: batch.lengths.iter().map(|n| n + more).collect(),
+            ids: Vec::with_capacity(batch.ids.len()),
+            lengths: Vec::with_capacity(batch.lengths.len()),
             targets: Vec::new(),
             spliced: Vec::new(),
             features: pictures.iter().flatten().copied().collect(),
@@ -48,23 +46,30 @@ impl Vlm {
             shown: Vec::new(),
             prefixes: vec![Vec::new(); prefixes.len()],
         };
-        let mut at = 0;
         let mut moved = Vec::with_capacity(batch.ids.len());
+        let mut ids = batch.ids.iter();
+        // Image tokens of each picture in its order, and how many of the present one's are still to come.
+        let mut runs = pictures.iter().map(|rows| self.deliver.image_tokens(rows.len()));
+        let mut left = 0;
         for (owner, n) in batch.lengths.iter().enumerate() {
-            for (rows, n) in out.prefixes.iter_mut().zip(&tokens) {
-                rows.extend((0..*n).map(|i| (out.ids.len() + i) as u32));
-                out.ids.extend(std::iter::repeat_n(0, *n));
-            }
-            let text = &batch.ids[at..at + n];
-            at += n;
-            let end = out.ids.len() + n;
-            for id in text {
-                let row = out.ids.len();
-                moved.push(row as u32);
+            let start = out.ids.len();
+            out.put(&soft, PrefixPlace::Text);
+            for id in ids.by_ref().take(*n) {
                 if Some(*id) == self.image_token_id {
-                    self.place(&mut out, owner, row..end);
+                    if left == 0 {
+                        left = runs.next().unwrap_or(0);
+                        out.put(&soft, PrefixPlace::Picture);
+                    }
+                    left = left.saturating_sub(1);
+                    self.place(&mut out, owner);
                 }
+                moved.push(out.ids.len() as u32);
                 out.ids.push(*id);
+            }
+            let end = out.ids.len();
+            out.lengths.push(end - start);
+            if let Some(last) = out.shown.last_mut().filter(|last| last.owner == owner) {
+                last.rows.end = end;
             }
         }
         out.targets = batch.targets.iter().map(|(row, id)| (moved[*row as usize], *id)).collect();
@@ -97,14 +102,25 @@ impl Vlm {
         Ok((rows, tiled.then_some((pieces * per) as u32)))
     }
 
-    /// Notes an image token at the first of `rows`, the rest of its sequence.
-    fn place(&self, out: &mut Stream, owner: usize, rows: Range<usize>) {
+    /// Notes an image token in the next row.
+    fn place(&self, out: &mut Stream, owner: usize) {
+        let row = out.ids.len();
         if self.deliver == Deliver::Splice {
-            return out.spliced.push(rows.start as u32);
+            return out.spliced.push(row as u32);
         }
         if let Some(last) = out.shown.last_mut().filter(|last| last.owner == owner) {
-            last.rows.end = rows.start;
+            last.rows.end = row;
         }
-        out.shown.push(Shown { owner, rows, tokens: Vec::new() });
+        out.shown.push(Shown { owner, rows: row..row, tokens: Vec::new() });
+    }
+}
+
+impl Stream {
+    /// Appends the rows of the soft tokens (their place, how many) that stand `here`.
+    fn put(&mut self, soft: &[(PrefixPlace, usize)], here: PrefixPlace) {
+        for (rows, (_, n)) in self.prefixes.iter_mut().zip(soft).filter(|(_, (place, _))| *place == here) {
+            rows.extend((0..*n).map(|i| (self.ids.len() + i) as u32));
+            self.ids.extend(std::iter::repeat_n(0, *n));
+        }
     }
 }

@@ -16,7 +16,7 @@ pub enum Adapter {
     Bottleneck(BottleneckAdapter),
     /// Blocks through which the text looks at visual tokens; with `model.deliver = "cross_attention"`.
     CrossAttention(CrossAttention),
-    /// Soft tokens in front of every text.
+    /// Soft tokens in front of every text or picture.
     Prefix(Prefix),
 }
 
@@ -180,9 +180,23 @@ pub struct Prefix {
     pub name: Option<String>,
     /// How many.
     pub tokens: usize,
+    /// Where they stand.
+    #[serde(default)]
+    pub before: PrefixPlace,
     /// It stays as it is.
     #[serde(default)]
     pub freeze: bool,
+}
+
+/// Where soft tokens stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixPlace {
+    /// In front of every text: prompt tokens, PEFT's prompt tuning.
+    #[default]
+    Text,
+    /// In front of every picture in a text: soft visual tokens, the same for all pictures.
+    Picture,
 }
 
 /// `model.deliver`: where visual tokens go.

@@ -1,6 +1,6 @@
 //! `model.projector`: the connector between tower and language model.
 
-use super::{Activation, PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector};
+use super::{Activation, PerceiverProjector, QformerPart, QformerProjector, ResamplerProjector, VisualPrefixProjector};
 use crate::bail;
 use crate::error::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,8 @@ pub enum Projector {
     Perceiver(PerceiverProjector),
     /// The same in Flamingo's first form.
     Resampler(ResamplerProjector),
+    /// Frozen's: a few tokens made of the mean of the features.
+    VisualPrefix(VisualPrefixProjector),
     /// BLIP-2's Querying Transformer: a fixed number of tokens.
     Qformer(QformerProjector),
 }
@@ -35,6 +37,7 @@ impl Projector {
             Self::PixelShuffle(p) => p.then.source(),
             Self::Perceiver(p) => &p.source,
             Self::Resampler(p) => &p.source,
+            Self::VisualPrefix(p) => &p.source,
             Self::Qformer(p) => &p.source,
         };
         source.as_deref()
@@ -49,6 +52,7 @@ impl Projector {
             Self::PixelShuffle(p) => p.check().context("pixel_shuffle"),
             Self::Perceiver(p) => p.check().context("perceiver"),
             Self::Resampler(p) => p.check().context("resampler"),
+            Self::VisualPrefix(p) => p.check().context("visual_prefix"),
             Self::Qformer(p) => p.check().context("qformer"),
         }
     }

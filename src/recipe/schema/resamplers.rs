@@ -73,8 +73,10 @@ pub struct ResamplerProjector {
     /// Visual tokens of a picture.
     #[serde(default = "sixty_four")]
     pub queries: usize,
+    /// Layers.
     #[serde(default = "six")]
     pub depth: usize,
+    /// Of attention.
     #[serde(default = "eight")]
     pub heads: usize,
     /// Width of a head, whatever the tower's width.
@@ -126,6 +128,25 @@ fn at_least_one(numbers: &[(&str, usize)]) -> Result<()> {
     match numbers.iter().find(|(_, n)| *n == 0) {
         Some((name, _)) => bail!("{name} = 0"; "1 or more; leave it out for the default"),
         None => Ok(()),
+    }
+}
+
+/// Frozen's visual prefix: one linear layer makes `tokens` visual tokens of the mean of a picture's features.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisualPrefixProjector {
+    /// A projector saved before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Visual tokens of a picture; Frozen has 2.
+    #[serde(default = "two")]
+    pub tokens: usize,
+}
+
+impl VisualPrefixProjector {
+    /// Do its numbers fit together?
+    pub fn check(&self) -> Result<()> {
+        at_least_one(&[("tokens", self.tokens)])
     }
 }
 
