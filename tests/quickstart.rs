@@ -47,7 +47,7 @@ fn a_short_run_goes_through_all_stages_and_gives_every_figure() {
     let recipe = small(dir.path());
     let reporter = Reporter::new(LogFormat::Json);
     let mut said = Vec::new();
-    check::check(&recipe, &reporter, &mut said).unwrap();
+    check::check(&recipe, check::Aim::default(), &reporter, &mut said).unwrap();
     let said = String::from_utf8(said).unwrap();
     assert!(recipe.stages.iter().all(|s| said.contains(&format!("stage {s}: parameters"))), "{said}");
 

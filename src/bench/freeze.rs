@@ -2,7 +2,9 @@
 //! training, each with everything kept and with layers that run again, beside the ratios that guides publish.
 //!
 //! A configuration is measured in a process of its own, so that its peak of memory is its own on the CPU as well, where an allocator
-//! gives nothing back; `adfreeze bench freeze` starts them one after the other.
+//! gives nothing back; `adfreeze bench freeze` starts them one after the other. One that does not fit takes no other with it.
+
+mod claims;
 
 use super::noise::Noise;
 use super::preset::Preset;
@@ -22,6 +24,7 @@ use crate::pipeline::memory;
 use crate::recipe::schema;
 use crate::report::{Table, human};
 use crate::train::step::{StepConfig, Task, compute};
+use claims::{claims, published};
 use serde::{Deserialize, Serialize};
 
 /// Who trains.
@@ -187,23 +190,62 @@ pub fn one(place: &Place, o: &Options, configuration: usize) -> Result<Record> {
     })
 }
 
-/// Measures every configuration through `measure`, which gives a record as JSON, and tells of all.
-pub fn run(out: &mut Output, mut measure: impl FnMut(usize) -> Result<String>) -> Result<()> {
-    let mut records: Vec<Record> = Vec::with_capacity(CONFIGURATIONS.len());
-    for (i, (policy, kept)) in CONFIGURATIONS.iter().enumerate() {
-        let what = || format!("{}, activations = \"{}\"", policy.name(), kept_name(*kept));
-        let text = measure(i).with_context(what)?;
-        let record: Record = serde_json::from_str(text.trim()).map_err(|e| Error::from(e).context(what()))?;
-        if out.json {
-            out.record(&record, String::new)?;
+/// A configuration that gave no figures.
+#[derive(Debug, Clone, Serialize)]
+struct Failure {
+    what: &'static str,
+    policy: &'static str,
+    activations: &'static str,
+    /// First line of the cause.
+    reason: String,
+}
+
+impl Failure {
+    fn of((policy, kept): (Policy, Kept), e: &Error) -> Self {
+        let cause = e.to_string();
+        let reason = cause.lines().next().unwrap_or_default().to_string();
+        Self { what: "failed", policy: policy.name(), activations: kept_name(kept), reason }
+    }
+
+    /// `did not fit: …` where the reason says so.
+    fn told(&self) -> String {
+        let reason = self.reason.to_lowercase().replace('_', " ");
+        let short = reason.contains("out of memory") || reason.contains("memory allocation");
+        format!("{}: {}", if short { "did not fit" } else { "failed" }, self.reason)
+    }
+}
+
+/// Measures every configuration through `measure` and tells of each as it comes, also of one that fails: the others go on. Then
+/// all stand in one table, beside the published ratios, of which some may lack a configuration.
+///
+/// # Errors
+/// If not one configuration could be measured.
+pub fn run(out: &mut Output, mut measure: impl FnMut(usize) -> Result<Record>) -> Result<()> {
+    let (mut records, mut failures) = (Vec::new(), Vec::new());
+    let mut first_error = None;
+    for (i, configuration) in CONFIGURATIONS.into_iter().enumerate() {
+        let what = format!("{}, activations = \"{}\"", configuration.0.name(), kept_name(configuration.1));
+        match measure(i) {
+            Ok(record) => {
+                out.record(&record, || format!("{what}: {} a step", time(record.median_s)))?;
+                records.push(record);
+            }
+            Err(e) => {
+                let failure = Failure::of(configuration, &e);
+                out.record(&failure, || format!("{what}: {}", failure.told()))?;
+                failures.push(failure);
+                first_error.get_or_insert(e.context(what));
+            }
         }
-        records.push(record);
+    }
+    if records.is_empty() {
+        return first_error.map_or(Ok(()), |e| Err(e.context("no configuration could be measured")));
     }
     let claims = claims(&records);
     if out.json {
         return claims.iter().try_for_each(|c| out.record(c, String::new));
     }
-    let Some(first) = records.first() else { return Ok(()) };
+    let first = &records[0];
     let title = format!(
         "a step of {}, {}: {} samples, {} tokens, {} parameters",
         first.preset,
@@ -212,8 +254,20 @@ pub fn run(out: &mut Output, mut measure: impl FnMut(usize) -> Result<String>) -
         human::thousands(first.tokens as u64),
         human::thousands(first.parameters)
     );
-    writeln!(out.to, "\n{}\n{}", measured(&title, &records).render(), published(&claims).render())?;
+    writeln!(out.to, "\n{}", measured(&title, &records).render())?;
+    if !failures.is_empty() {
+        writeln!(out.to, "{}", not_measured(&failures).render())?;
+    }
+    writeln!(out.to, "{}", published(&claims).render())?;
     Ok(out.to.flush()?)
+}
+
+fn not_measured(failures: &[Failure]) -> Table {
+    let mut t = Table::new("not measured", ["trains", "activations", "why"]);
+    for f in failures {
+        t.row([f.policy.to_string(), f.activations.to_string(), f.told()]);
+    }
+    t
 }
 
 fn measured(title: &str, records: &[Record]) -> Table {
@@ -236,68 +290,12 @@ fn measured(title: &str, records: &[Record]) -> Table {
     t
 }
 
-/// A ratio that guides publish, and ours.
-#[derive(Debug, Clone, Serialize)]
-struct Claim {
-    what: &'static str,
-    claim: String,
-    published: &'static str,
-    /// Times as fast, or the share by which the first is slower or smaller; none where memory cannot be told.
-    here: Option<f64>,
-    /// For people.
-    #[serde(skip)]
-    shown: String,
-}
-
-/// Each claim by the records that it is about: times are medians, memory is the peak of the whole process or pool.
-fn claims(records: &[Record]) -> Vec<Claim> {
-    let find = |policy: Policy, kept: Kept| {
-        records.iter().find(|r| r.policy == policy.name() && r.activations == kept_name(kept))
-    };
-    let faster = |a: &Record, b: &Record| Some(b.median_s / a.median_s);
-    let slower = |a: &Record, b: &Record| Some(a.median_s / b.median_s - 1.0);
-    let smaller = |a: &Record, b: &Record| Some(1.0 - a.peak_memory_bytes? as f64 / b.peak_memory_bytes? as f64);
-    let mut all = Vec::new();
-    let mut claim = |claim: String,
-                     published,
-                     pair: Option<(&Record, &Record)>,
-                     of: &dyn Fn(&Record, &Record) -> Option<f64>,
-                     share: bool| {
-        let Some((a, b)) = pair else { return };
-        let here = of(a, b);
-        let show = |v: f64| if share { human::percent(v) } else { format!("{v:.2} ×") };
-        all.push(Claim { what: "claim", claim, published, here, shown: here.map_or("unknown".to_string(), show) });
-    };
-    for kept in [Kept::All, Kept::Input] {
-        let of = |p| find(p, kept).zip(find(Policy::Full, kept));
-        let where_ = format!("activations = \"{}\"", kept_name(kept));
-        claim(format!("projector only faster than full, {where_}"), "3 to 5 ×", of(Policy::Projector), &faster, false);
-        claim(format!("LoRA faster than full, {where_}"), "1.5 to 2 ×", of(Policy::Lora), &faster, false);
-        claim(format!("LoRA takes less memory than full, {where_}"), "40 to 50 %", of(Policy::Lora), &smaller, true);
-    }
-    for policy in [Policy::Projector, Policy::Lora, Policy::LastTwo, Policy::Full] {
-        let pair = || find(policy, Kept::Input).zip(find(policy, Kept::All));
-        claim(format!("{}: recompute slower", policy.name()), "20 to 30 %", pair(), &slower, true);
-        claim(format!("{}: recompute takes less memory", policy.name()), "40 to 50 %", pair(), &smaller, true);
-    }
-    all
-}
-
-fn published(claims: &[Claim]) -> Table {
-    let mut t = Table::new("beside what is published", ["", "published", "here"]);
-    for c in claims {
-        t.row([c.claim.clone(), c.published.to_string(), c.shown.clone()]);
-    }
-    t
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn claims_are_ratios_of_the_right_records() {
-        let record = |i: usize, median_s: f64, peak: u64| Record {
+    pub fn record(i: usize, median_s: f64, peak: u64) -> Record {
+        Record {
             what: "freeze".into(),
             policy: CONFIGURATIONS[i].0.name().into(),
             activations: kept_name(CONFIGURATIONS[i].1).into(),
@@ -314,18 +312,44 @@ mod tests {
             start_memory_bytes: Some(1),
             peak_memory_bytes: Some(peak),
             kept_bytes: 1,
+        }
+    }
+
+    /// What a run tells if the two configurations that train everything fail.
+    fn told(json: bool) -> String {
+        let mut to = Vec::new();
+        let measure = |i: usize| match i {
+            6 => Err(Error::new("CUDA_ERROR_OUT_OF_MEMORY\nsecond line")),
+            7 => Err(Error::new("its process ended with signal: 9 (SIGKILL)")),
+            i => Ok(record(i, 1.0 + i as f64, 100)),
         };
-        // Projector 1 s and 1.25 s, LoRA 2 s and 2.5 s, last two 1 s and 1 s, full 4 s and 5 s; 100 to 400 bytes, and half of it.
-        let times = [1.0, 1.25, 2.0, 2.5, 1.0, 1.0, 4.0, 5.0];
-        let peaks = [100, 50, 200, 100, 100, 100, 400, 200];
-        let records: Vec<Record> = (0..8).map(|i| record(i, times[i], peaks[i])).collect();
-        let got: Vec<(String, f64)> = claims(&records).into_iter().map(|c| (c.claim, c.here.unwrap())).collect();
-        let find = |what: &str| got.iter().find(|(c, _)| c.starts_with(what)).unwrap().1;
-        assert_eq!(find("projector only faster"), 4.0);
-        assert_eq!(find("LoRA faster"), 2.0);
-        assert_eq!(find("LoRA takes less"), 0.5);
-        assert_eq!((find("full: recompute slower"), find("full: recompute takes")), (0.25, 0.5));
-        assert_eq!((find("last 2 layers: recompute slower"), find("last 2 layers: recompute takes")), (0.0, 0.0));
-        assert_eq!(got.len(), 14);
+        run(&mut Output { to: &mut to, json }, measure).unwrap();
+        String::from_utf8(to).unwrap()
+    }
+
+    #[test]
+    fn what_does_not_fit_takes_nothing_with_it() {
+        let text = told(false);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "projector only, activations = \"none\": 1.00 s a step");
+        assert_eq!(lines[6], "full, activations = \"none\": did not fit: CUDA_ERROR_OUT_OF_MEMORY");
+        assert_eq!(lines[7], "full, activations = \"recompute\": failed: its process ended with signal: 9 (SIGKILL)");
+        for what in ["not measured: full, \"none\"", "LoRA: recompute slower", "33.3 %", "a step of tiny"] {
+            assert!(text.contains(what), "{what} in:\n{text}");
+        }
+        let all: Vec<serde_json::Value> = told(true).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let count = |what: &str| all.iter().filter(|r| r["what"] == what).count();
+        assert_eq!((count("freeze"), count("failed"), count("claim")), (6, 2, 14));
+        assert_eq!((&all[6]["policy"], &all[6]["reason"]), (&"full".into(), &"CUDA_ERROR_OUT_OF_MEMORY".into()));
+        assert_eq!(all[8]["missing"], serde_json::json!(["full, \"none\""]));
+    }
+
+    #[test]
+    fn nothing_measured_is_an_error() {
+        let mut to = Vec::new();
+        let fails = |i: usize| Err(Error::new(format!("no device {i}")).hint("look"));
+        let e = run(&mut Output { to: &mut to, json: false }, fails).unwrap_err();
+        let want = "no configuration could be measured: projector only, activations = \"none\": no device 0";
+        assert_eq!((e.cause(), e.hint_text()), (want, Some("look")));
     }
 }

@@ -61,11 +61,12 @@ impl<'a> Bench<'a> {
         out.record(&machine, || machine.lines())?;
         Ok(Self { place, clock, machine, out })
     }
+}
 
-    /// [`freeze::run`] behind what was told of the machine.
-    pub fn freeze(&mut self, measure: impl FnMut(usize) -> Result<String>) -> Result<()> {
-        freeze::run(&mut self.out, measure)
-    }
+/// What is measured of the machine, as [`Output`] tells it.
+pub fn tell_machine(place: &Place, json: bool) -> Result<String> {
+    let machine = Machine::measure(place, &Clock::new(&place.device))?;
+    Ok(if json { serde_json::to_string(&machine)? } else { machine.lines() })
 }
 
 /// AdamW with clipping, at a learning rate that does not change, for parameters of these shapes.

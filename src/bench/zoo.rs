@@ -7,15 +7,16 @@ use super::Output;
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
+use crate::pipeline::check::{self, Aim};
 use crate::pipeline::run_dir::RunDir;
 use crate::pipeline::signals::Signals;
 use crate::pipeline::{self, Options as RunOptions, Outcome};
 use crate::recipe;
-use crate::recipe::schema::{Deliver, Metric, Recipe, Stage};
+use crate::recipe::schema::{DType, Deliver, Metric, Recipe, Stage};
 use crate::report::{Reporter, human};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One way to connect the backbones, in the words of a recipe.
 pub struct Entry {
@@ -108,6 +109,19 @@ impl Entry {
         Ok(recipe)
     }
 
+    /// Its recipe, as it will run, of which all is known that can be known beforehand. What has run already is not looked at again.
+    fn planned(&self, base: &Recipe, stages: [&str; 2], out: &Path, place: &Place) -> Result<Recipe> {
+        let mut recipe = self.of(base, stages)?;
+        recipe.output_dir = out.join(self.folder());
+        let begun = recipe.output_dir.join("recipe.toml").exists();
+        if !begun || RunDir::existing(&recipe.output_dir)?.done(&recipe, stages[1])?.is_none() {
+            let dtype = if place.dtype == candle_core::DType::BF16 { DType::Bf16 } else { DType::F32 };
+            let aim = Aim { dtype: Some(dtype), memory: None };
+            check::check(&recipe, aim, &Reporter::silent(), &mut std::io::sink())?;
+        }
+        Ok(recipe)
+    }
+
     /// Name of its folder.
     fn folder(&self) -> String {
         self.name.replace(", ", "-").replace(' ', "-")
@@ -134,10 +148,11 @@ fn first_two(mut recipe: Recipe) -> Result<Recipe> {
     let [first, second] = [first.clone(), second.clone()];
     recipe.stages.truncate(2);
     recipe.stage.retain(|name, _| *name == first || *name == second);
-    let begin = stage(&mut recipe, &first)?;
-    begin.eval.clear();
+    stage(&mut recipe, &first)?.eval.clear();
     // Beside the text visual tokens need not resemble it: not every entry could be looked at.
-    begin.align_check = None;
+    for name in [&first, &second] {
+        stage(&mut recipe, name)?.align_check = None;
+    }
     let evals = std::mem::take(&mut recipe.eval);
     let last = stage(&mut recipe, &second)?;
     last.eval.retain(|name| evals.get(name).is_some_and(|e| e.metric == Metric::ExactMatch));
@@ -155,7 +170,7 @@ struct Record<'a> {
     entry: &'a str,
     /// Trained in the second stage.
     parameters: usize,
-    /// Of one picture.
+    /// Of one picture, seen at once, in the second stage.
     visual_tokens: usize,
     /// Medians.
     first_stage_step_s: f64,
@@ -164,10 +179,28 @@ struct Record<'a> {
     exact_match: Vec<(String, f64)>,
 }
 
-/// Runs the entries in order and tells of each as it ends.
+/// An entry that this recipe cannot have, e.g. pictures in tiles before a projector that keeps no places.
+#[derive(Debug, Serialize)]
+struct Cannot<'a> {
+    what: &'static str,
+    entry: &'a str,
+    /// First line of the cause that is more than a count of problems.
+    cannot: String,
+}
+
+impl<'a> Cannot<'a> {
+    fn of(entry: &'a Entry, e: &Error) -> Self {
+        let cause = e.to_string();
+        let counts = |line: &str| line.contains(" problems") && line.ends_with(':');
+        let mut lines = cause.lines().map(str::trim).filter(|l| !l.is_empty() && !counts(l));
+        Self { what: "zoo", entry: entry.name, cannot: lines.next().unwrap_or_default().to_string() }
+    }
+}
+
+/// Checks all entries, tells of those that cannot be, runs the others in order and tells of each as it ends.
 ///
 /// # Errors
-/// A recipe of fewer than two stages or without an evaluation of exact matches at the second one's end; `only` that names no
+/// No entry that can be; a recipe of fewer than two stages or without an evaluation of exact matches at the second one's end; `only` that names no
 /// entry; whatever stops a run.
 pub fn run(options: &Options, place: &Place, reporter: &Reporter, out: &mut Output) -> Result<()> {
     let base = recipe::load(&options.recipe, &options.sets)?;
@@ -179,12 +212,23 @@ pub fn run(options: &Options, place: &Place, reporter: &Reporter, out: &mut Outp
         let names: Vec<&str> = ZOO.iter().map(|e| e.name).collect();
         bail!("--only: no entry's name holds `{}`", options.only.as_deref().unwrap_or_default(); "there are: {}", names.join("; "))
     }
-    let (signals, mut told) = (Signals::listen()?, false);
+    let (mut planned, mut refused) = (Vec::new(), None);
     for entry in chosen {
-        let root = options.out.join(entry.folder());
-        let mut recipe = entry.of(&base, [first, second]).with_context(|| entry.name)?;
-        recipe.output_dir = root.clone();
-        reporter.info(&format!("{}: {}", entry.name, root.display()));
+        match entry.planned(&base, [first, second], &options.out, place) {
+            Ok(recipe) => planned.push((entry, recipe)),
+            Err(e) => {
+                let cannot = Cannot::of(entry, &e);
+                out.record(&cannot, || format!("{:<26} cannot be: {}", cannot.entry, cannot.cannot))?;
+                refused.get_or_insert(e.context(entry.name));
+            }
+        }
+    }
+    if let (true, Some(e)) = (planned.is_empty(), refused) {
+        return Err(e);
+    }
+    let (signals, mut told) = (Signals::listen()?, false);
+    for (entry, recipe) in planned {
+        reporter.info(&format!("{}: {}", entry.name, recipe.output_dir.display()));
         let run = RunOptions { place: place.clone(), signals: signals.clone(), ..RunOptions::default() };
         if pipeline::train(&recipe, &run, &Reporter::silent()).with_context(|| entry.name)? == Outcome::Stopped {
             bail!("stopped in entry `{}`", entry.name; "the same command goes on from there")
@@ -226,11 +270,20 @@ fn record<'a>(entry: &'a Entry, recipe: &Recipe, [first, second]: [&str; 2]) -> 
         what: "zoo",
         entry: entry.name,
         parameters: rows.iter().filter(|r| r.state == "trains").map(|r| r.parameters).sum(),
-        visual_tokens: pipeline::assemble::assemble(recipe, &Place::cpu())?.vlm.visual_tokens_per_image()?,
+        visual_tokens: visual_tokens(recipe, [first, second])?,
         first_stage_step_s: step(first)?,
         second_stage_step_s: step(second)?,
         exact_match: exact.collect(),
     })
+}
+
+/// Visual tokens of a picture seen at once, at the size of the second stage.
+fn visual_tokens(recipe: &Recipe, stages: [&str; 2]) -> Result<usize> {
+    let mut vlm = pipeline::assemble::assemble(recipe, &Place::cpu())?.vlm;
+    for size in stages.iter().filter_map(|s| recipe.stage[*s].image_size) {
+        vlm.set_image_size(size)?;
+    }
+    vlm.visual_tokens_per_image()
 }
 
 fn lines(r: &Record, head: bool) -> String {
@@ -267,7 +320,6 @@ fn lines(r: &Record, head: bool) -> String {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
-    use std::path::Path;
 
     #[test]
     fn every_entry_is_a_recipe_of_its_own() {

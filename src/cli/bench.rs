@@ -1,10 +1,10 @@
 //! `adfreeze bench`.
 
-use super::{device, stdout};
+use super::{child, device, stdout};
 use crate::bail;
 use crate::bench::preset::{NAMES, Preset};
-use crate::bench::{Bench, Output, freeze, kernels, step, zoo};
-use crate::error::{Context, Result};
+use crate::bench::{Bench, Output, freeze, kernels, step, tell_machine, zoo};
+use crate::error::Result;
 use crate::model::init::Place;
 use crate::recipe::schema::{Activations, DType};
 use crate::report::Reporter;
@@ -102,9 +102,9 @@ struct Freeze {
     /// Timed steps.
     #[arg(long, default_value_t = 5)]
     steps: usize,
-    /// Measure one configuration alone, in this process, and write its record.
+    /// Measure this alone, in this process, and write what came of it as JSON: `machine`, or a configuration's number.
     #[arg(long, hide = true)]
-    configuration: Option<usize>,
+    part: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -210,24 +210,19 @@ impl Freeze {
         let preset = Preset::named(&self.preset)?;
         let options = freeze::Options { preset, micro: self.micro, sequence: self.seq, steps: self.steps };
         options.check()?;
-        if let Some(configuration) = self.configuration {
-            let record = freeze::one(&self.common.place()?, &options, configuration)?;
-            writeln!(stdout::Stdout::lock(), "{}", serde_json::to_string(&record)?)?;
-            return Ok(());
+        match self.part.as_deref() {
+            Some("machine") => return child::answer(|| tell_machine(&self.common.place()?, self.common.json)),
+            Some(n) => {
+                let Ok(n) = n.parse() else { bail!("--part {n}: there is no such part") };
+                return child::answer(|| freeze::one(&self.common.place()?, &options, n));
+            }
+            None => {}
         }
-        self.common.with(self.common.place()?, |bench| bench.freeze(|configuration| self.child(configuration)))
-    }
-
-    /// This command in a process of its own, for one configuration; what it wrote.
-    fn child(&self, configuration: usize) -> Result<String> {
-        let program = std::env::current_exe().context("cannot find this program's file")?;
-        let mut command = std::process::Command::new(program);
-        command.args(std::env::args_os().skip(1)).arg("--configuration").arg(configuration.to_string());
-        let said = command.stderr(std::process::Stdio::inherit()).output().context("cannot start a process")?;
-        if !said.status.success() {
-            bail!("the process of a configuration ended with {}", said.status; "its own message stands above; on a small machine take a smaller --preset, --micro or --seq")
-        }
-        Ok(String::from_utf8_lossy(&said.stdout).into_owned())
+        // No device is opened here: what this process held of a GPU's memory, the others would lack.
+        let mut to = stdout::Stdout::lock();
+        writeln!(to, "{}", child::ask::<String>("machine")?)?;
+        to.flush()?;
+        freeze::run(&mut Output { to: &mut to, json: self.common.json }, |i| child::ask(&i.to_string()))
     }
 }
 

@@ -17,21 +17,29 @@ pub struct Args {
     dtype: Option<DTypeArg>,
 }
 
+/// A type as an argument says it.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum DTypeArg {
+pub enum DTypeArg {
+    /// bf16 on a GPU, f32 on the CPU.
     Auto,
     F32,
     Bf16,
 }
 
+impl From<DTypeArg> for schema::DType {
+    fn from(d: DTypeArg) -> Self {
+        match d {
+            DTypeArg::Auto => Self::Auto,
+            DTypeArg::F32 => Self::F32,
+            DTypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 impl Args {
     /// What the argument says of the type, if it is given.
     pub fn dtype(&self) -> Option<schema::DType> {
-        self.dtype.map(|d| match d {
-            DTypeArg::Auto => schema::DType::Auto,
-            DTypeArg::F32 => schema::DType::F32,
-            DTypeArg::Bf16 => schema::DType::Bf16,
-        })
+        self.dtype.map(Into::into)
     }
 
     /// The device.

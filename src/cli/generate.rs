@@ -4,6 +4,7 @@ use super::{device, model};
 use crate::bail;
 use crate::data::{Item, Picture, Sample, load_pixels};
 use crate::error::Result;
+use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::generate::{Sampling, generate};
 use std::io::Write;
@@ -35,16 +36,16 @@ pub struct Args {
     compute: device::Args,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     if !(0.0..=1.0).contains(&args.top_p)
         || args.top_p == 0.0
         || !(args.temperature >= 0.0 && args.temperature.is_finite())
     {
         bail!("--temperature {} --top-p {}", args.temperature, args.top_p; "a temperature of 0 or more, and 0 < top-p ≤ 1")
     }
-    let m = args.model.load(&args.compute)?;
+    let m = args.model.load(&args.compute, reporter)?;
     let encoder = &m.assembly.encoder;
-    let how = args.pictures.of(&m);
+    let how = args.pictures.of(&m, reporter)?;
     let pictures: Vec<Picture> = args.image.iter().map(|p| Picture::new(p.clone(), &how)).collect();
     let (ids, images) = encoder.prompt(&args.prompt, &pictures, m.template)?;
     let labels = vec![crate::data::IGNORE; ids.len()];

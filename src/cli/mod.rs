@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod child;
 mod device;
 mod generate;
 mod model;
@@ -67,7 +68,7 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Train(a) => train::run(&a, &reporter),
         Command::Check(a) => check::run(&a, &reporter).map(done),
-        Command::Generate(a) => generate::run(&a).map(done),
+        Command::Generate(a) => generate::run(&a, &reporter).map(done),
         Command::Score(a) => score::run(&a, &reporter).map(done),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, &reporter),

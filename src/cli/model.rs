@@ -7,8 +7,9 @@ use crate::model::init::Place;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_llava, source};
 use crate::pipeline::assemble::{Assembly, assemble, sight};
-use crate::pipeline::{Opened, open_run};
+use crate::pipeline::{Opened, newline, open_run};
 use crate::recipe::schema::{Alpha, Data, Recipe, Resize, Template};
+use crate::report::Reporter;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -54,6 +55,17 @@ pub struct Pictures {
     /// a model.
     #[arg(long, value_enum)]
     alpha: Option<AlphaArg>,
+    /// With anyres: a height and width in pixels that tiles may fill, e.g. 336x672; may be given several times. Default: as the
+    /// first data entry of the run's stage; for a model what its folder says, else LLaVA-1.6's.
+    #[arg(long, value_name = "HxW", value_delimiter = ',', value_parser = grid)]
+    grid: Vec<[usize; 2]>,
+}
+
+/// `336x672`.
+fn grid(text: &str) -> Result<[usize; 2], String> {
+    let number = |n: &str| n.trim().parse().ok().filter(|n| *n > 0);
+    let both = text.split_once(['x', '×']).and_then(|(h, w)| Some([number(h)?, number(w)?]));
+    both.ok_or_else(|| "a height and a width in pixels, e.g. 336x672".to_string())
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -71,7 +83,7 @@ enum AlphaArg {
 
 impl Pictures {
     /// What the arguments say, else what is usual for the model: all of a data entry but its files.
-    pub fn of(&self, model: &Loaded) -> Data {
+    pub fn of(&self, model: &Loaded, reporter: &Reporter) -> Result<Data> {
         let resize = match self.resize {
             Some(ResizeArg::Crop) => Resize::Crop,
             Some(ResizeArg::Pad) => Resize::Pad,
@@ -84,8 +96,16 @@ impl Pictures {
             Some(AlphaArg::White) => Alpha::White,
             None => model.pictures.alpha,
         };
-        let grid_pinpoints = model.pictures.grid_pinpoints.clone().filter(|_| resize == Resize::Anyres);
-        Data { resize, alpha, grid_pinpoints, ..Data::new(PathBuf::new()) }
+        let tiles = resize == Resize::Anyres;
+        if !tiles && !self.grid.is_empty() {
+            bail!("--grid, but pictures are not cut into tiles"; "say so with --resize anyres, or leave --grid out")
+        }
+        if tiles && model.newline_is_random {
+            reporter.warn(&newline::told());
+        }
+        let own = || model.pictures.grid_pinpoints.clone();
+        let grid_pinpoints = if self.grid.is_empty() { own().filter(|_| tiles) } else { Some(self.grid.clone()) };
+        Ok(Data { resize, alpha, grid_pinpoints, ..Data::new(PathBuf::new()) })
     }
 }
 
@@ -96,30 +116,40 @@ pub struct Loaded {
     pub template: Template,
     /// How pictures are prepared: as in the first data entry of the run's stage.
     pub pictures: Data,
+    /// Has nothing trained the newline of tiles?
+    newline_is_random: bool,
 }
 
 impl Args {
-    /// Loads what the arguments name.
-    pub fn load(&self, compute: &device::Args) -> Result<Loaded> {
+    /// Loads what the arguments name; what was assumed on the way is a warning.
+    pub fn load(&self, compute: &device::Args, reporter: &Reporter) -> Result<Loaded> {
         let device = compute.open()?;
         let place = |recipe| Place::new(device, compute.dtype().unwrap_or(recipe));
         let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
-                let Opened { recipe, stage, assembly, state } = open_run(run, self.stage.as_deref(), place)?;
+                let Opened { recipe, stage, mut assembly, state } = open_run(run, self.stage.as_deref(), place)?;
                 let pictures = recipe.stage[&stage].data.first().cloned();
-                let pictures = pictures.unwrap_or_else(|| Data::new(PathBuf::new()));
-                Loaded { vlm: state.vlm, assembly, template: recipe.model.template, pictures }
+                let mut pictures = pictures.unwrap_or_else(|| Data::new(PathBuf::new()));
+                if !pictures.has_tiles() {
+                    pictures.grid_pinpoints = assembly.grids.clone();
+                }
+                let newline_is_random = newline::untrained(&recipe, &mut assembly, &stage)?;
+                Loaded { newline_is_random, vlm: state.vlm, assembly, template: recipe.model.template, pictures }
             }
             (None, Some(model)) => {
                 let recipe = bare(model, self.adapter.as_deref())?;
                 let assembly = assemble(&recipe, &place(recipe.model.dtype))?;
                 let vlm = assembly.vlm.clone();
                 let resize = if vlm.newline.is_some() { Resize::Anyres } else { Resize::default() };
-                let pictures = Data { resize, ..Data::new(PathBuf::new()) };
-                Loaded { vlm, assembly, template: Template::default(), pictures }
+                let grid_pinpoints = assembly.grids.clone();
+                let pictures = Data { resize, grid_pinpoints, ..Data::new(PathBuf::new()) };
+                assembly.begins.iter().for_each(|w| reporter.warn(w));
+                let newline_is_random = assembly.newline_is_random;
+                Loaded { newline_is_random, vlm, assembly, template: Template::default(), pictures }
             }
             (None, None) => bail!("neither --run nor --model is given"),
         };
+        loaded.assembly.warnings.iter().for_each(|w| reporter.warn(w));
         loaded.assembly.encoder = loaded.assembly.encoder.seeing(sight(&loaded.vlm)?);
         loaded.template = match self.template {
             Some(TemplateArg::Plain) => Template::Plain,

@@ -45,8 +45,8 @@ struct Line<'a> {
 }
 
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
-    let m = args.model.load(&args.compute)?;
-    let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m) };
+    let m = args.model.load(&args.compute, reporter)?;
+    let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
     atomic::write_out(&args.out, |out| {
         for items in set.items.chunks(args.micro.max(1)) {

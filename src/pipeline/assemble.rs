@@ -35,8 +35,14 @@ pub struct Assembly {
     pub sources: Vec<(String, String)>,
     /// Folder or file of the tokenizer, whose files go with an export.
     pub tokenizer_dir: PathBuf,
-    /// What was assumed for want of a file, for `check` to say.
+    /// What was assumed for want of a file, for every command to say.
     pub warnings: Vec<String>,
+    /// What of a loaded projector begins with random values, for `check` and `train` to say: a finished stage may have trained it.
+    pub begins: Vec<String>,
+    /// Does the newline of tiles begin with random values?
+    pub newline_is_random: bool,
+    /// Heights and widths that tiles may fill, as a LLaVA-NeXT folder says them of itself.
+    pub grids: Option<Vec<[usize; 2]>>,
 }
 
 /// Where a tower alone is read, counted as in HF's `hidden_states`, unless the recipe says otherwise: LLaVA's choice.
@@ -51,8 +57,10 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         files: Vec::new(),
         sources: Vec::new(),
         warnings: Vec::new(),
+        begins: Vec::new(),
+        newline_is_random: false,
     };
-    let whole = recipe.model.source.as_deref().map(|s| parts.llava(s)).transpose()?;
+    let whole = recipe.model.source.as_deref().map(|s| parts.llava(s, recipe)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
     let (mut tower, mut projector, mut newline, mut see) = (None, None, None, None);
@@ -99,7 +107,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             }
         });
     }
-    let Parts { place, files, sources, warnings, .. } = parts;
+    let Parts { place, files, sources, warnings, begins, newline_is_random, .. } = parts;
     Ok(Assembly {
         vlm,
         place,
@@ -111,6 +119,9 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         sources,
         tokenizer_dir: language.tokenizer,
         warnings,
+        begins,
+        newline_is_random,
+        grids: whole.and_then(|w| w.grids),
     })
 }
 
@@ -123,6 +134,17 @@ fn seen(tower: &Tower, projector: &Projector, deliver: schema::Deliver) -> Resul
 pub fn sight(vlm: &Vlm) -> Result<Option<Sight>> {
     let (Some(tower), Some(projector)) = (&vlm.vision, &vlm.projector) else { return Ok(None) };
     seen(tower, projector, vlm.deliver).map(Some)
+}
+
+/// `image_grid_pinpoints` of a `config.json`, if it is there.
+fn grids(path: &Path) -> Result<Option<Vec<[usize; 2]>>> {
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+    let Some(own) = json.get("image_grid_pinpoints").filter(|own| !own.is_null()) else { return Ok(None) };
+    let wrong = |e| {
+        let cause = format!("{}: image_grid_pinpoints is {own}", path.display());
+        Error::new(cause).source(e).hint("a list of heights and widths in pixels, e.g. [[336, 672], [672, 336]]")
+    };
+    serde_json::from_value(own.clone()).map(Some).map_err(wrong)
 }
 
 /// A loaded adapter in the words of a recipe.
@@ -158,6 +180,7 @@ fn part_name(prefix: &str) -> &str {
 struct Whole {
     dir: PathBuf,
     config: LlavaConfig,
+    grids: Option<Vec<[usize; 2]>>,
 }
 
 struct Part {
@@ -177,6 +200,8 @@ struct Parts {
     files: Vec<PathBuf>,
     sources: Vec<(String, String)>,
     warnings: Vec<String>,
+    begins: Vec<String>,
+    newline_is_random: bool,
 }
 
 /// What is read of a tokenizer's folder, or copied from it into an export, beside `tokenizer.json`.
@@ -206,7 +231,7 @@ impl Parts {
         self.files.extend(names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()));
     }
 
-    fn llava(&mut self, source: &str) -> Result<Whole> {
+    fn llava(&mut self, source: &str, recipe: &Recipe) -> Result<Whole> {
         let dir = self.find(
             "model.source",
             source,
@@ -214,26 +239,28 @@ impl Parts {
         )?;
         self.note(&dir, &["config.json"]);
         let config = LlavaConfig::from_dir(&dir)?;
-        self.warn_of_grids(&dir, &config)?;
-        Ok(Whole { dir, config })
+        let grids = if config.newline { grids(&dir.join("config.json"))? } else { None };
+        if let Some(own) = grids.as_deref().filter(|_| recipe.has_tiles_of_usual_grids()) {
+            self.warn_of_grids(&dir, own, config.vision.image_size);
+        }
+        Ok(Whole { dir, config, grids })
     }
 
-    /// The grids of tiles that a LLaVA-NeXT was trained with are not read: other ones than the usual are worth a warning.
-    fn warn_of_grids(&mut self, dir: &Path, config: &LlavaConfig) -> Result<()> {
-        let path = dir.join("config.json");
-        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        let Some(own) = json.get("image_grid_pinpoints").filter(|_| config.newline) else { return Ok(()) };
-        let mut usual = GRIDS.map(|g| g.map(|n| n * config.vision.image_size)).to_vec();
-        let mut said: Vec<[usize; 2]> = serde_json::from_value(own.clone()).unwrap_or_default();
-        usual.sort();
-        said.sort();
-        if said != usual {
+    /// The grids of tiles that a LLaVA-NeXT was trained with are not those of data entries that state none: other ones than the
+    /// usual are worth a warning.
+    fn warn_of_grids(&mut self, dir: &Path, own: &[[usize; 2]], size: usize) {
+        let sorted = |grids: &[[usize; 2]]| {
+            let mut grids = grids.to_vec();
+            grids.sort();
+            grids
+        };
+        if sorted(own) != sorted(&GRIDS.map(|g| g.map(|n| n * size))) {
+            let own = format!("{own:?}").replace(' ', "");
             self.warnings.push(format!(
-                "{}: image_grid_pinpoints is {own}, other than LLaVA-1.6's at {} px: set grid_pinpoints to it on data entries with resize = \"anyres\"",
-                path.display(), config.vision.image_size
+                "{}: image_grid_pinpoints is {own}, other than LLaVA-1.6's at {size} px: set grid_pinpoints to it on data entries with resize = \"anyres\"",
+                dir.join("config.json").display()
             ));
         }
-        Ok(())
     }
 
     /// Builds a part from weights and makes sure that all of them were used.
@@ -354,6 +381,7 @@ impl Parts {
         let bias = whole.is_none_or(|w| w.config.projector_bias);
         let Some(source) = cfg.source() else {
             let mut src = self.fresh();
+            self.newline_is_random = tiles;
             return Ok((Projector::new(&cfg, d_in, d_out, bias, &mut src)?, newline(&mut src)?));
         };
         let path = PathBuf::from(source);
@@ -363,9 +391,10 @@ impl Parts {
         self.published(&cfg, &path).and_then(|()| has_all_but(&cfg, &weights, source)).context("model.projector")?;
         if tiles && weights.info(NEWLINE).is_none() {
             fresh.push(NEWLINE);
+            self.newline_is_random = true;
         }
         for part in fresh.iter().map(|p| part_name(p)) {
-            self.warnings
+            self.begins
                 .push(format!("model.projector: `{part}` begins with random values, not with those of {source}"));
         }
         if !tiles {

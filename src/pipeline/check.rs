@@ -9,15 +9,15 @@ use super::freeze::thousands;
 use super::memory;
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
-use super::{evaluation, make_data};
+use super::{evaluation, make_data, newline};
 use crate::bail;
 use crate::data::{Dataset, ImageProcessor, ImageRef, Plan, Sight};
 use crate::error::{Context, Error, Result};
-use crate::model::init::Place;
+use crate::model::init::{NEWLINE, Place};
 use crate::model::params::{Module, adapter_of};
 use crate::optim::AdamW;
-use crate::recipe::schema::{Model, Recipe, START_ADAPTER, Scheduler, Stage};
-use crate::report::{Reporter, Table};
+use crate::recipe::schema::{DType, Recipe, START_ADAPTER, Scheduler, Stage};
+use crate::report::{Reporter, Table, human};
 use candle_core::Device;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,17 +29,58 @@ const PRETRAINED_LR: f64 = 1e-4;
 /// Every picture must be there; of each data set at most so many, evenly spread, are decoded as well.
 const DECODED: usize = 1000;
 
-/// Checks `recipe` and prints its stages to `out`.
+/// The machine that will train, as far as it is told to be another than the one that checks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Aim {
+    /// Type of frozen weights and activations; none: what the recipe says, which `auto` makes f32 here.
+    pub dtype: Option<DType>,
+    /// Bytes of memory that are free before the model is loaded; none: what is free here.
+    pub memory: Option<u64>,
+}
+
+impl Aim {
+    /// For which type and memory the tables hold, and how to ask for others.
+    fn told(self, recipe: &Recipe, place: &Place) -> Result<String> {
+        let dtype = place.dtype.as_str();
+        let free = match self.memory {
+            Some(bytes) => format!("{} of free memory", human::bytes(bytes)),
+            None => match memory::free_memory(&place.device)? {
+                Some(bytes) => format!("this machine's free memory ({})", human::bytes(bytes)),
+                None => "free memory that cannot be told".to_string(),
+            },
+        };
+        let open = self.dtype.unwrap_or(recipe.model.dtype) == DType::Auto;
+        let gpu = if open { " (on a GPU it would be bf16)" } else { "" };
+        let mut ask = Vec::new();
+        if open {
+            ask.push("--dtype bf16");
+        }
+        if self.memory.is_none() {
+            ask.push("--memory 80GiB");
+        }
+        let ask = if ask.is_empty() { String::new() } else { format!("; {} tells of another machine", ask.join(" ")) };
+        Ok(format!("the tables below hold for {dtype}{gpu} and {free}{ask}"))
+    }
+}
+
+/// Checks `recipe` and prints its stages to `out`, as they will be on the machine of `aim`.
 ///
 /// # Errors
 /// What is wrong with the model at once; what is wrong with the stages and their data all together.
-pub fn check(recipe: &Recipe, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
+pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
     make_data(recipe, reporter)?;
-    let assembly = assemble(recipe, &Place::new(Device::Cpu, recipe.model.dtype))?;
+    let mut assembly = assemble(recipe, &Place::new(Device::Cpu, aim.dtype.unwrap_or(recipe.model.dtype)))?;
     write!(out, "{}", sources(&assembly).render())?;
+    writeln!(out, "{}", aim.told(recipe, &assembly.place)?)?;
+    let mut newlines = Vec::new();
+    for name in &recipe.stages {
+        // A pattern that is wrong is a problem of its stage.
+        newlines.extend(newline::warnings(recipe, &mut assembly, name).unwrap_or_default());
+    }
     let (ends, random, masters) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-    let warnings = assembly.warnings.clone();
-    let mut all = Check { recipe, assembly: &assembly, ends, random, masters, sights: Vec::new(), warnings, steps: 0 };
+    let warnings = assembly.warnings.iter().chain(&assembly.begins).cloned().chain(newlines).collect();
+    let mut all =
+        Check { recipe, aim, assembly: &assembly, ends, random, masters, sights: Vec::new(), warnings, steps: 0 };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
@@ -68,6 +109,7 @@ fn sources(assembly: &Assembly) -> Table {
 /// The stages that were checked so far.
 struct Check<'a> {
     recipe: &'a Recipe,
+    aim: Aim,
     assembly: &'a Assembly,
     /// How each stage leaves the model; the copies share their tensors.
     ends: BTreeMap<&'a str, State>,
@@ -117,7 +159,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// What the stage consists of and costs, on this machine's free memory where the recipe leaves the choice to it.
+    /// What the stage consists of and costs, on the free memory of the machine in question where the recipe leaves the choice to it.
     fn parts(
         &mut self,
         name: &'a str,
@@ -132,9 +174,13 @@ impl<'a> Check<'a> {
         let loads = memory::loads(data, &plan, 0..total, micro(stage), state.vlm.prefix_rows());
         let mut masters = parent(self.recipe, name)?.and_then(|p| self.masters.get(p)).cloned().unwrap_or_default();
         let rows = components::rows(state, &Training { stage, optimizer, loads: &loads, masters: &masters })?;
-        let (kept, _) = memory::of_stage(stage, state, &loads, optimizer)?;
+        // A stage finds its weights loaded as it chooses.
+        let weights = rows.iter().map(|r| r.weight_bytes).sum();
+        let free = self.aim.memory.map(|bytes| bytes.saturating_sub(weights));
+        let (kept, told) = memory::of_stage(stage, state, &loads, optimizer, free)?;
         write!(out, "{}", components::table(&format!("stage {name}: parameters"), &rows, kept).render())?;
         writeln!(out, "{}", components::notes(&state.vlm, &rows, &loads, kept)?)?;
+        told.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         for n in state.vlm.trainable().into_keys() {
             let with = components::gets_master(stage, &n);
             if with {
@@ -155,7 +201,7 @@ impl<'a> Check<'a> {
         let known: Vec<String> = state.vlm.params().into_keys().collect();
         let mut random = match before {
             Some(p) => self.random.get(p).cloned().unwrap_or_default(),
-            None => known.iter().filter(|n| is_random(&self.recipe.model, n)).cloned().collect(),
+            None => known.iter().filter(|n| self.is_random(n)).cloned().collect(),
         };
         let carried = before.and_then(|p| self.ends.get(p)).map(|s| &s.adapters);
         let declared = |n: &str| {
@@ -171,6 +217,22 @@ impl<'a> Check<'a> {
         let fresh = random.intersection(&trained).cloned().collect();
         self.random.insert(name, random.difference(&trained).cloned().collect());
         Ok(fresh)
+    }
+
+    /// Does the model, without its adapters, begin with random values here?
+    fn is_random(&self, name: &str) -> bool {
+        let model = &self.recipe.model;
+        let part = |p: &str| name.starts_with(p);
+        if is_adapter(name) {
+            return false;
+        }
+        if name == NEWLINE {
+            return self.assembly.newline_is_random;
+        }
+        part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
+            || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
+            || part("projector.")
+                && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
     }
 
     /// The data of every evaluation that a stage runs; returns what is wrong.
@@ -215,18 +277,6 @@ impl<'a> Check<'a> {
         }
         Ok(problems)
     }
-}
-
-/// Does the model, without its adapters, begin with random values here?
-fn is_random(model: &Model, name: &str) -> bool {
-    let part = |p: &str| name.starts_with(p);
-    if is_adapter(name) {
-        return false;
-    }
-    part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
-        || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
-        || part("projector.")
-            && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
 }
 
 /// Decodes pictures of a data set, at most [`DECODED`]; returns how many.

@@ -39,12 +39,21 @@ pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: 
 /// Bytes of a gradient's element.
 const GRADIENT: u64 = 4;
 
-/// [`choose`] for an entered stage whose micro-batches are `loads`, by the memory that is free now on the model's device.
-pub fn of_stage(stage: &Stage, state: &mut State, loads: &[Load], optimizer: &AdamW) -> Result<(Kept, Option<String>)> {
+/// [`choose`] for an entered stage whose micro-batches are `loads`, by `free` bytes of memory, or by those that are free now on the
+/// model's device.
+pub fn of_stage(
+    stage: &Stage,
+    state: &mut State,
+    loads: &[Load],
+    optimizer: &AdamW,
+    free: Option<u64>,
+) -> Result<(Kept, Option<String>)> {
     let gradients = state.vlm.trainable().values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
     let device = state.vlm.language.device();
     let training = gradients + optimizer.bytes_to_come(device);
-    choose(stage.activations, &state.vlm, loads, training, || free_memory(device))
+    choose(stage.activations, &state.vlm, loads, training, || {
+        free.map_or_else(|| free_memory(device), |free| Ok(Some(free)))
+    })
 }
 
 /// What a stage keeps, and for `auto` the line that says so. `training` counts the bytes of gradients and of moments that a step

@@ -13,6 +13,7 @@ pub mod export;
 pub mod freeze;
 pub mod memory;
 pub mod merge;
+pub mod newline;
 pub mod run_dir;
 pub mod selftest;
 pub mod signals;
@@ -66,8 +67,11 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
-    assembly.warnings.iter().for_each(|w| reporter.warn(w));
+    assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
     let (inputs, shown) = survey(recipe, &mut assembly)?;
+    for name in &recipe.stages {
+        newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
+    }
     let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     let mut coming = BTreeSet::new();
     for name in &wanted {

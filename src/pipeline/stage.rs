@@ -174,7 +174,7 @@ fn tell_parts(
     // Masters have been made, so that every one stands in the model.
     let rows = components::rows(state, &Training { stage, optimizer, loads: &loads, masters: &BTreeSet::new() })?;
     write_bytes(&run.dir.stage(run.recipe, name).join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
-    let (kept, _) = memory::of_stage(stage, state, &loads, optimizer)?;
+    let (kept, _) = memory::of_stage(stage, state, &loads, optimizer, None)?;
     run.reporter.table(&components::table(&format!("{name}: parameters"), &rows, kept));
     run.reporter.info(&components::notes(&state.vlm, &rows, &loads, kept)?);
     Ok(())
@@ -202,7 +202,7 @@ fn steps(
     let micro = micro(stage);
     let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
     let loads = memory::loads(data, &plan, first..total, micro, state.vlm.prefix_rows());
-    let (kept, told) = memory::of_stage(stage, state, &loads, optimizer)?;
+    let (kept, told) = memory::of_stage(stage, state, &loads, optimizer, None)?;
     let device = state.vlm.language.device().clone();
     told.iter().for_each(|line| run.reporter.info(line));
     let batches = (first..total).map(move |s| (s, plan.step(s)));

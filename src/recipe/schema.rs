@@ -48,8 +48,16 @@ pub struct Recipe {
 impl Recipe {
     /// Are pictures cut into tiles anywhere?
     pub fn has_tiles(&self) -> bool {
-        let mut data = self.stage.values().flat_map(|s| &s.data).chain(self.eval.values().flat_map(|e| &e.data));
-        data.any(|d| d.resize == Resize::Anyres)
+        self.all_data().any(Data::has_tiles)
+    }
+
+    /// Are pictures cut into tiles whose grids no data entry states?
+    pub fn has_tiles_of_usual_grids(&self) -> bool {
+        self.all_data().any(|d| d.has_tiles() && d.grid_pinpoints.is_none())
+    }
+
+    fn all_data(&self) -> impl Iterator<Item = &Data> {
+        self.stage.values().flat_map(|s| &s.data).chain(self.eval.values().flat_map(|e| &e.data))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::folder::{Folder, THREE_STAGES, golden};
 use adfreeze::checkpoint::safetensors;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The golden model sees 56 px. The captions are seen at once, conversations and pairs in tiles; the last stage has its own grids.
 fn recipe() -> String {
@@ -76,6 +76,89 @@ fn tiles_of_shuffled_pixels_in_bf16() {
     f.train(&args);
 }
 
+/// A LLaVA-NeXT folder with a tokenizer, perhaps with grids of its own.
+fn next(f: &Folder, name: &str, grids: Option<serde_json::Value>) -> PathBuf {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/anyres/model");
+    let own = f.path(name);
+    std::fs::create_dir(&own).unwrap();
+    let model = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    for path in model.chain(["tokenizer.json", "tokenizer_config.json"].map(|n| golden("model").join(n))) {
+        std::fs::copy(&path, own.join(path.file_name().unwrap())).unwrap();
+    }
+    if let Some(grids) = grids {
+        let config = std::fs::read_to_string(own.join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        config["image_grid_pinpoints"] = grids;
+        std::fs::write(own.join("config.json"), config.to_string()).unwrap();
+    }
+    own
+}
+
+/// A model alone is scored with the grids of its folder, unless others are given; what was assumed is told.
+#[test]
+fn grids_of_a_model_alone() {
+    let f = Folder::new();
+    let [own, usual] = [Some(serde_json::json!([[12, 24], [48, 12]])), None].map(|grids| {
+        let name = if grids.is_some() { "own" } else { "usual" };
+        next(&f, name, grids).display().to_string()
+    });
+    let data = golden("data/sft.json").display().to_string();
+    let images = golden("images").display().to_string();
+    let score = |model: &str, more: &[&str]| {
+        let args = ["score", "--model", model, "--data", &data, "--images", &images, "--out", "out.jsonl"];
+        let said = f.ok(args.iter().chain(more));
+        (std::fs::read_to_string(f.path("out.jsonl")).unwrap(), said.stderr)
+    };
+    let (by_folder, told) = score(&own, &[]);
+    assert!(!told.contains("warning"), "{told}");
+    assert_eq!(by_folder, score(&usual, &["--grid", "12x24,48x12"]).0);
+    assert_ne!(by_folder, score(&usual, &[]).0);
+    let generate = |more: &[&'static str]| {
+        let start = ["generate", "--model", &own, "--prompt", "What is it?", "--max-new-tokens", "1"];
+        [&start[..], more].concat()
+    };
+    f.fails(
+        &generate(&["--grid", "12x24", "--pad"]),
+        &["--grid, but pictures are not cut into tiles", "--resize anyres"],
+    );
+    std::fs::remove_file(Path::new(&own).join("preprocessor_config.json")).unwrap();
+    for told in [f.ok(generate(&[])).stderr, score(&own, &[]).1] {
+        assert!(told.contains("warning: ") && told.contains("has neither preprocessor_config.json"), "{told}");
+    }
+    let broken = next(&f, "broken", Some(serde_json::json!(["12x24"]))).display().to_string();
+    let args = ["generate", "--model", &broken, "--prompt", "What?"];
+    f.fails(&args, &["image_grid_pinpoints is [\"12x24\"]", "heights and widths"]);
+}
+
+/// A newline that began with random values and that nothing has trained is told wherever pictures are in tiles.
+#[test]
+fn a_newline_that_nothing_has_trained() {
+    let seen_in_tiles = "eval.captions.data=[{path=\"${GOLDEN}/data/plain.json\",images=\"${GOLDEN}/images\",template=\"plain\",resize=\"anyres\"}]";
+    let without = "stage.align.train=[\"!projector.image_newline\",\"projector.*\"]";
+    let told = |text: &str| -> Vec<String> {
+        let lines =
+            text.lines().filter_map(|l| l.strip_prefix("warning: ")?.split_once(": pictures are shown in tiles"));
+        lines.map(|(place, _)| place.to_string()).collect()
+    };
+    let f = Folder::with(THREE_STAGES);
+    let set = set(&[without, &without.replace("align", "sft"), seen_in_tiles]);
+    let set: Vec<&str> = set.iter().map(String::as_str).collect();
+    let all = ["align", "sft", "dpo"].map(|s| format!("eval.captions after stage.{s}"));
+    assert_eq!(told(&f.ok(["check", "recipe.toml"].iter().chain(&set)).stderr), all);
+    assert_eq!(told(&f.train(&[&["--stages", "align"], &set[..]].concat()).stderr), all);
+    let image = golden("images/exact0.png").display().to_string();
+    let ask = ["generate", "--run", "run", "--image", &image, "--prompt", "What?", "--max-new-tokens", "1"];
+    let tiles = |more: &[&str]| f.ok(ask.iter().chain(more)).stderr.contains("warning: pictures are shown in tiles");
+    assert_eq!([tiles(&[]), tiles(&["--resize", "anyres"])], [false, true]);
+    // Trained by the second stage, on tiles; then made anew.
+    let g = Folder::with(&recipe());
+    let check = |more: &[&str]| told(&g.ok(["check", "recipe.toml"].iter().chain(more)).stderr);
+    assert!(check(&[]).is_empty());
+    assert_eq!(check(&["--set", seen_in_tiles]), all[..1]);
+    let anew = ["stage.dpo", "eval.preference after stage.dpo"];
+    assert_eq!(check(&["--set", "stage.dpo.reset=[\"projector.image_newline\"]"]), anew);
+}
+
 #[test]
 fn a_llava_next_folder() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/anyres/model");
@@ -88,17 +171,8 @@ fn a_llava_next_folder() {
     let set = set(&[&source, &tokenizer, grids, eval, "stage.sft.train=[\"projector.linear_1.*\"]"]);
     let said = f.train(&set.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(!said.stderr.contains("image_grid_pinpoints"), "{}", said.stderr);
-    // Grids of its own are not read, which is told.
-    let other = f.path("other");
-    std::fs::create_dir(&other).unwrap();
-    for entry in std::fs::read_dir(&dir).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, other.join(path.file_name().unwrap())).unwrap();
-    }
-    let config = std::fs::read_to_string(other.join("config.json")).unwrap();
-    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    config["image_grid_pinpoints"] = serde_json::json!([[12, 24], [48, 12]]);
-    std::fs::write(other.join("config.json"), config.to_string()).unwrap();
+    // Grids of its own are not those of data that states none, which is told.
+    let other = next(&f, "other", Some(serde_json::json!([[12, 24], [48, 12]])));
     let other = format!("model.source=\"{}\"", other.display());
     let set: Vec<&str> = set.iter().map(|s| if *s == source { other.as_str() } else { s.as_str() }).collect();
     let said = f.ok(["check", "recipe.toml"].iter().chain(&set));

@@ -204,3 +204,40 @@ fn the_zoo_is_run_entry_by_entry() {
     f.fails(&unknown, &["elephant", "pixel_shuffle"]);
     f.fails(&["bench", "zoo", "recipe.toml"], &["no exact matches are counted at the end of `sft`"]);
 }
+
+/// Tiles need visual tokens that keep their places; a look at the second stage, and its size of pictures, take nothing with them.
+#[test]
+fn what_the_zoo_cannot_run_is_told_before_it_begins() {
+    let exact = "\n[eval.exact]\nmetric = \"exact_match\"\ndata = [{ path = \"${GOLDEN}/data/sft.json\", images = \"${GOLDEN}/images\" }]\n";
+    let tiled = THREE_STAGES.replace(
+        "sft.json\", images = \"${GOLDEN}/images\"",
+        "sft.json\", images = \"${GOLDEN}/images\", resize = \"anyres\"",
+    );
+    let f = Folder::with(&format!("{tiled}{exact}"));
+    let sets = [
+        "--set",
+        "defaults.max_steps=2",
+        "--set",
+        "stage.align.train=[\"!projector.image_newline\",\"projector.*\"]",
+        "--set",
+        "stage.sft.eval=[\"captions\",\"exact\"]",
+        "--set",
+        "stage.sft.align_check={samples=2}",
+        "--set",
+        "stage.sft.image_size=28",
+    ];
+    let zoo = |only: &'static str| ["bench", "zoo", "recipe.toml", "--json", "--only", only].into_iter().chain(sets);
+    let said = f.ok(zoo("er"));
+    let all: Vec<Value> = said.stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let names: Vec<&str> = all.iter().map(|r| r["entry"].as_str().unwrap()).collect();
+    assert_eq!(names, ["perceiver", "qformer", "cross_attention, perceiver", "no adapter", "bottleneck adapter"]);
+    for (i, r) in all.iter().enumerate() {
+        let cannot = r["cannot"].as_str().unwrap_or_default();
+        assert_eq!(cannot.contains("do not stand as a square"), i < 3, "{r}");
+        // 28 px in patches of 14.
+        assert!(i < 3 || r["visual_tokens"] == 4, "{r}");
+    }
+    f.fails(&zoo("qformer").collect::<Vec<_>>(), &["qformer: ", "do not stand as a square"]);
+    // Beside the text nothing could be looked at.
+    f.ok(zoo("cross_attention, gated"));
+}

@@ -66,6 +66,37 @@ fn tells_of_every_stage_what_training_tells() {
     }
 }
 
+/// The machine that checks need not be the one that trains.
+#[test]
+fn tells_of_another_machine() {
+    let f = Folder::with(THREE_STAGES);
+    let told = |more: &[&str]| f.ok(["check", "recipe.toml"].iter().chain(more)).stdout;
+    let line = |text: &str| text.lines().find(|l| l.starts_with("the tables below hold for")).unwrap().to_string();
+    let chosen = |text: &str| -> Vec<String> {
+        text.lines().filter(|l| l.starts_with("activations: ")).map(str::to_string).collect()
+    };
+    let here = told(&[]);
+    assert!(line(&here).contains("f32 (on a GPU it would be bf16) and this machine's free memory ("), "{here}");
+    assert!(line(&here).ends_with("; --dtype bf16 --memory 80GiB tells of another machine"), "{here}");
+    let there = told(&["--dtype", "bf16", "--memory", "80GiB"]);
+    assert_eq!(line(&there), "the tables below hold for bf16 and 85.9 GB of free memory");
+    assert!(
+        chosen(&there).len() == 3 && chosen(&there).iter().all(|l| l.starts_with("activations: none (")),
+        "{there}"
+    );
+    assert!(chosen(&there)[0].ends_with(" of 85.9 GB free)"), "{there}");
+    // As the recipe itself says it, and half as much as in f32.
+    let set = told(&["--set", "model.dtype=\"bf16\"", "--memory", "80GiB"]);
+    assert_eq!(set, there);
+    let total = |text: &str| text.lines().find(|l| l.contains("language.embed_tokens")).unwrap().to_string();
+    assert_ne!(total(&here), total(&there));
+    // What the weights take is not there for the layers.
+    let small = told(&["--memory", "200kB"]);
+    assert!(chosen(&small).iter().all(|l| l.starts_with("activations: recompute (")), "{small}");
+    let none = told(&["--memory", "200kB", "--set", "defaults.activations=\"none\""]);
+    assert!(chosen(&none).is_empty(), "{none}");
+}
+
 #[test]
 fn warns_of_what_is_rarely_meant() {
     let f = Folder::with(THREE_STAGES);

@@ -37,6 +37,11 @@ impl Data {
         let (resize, alpha) = (Resize::default(), Alpha::default());
         Self { path, images: None, template: None, resize, alpha, grid_pinpoints: None, limit: None }
     }
+
+    /// Are its pictures cut into tiles?
+    pub fn has_tiles(&self) -> bool {
+        self.resize == Resize::Anyres
+    }
 }
 
 /// How a picture becomes what the tower sees.
