@@ -156,3 +156,34 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
     }
     if leaf == "bias" { constant(0.0) } else { normal(key, shape, 0.02, dtype) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names that are words of ours: the kind of a parameter decides, not what the user calls an adapter.
+    #[test]
+    fn an_adapters_name_decides_nothing() {
+        let layer = "language.layers.0.self_attn.q_proj";
+        for adapter in ["sft", "norm_tune", "up", "prefix", "LayerNorm", "bias", "0", "lora_A"] {
+            let of = |name: String, shape: &[usize]| -> Vec<f64> {
+                let t = fresh(Key::new(1, "a"), &name, shape, DType::F64).unwrap();
+                t.flatten_all().unwrap().to_vec1().unwrap()
+            };
+            let (a, b) = (format!("{layer}.lora_A.{adapter}.weight"), format!("{layer}.lora_B.{adapter}.weight"));
+            let a = of(a, &[4, 100]);
+            // Uniform in ±1/√100.
+            assert!(a.iter().all(|x| x.abs() <= 0.1) && a.iter().any(|x| x.abs() > 0.09), "{adapter}");
+            assert!(of(b, &[100, 4]).iter().all(|x| *x == 0.0), "{adapter}");
+            let soft = of(format!("language.prefix.{adapter}.weight"), &[8, 100]);
+            let (mean, std) =
+                (soft.iter().sum::<f64>() / 800.0, (soft.iter().map(|x| x * x).sum::<f64>() / 800.0).sqrt());
+            assert!(mean.abs() < 0.003 && (std - 0.02).abs() < 0.002, "{adapter}: {mean} {std}");
+            let up = of(format!("language.layers.0.mlp.bottleneck.{adapter}.up.weight"), &[8, 4]);
+            let down = of(format!("language.layers.0.mlp.bottleneck.{adapter}.down.weight"), &[4, 8]);
+            assert!(up.iter().all(|x| *x == 0.0) && down.iter().all(|x| *x != 0.0), "{adapter}");
+            let norm = of(format!("language.layers.0.cross_attention.{adapter}.ff.0.weight"), &[8]);
+            assert!(norm.iter().all(|x| *x == 1.0), "{adapter}");
+        }
+    }
+}
