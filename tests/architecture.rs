@@ -126,3 +126,24 @@ fn a_kind_of_projector_has_one_place_outside_its_file_and_the_schema() {
         assert_eq!(files, [src.join("model/projector/mod.rs")], "{kind}");
     }
 }
+
+/// Golden files are in every clone for good: 1 MiB each, 6 MiB in all.
+#[test]
+fn golden_files_are_small() {
+    fn sizes(dir: &Path, out: &mut Vec<(u64, PathBuf)>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                sizes(&entry.path(), out);
+            } else {
+                out.push((entry.metadata().unwrap().len(), entry.path()));
+            }
+        }
+    }
+    let mut files = Vec::new();
+    sizes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), &mut files);
+    let large: Vec<_> = files.iter().filter(|(n, _)| *n > 1 << 20).collect();
+    assert!(large.is_empty(), "{large:?}");
+    let all: u64 = files.iter().map(|(n, _)| n).sum();
+    assert!(files.len() > 50 && all < 6 << 20, "{} files, {all} bytes", files.len());
+}

@@ -129,7 +129,7 @@ pub struct Record {
     start_memory_bytes: Option<u64>,
     /// Most that was in use in the steps.
     peak_memory_bytes: Option<u64>,
-    /// What the layers keep for backward, as `check` tells it.
+    /// What layers and projector keep for backward, as `check` tells it.
     kept_bytes: u64,
 }
 
