@@ -3,7 +3,7 @@
 
 mod tiny;
 
-use adfreeze::data::{Dataset, IGNORE, Item, Plan, Sample};
+use adfreeze::data::{Dataset, IGNORE, ImageRef, Item, Plan, Sample};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
@@ -15,7 +15,7 @@ use adfreeze::optim::{AdamW, Depths};
 use adfreeze::pipeline::components::{Row, Training, gets_master, notes, rows, table};
 use adfreeze::pipeline::memory::loads;
 use adfreeze::pipeline::state::{State, is_adapter};
-use adfreeze::recipe::schema::{SelectFeature, Stage};
+use adfreeze::recipe::schema::{Alpha, Resize, SelectFeature, Stage};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use tiny::*;
@@ -63,7 +63,8 @@ fn standing(vlm: &mut Vlm) -> u64 {
 
 const LORA: &str = "adapters = [{ lora = { rank = 2, alpha = 4, target = ['language.layers[1..].*_proj'] } }]";
 
-const STAGES: [&str; 9] = [
+const STAGES: [&str; 10] = [
+    "adapters = [{ prefix = { tokens = 3, before = 'picture' } }, { prefix = { name = 'text', tokens = 2 } }]",
     "train = ['projector.*']",
     LORA,
     "train = ['vision.encoder.layers[1].*']\nimage_size = 12",
@@ -84,7 +85,8 @@ fn what_is_told_is_what_stands_in_memory() {
             state.enter(&stage, "s").unwrap();
             let mut optimizer = optimizer(&stage, &mut state.vlm);
             let batch = pack(&state.vlm, &sequences().iter().collect::<Vec<_>>());
-            let tokens = batch.ids.len() + batch.lengths.len() * state.vlm.prefix_rows()[0];
+            let [of_text, of_picture] = state.vlm.prefix_rows();
+            let tokens = batch.ids.len() + batch.lengths.len() * of_text + batch.pictures.len() * of_picture;
             let load = Load { pictures: batch.pixels.as_ref().unwrap().dims()[0], tokens };
             let less = Load { pictures: 1, tokens: tokens / 2 };
             let none = BTreeSet::new();
@@ -222,4 +224,11 @@ fn soft_tokens_count_in_every_sequence() {
         assert_eq!(loads(&data, &plan, 0..1, 2, [0, 0]), [Load { pictures: 0, tokens: without }]);
         assert_eq!(loads(&data, &plan, 0..1, 2, [3, 5]), [Load { pictures: 0, tokens: with }]);
     }
+    // A picture that is shown twice is one to the tower, and two in the texts.
+    let picture =
+        |path: &str| ImageRef { path: path.into(), resize: Resize::Crop, alpha: Alpha::Drop, size: 8, tiles: None };
+    let items = [vec![picture("a"), picture("b")], vec![picture("a")]].map(|images| Sample { images, ..sample(5) });
+    let data = Dataset { items: items.map(Item::Sample).to_vec() };
+    let plan = Plan::new(&data, &batch, 1, "s", 1).unwrap();
+    assert_eq!(loads(&data, &plan, 0..1, 2, [3, 5]), [Load { pictures: 2, tokens: 2 * 5 + 2 * 3 + 3 * 5 }]);
 }

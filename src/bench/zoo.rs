@@ -200,8 +200,8 @@ impl<'a> Cannot<'a> {
 /// Checks all entries, tells of those that cannot be, runs the others in order and tells of each as it ends.
 ///
 /// # Errors
-/// No entry that can be; a recipe of fewer than two stages or without an evaluation of exact matches at the second one's end; `only` that names no
-/// entry; whatever stops a run.
+/// No entry that can be; a recipe of fewer than two stages or without an evaluation of exact matches at the second one's end;
+/// `only` that names no entry; whatever stops a run.
 pub fn run(options: &Options, place: &Place, reporter: &Reporter, out: &mut Output) -> Result<()> {
     let base = recipe::load(&options.recipe, &options.sets)?;
     let base = first_two(base).with_context(|| options.recipe.display())?;

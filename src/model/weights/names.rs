@@ -215,6 +215,11 @@ mod tests {
         for name in ["query_tokens", "qformer.encoder.layer.0.output_query.dense.weight", "language_projection.bias"] {
             assert_eq!(projector(name).unwrap(), format!("projector.{name}"));
         }
+        assert_eq!(
+            projector("perceiver.layers.0.0.to_q.weight").unwrap(),
+            "projector.perceiver.layers.0.0.to_q.weight"
+        );
+        assert_eq!(projector("lang_encoder.gated_cross_attn_layers.0.attn_gate"), None);
         // Other parts of a whole BLIP-2, a Q-Former's text among them.
         let layer = "qformer.encoder.layer.3";
         for part in ["intermediate.dense.weight", "output.LayerNorm.bias"] {
