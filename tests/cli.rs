@@ -5,17 +5,26 @@ mod cli {
     mod anyres;
     mod bad_input;
     mod bench;
+    mod chat;
     mod check;
+    mod first_hour;
     mod folder;
+    mod forms;
     mod hand_over;
+    mod hostile;
     mod hub;
+    mod language;
     mod learning;
     mod output;
+    mod pictures;
     mod projectors;
+    mod rates;
     mod recipes;
     mod resolution;
     mod resume;
+    mod run_folder;
     mod signals;
     mod sources;
+    mod stops;
     mod types;
 }

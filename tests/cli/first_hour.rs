@@ -1,0 +1,1 @@
+//! What a newcomer meets: words, suggestions, and what to do next.

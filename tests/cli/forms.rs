@@ -1,0 +1,1 @@
+//! Data files in other forms and encodings than ours.

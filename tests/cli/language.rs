@@ -1,0 +1,1 @@
+//! Language models, whole VLMs and adapters of others, in every spelling that changes numbers.

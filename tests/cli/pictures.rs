@@ -1,0 +1,1 @@
+//! What a picture's layout and metadata, and a processor's settings, do to pixels.

@@ -1,0 +1,1 @@
+//! Schedules, pairs and figures that would silently be others than the user thinks.
