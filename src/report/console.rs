@@ -1,9 +1,11 @@
 //! What people (or programs, with `json`) see on stderr while a run goes on.
 
 use super::human;
+use super::line::{parts, stage_style};
+use super::width::{self, fit, wrap};
 use super::{StepMetrics, Table};
 use crate::error::Error;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,17 +32,24 @@ enum Mode {
 const LINES_PER_STAGE: usize = 20;
 /// … and never a longer silence than this.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
+const BARS_PER_SECOND: u8 = 10;
 
 /// Reports a run on stderr. It can be shared between threads; a stderr that cannot be written to is ignored.
 pub struct Reporter {
     mode: Mode,
     color: bool,
+    /// Columns of the terminal; none where stderr is none.
+    columns: Option<usize>,
+    /// All bars; none outside [`Mode::Bar`].
+    bars: Option<MultiProgress>,
     state: Mutex<State>,
 }
 
 struct State {
     out: Box<dyn Write + Send>,
     stage: Option<StageState>,
+    /// Stages that are still to come, in order, each with its cost.
+    plan: Vec<(String, f64)>,
 }
 
 struct StageState {
@@ -50,6 +59,8 @@ struct StageState {
     started: Instant,
     last_line: Instant,
     bar: Option<ProgressBar>,
+    /// Cost of all that comes behind this stage, in costs of one of its steps.
+    behind: f64,
 }
 
 impl Reporter {
@@ -71,7 +82,16 @@ impl Reporter {
     }
 
     fn to(mode: Mode, color: bool, out: Box<dyn Write + Send>) -> Self {
-        Self { mode, color, state: Mutex::new(State { out, stage: None }) }
+        let bars = (mode == Mode::Bar)
+            .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(BARS_PER_SECOND)));
+        let columns = if mode == Mode::Bar { width::of_stderr() } else { None };
+        Self { mode, color, columns, bars, state: Mutex::new(State { out, stage: None, plan: Vec::new() }) }
+    }
+
+    /// The stages that are still to be run, in order, each with its cost in any one unit, such as tokens through the model:
+    /// by it the time that the run has left is told beside the stage's.
+    pub fn plan(&self, stages: Vec<(String, f64)>) {
+        self.state().plan = stages;
     }
 
     /// A stage begins, or goes on after `first_step` steps (0 for a fresh one) of `total_steps`.
@@ -84,22 +104,21 @@ impl Reporter {
                 _ => format!("{stage}: goes on after step {first_step} of {total_steps}\n"),
             },
         );
-        let bar = (self.mode == Mode::Bar).then(|| {
-            let target = ProgressDrawTarget::stderr_with_hz(10);
-            let bar = ProgressBar::with_draw_target(Some(total_steps as u64), target).with_prefix(stage.to_string());
-            bar.set_style(bar_style());
+        let bar = self.bar(total_steps as u64, stage, stage_style());
+        if let Some(bar) = &bar {
             bar.set_position(first_step as u64);
-            bar.reset_eta();
-            bar
-        });
+        }
         let name = stage.to_string();
-        self.state().stage = Some(StageState { name, first_step, total_steps, started: now, last_line: now, bar });
+        let mut state = self.state();
+        let behind = behind(&state.plan, stage, total_steps);
+        state.stage = Some(StageState { name, first_step, total_steps, started: now, last_line: now, bar, behind });
     }
 
     /// A step is done.
     pub fn step(&self, metrics: &StepMetrics) {
+        let columns = self.columns.unwrap_or(width::USUAL);
         let mut state = self.state();
-        let State { out, stage } = &mut *state;
+        let State { out, stage, .. } = &mut *state;
         if self.mode == Mode::Json {
             let mut event = json!({ "event": "step" });
             if let (Some(event), Ok(Value::Object(fields))) = (event.as_object_mut(), serde_json::to_value(metrics)) {
@@ -109,23 +128,26 @@ impl Reporter {
             return;
         }
         let Some(stage) = stage else { return };
+        let left = |step| match (stage.left(step), stage.left_of_run(step)) {
+            (stage, Some(run)) => format!("{} left, {} in all", human::duration(stage), human::duration(run)),
+            (stage, None) => format!("{} left", human::duration(stage)),
+        };
         if let Some(bar) = &stage.bar {
             bar.set_position(metrics.step as u64);
-            bar.set_message(summary(metrics));
+            bar.set_message(fit(&parts(metrics, left(metrics.step)), columns.saturating_sub(stage.bar_columns())));
         } else if stage.is_due(metrics.step) {
-            stage.last_line = Instant::now();
-            let (width, left) = (stage.total_steps.to_string().len(), human::duration(stage.left(metrics.step)));
             let (step, total) = (metrics.step, stage.total_steps);
-            let _ = writeln!(out, "{}  step {step:>width$}/{total}  {}  {left} left", metrics.stage, summary(metrics));
+            let width = total.to_string().len();
+            let head = format!("{}  step {step:>width$}/{total}  ", metrics.stage);
+            let rest = fit(&parts(metrics, left(step)), columns.saturating_sub(head.chars().count()));
+            let _ = writeln!(out, "{head}{rest}");
+            stage.last_line = Instant::now();
         }
     }
 
     /// The stage that was started is over.
     pub fn stage_end(&self) {
-        let Some(stage) = self.state().stage.take() else { return };
-        if let Some(bar) = &stage.bar {
-            bar.finish_and_clear();
-        }
+        let Some(stage) = self.take_stage() else { return };
         let took = stage.started.elapsed();
         self.message(
             || json!({ "event": "stage_end", "stage": stage.name, "seconds": took.as_secs_f64() }),
@@ -135,10 +157,7 @@ impl Reporter {
 
     /// The stage that was started stops after `step`, to go on later.
     pub fn stage_stopped(&self, step: usize) {
-        let Some(stage) = self.state().stage.take() else { return };
-        if let Some(bar) = &stage.bar {
-            bar.finish_and_clear();
-        }
+        let Some(stage) = self.take_stage() else { return };
         let (name, total) = (&stage.name, stage.total_steps);
         self.message(
             || json!({ "event": "stopped", "stage": name, "step": step, "total_steps": total }),
@@ -162,9 +181,7 @@ impl Reporter {
 
     /// Why the command fails: cause, blank line, hint.
     pub fn error(&self, e: &Error) {
-        if let Some(bar) = self.state().stage.take().and_then(|s| s.bar) {
-            bar.finish_and_clear();
-        }
+        self.take_stage();
         self.message(
             || json!({ "event": "error", "message": e.to_string(), "hint": e.hint_text() }),
             || format!("error: {}\n", e.report()),
@@ -173,24 +190,53 @@ impl Reporter {
 
     /// A table, with an empty line before and behind it.
     pub fn table(&self, table: &Table) {
-        self.message(
+        self.write(
             || json!({ "event": "table", "title": table.title, "columns": table.columns, "rows": table.rows }),
-            || format!("\n{}\n", table.render()),
+            || format!("\n{}\n", table.render_within(self.columns)),
         );
     }
 
-    /// Writes one event, above the bar if there is one.
-    fn message(&self, event: impl FnOnce() -> Value, text: impl FnOnce() -> String) {
+    /// Writes one event, above the bars if there are any; on a terminal its lines are broken at spaces.
+    pub(super) fn message(&self, event: impl FnOnce() -> Value, text: impl FnOnce() -> String) {
+        self.write(event, || match self.columns {
+            Some(columns) => wrap(&text(), columns),
+            None => text(),
+        });
+    }
+
+    fn write(&self, event: impl FnOnce() -> Value, text: impl FnOnce() -> String) {
         let text = if self.mode == Mode::Json { format!("{}\n", event()) } else { text() };
         let mut state = self.state();
-        let State { out, stage } = &mut *state;
+        let out = &mut state.out;
         let mut write = || {
             let _ = out.write_all(text.as_bytes());
         };
-        match stage.as_ref().and_then(|s| s.bar.as_ref()) {
-            Some(bar) => bar.suspend(write),
+        match &self.bars {
+            Some(bars) => bars.suspend(write),
             None => write(),
         }
+    }
+
+    /// A bar below those that are there, on a terminal.
+    pub(super) fn bar(&self, total: u64, name: &str, style: ProgressStyle) -> Option<ProgressBar> {
+        let bars = self.bars.as_ref()?;
+        let bar = ProgressBar::hidden().with_prefix(name.to_string()).with_style(style);
+        bar.set_length(total);
+        Some(bars.add(bar))
+    }
+
+    pub(super) fn remove(&self, bar: Option<&ProgressBar>) {
+        if let (Some(bars), Some(bar)) = (&self.bars, bar) {
+            bar.finish_and_clear();
+            bars.remove(bar);
+        }
+    }
+
+    /// The stage that was started, its bar taken away.
+    fn take_stage(&self) -> Option<StageState> {
+        let stage = self.state().stage.take()?;
+        self.remove(stage.bar.as_ref());
+        Some(stage)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -214,27 +260,28 @@ impl StageState {
         let left = self.total_steps.saturating_sub(step) as f64;
         self.started.elapsed().mul_f64(left / done)
     }
-}
 
-fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-}
-
-/// "loss 0.4821  lr 1.0e-3  grad 0.92  12,340 tokens/s".
-fn summary(m: &StepMetrics) -> String {
-    let mut text = format!("loss {:.4}", m.loss);
-    let rates = || m.lr.values().chain(m.lr_lowest.values()).copied();
-    let (low, high) = (rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max));
-    text += &match low < high {
-        true => format!("  lr {low:.1e} to {high:.1e}"),
-        false => format!("  lr {high:.1e}"),
-    };
-    text += &format!("  grad {:.3}", m.grad_norm_total);
-    if let Some(p) = &m.preference {
-        text += &format!("  margin {:.3}  accuracy {:.2}", p.margin, p.accuracy);
+    /// Time left of the run, whose other stages are taken to cost what the plan says beside this one's steps; none where
+    /// nothing comes behind.
+    fn left_of_run(&self, step: usize) -> Option<Duration> {
+        let done = step.saturating_sub(self.first_step).max(1) as f64;
+        let left = self.total_steps.saturating_sub(step) as f64 + self.behind;
+        (self.behind > 0.0).then(|| self.started.elapsed().mul_f64((left / done).min(1e9)))
     }
-    text + &format!("  {} tokens/s", human::thousands(m.tokens_per_s.max(0.0) as u64))
+
+    /// What stands in front of the bar's message.
+    fn bar_columns(&self) -> usize {
+        let total = self.total_steps.to_string().len();
+        self.name.chars().count() + super::line::BAR + 2 * total + 5
+    }
+}
+
+/// Cost of the stages behind `stage`, in costs of one of its steps.
+fn behind(plan: &[(String, f64)], stage: &str, steps: usize) -> f64 {
+    let Some(at) = plan.iter().position(|(name, _)| name == stage) else { return 0.0 };
+    let rest: f64 = plan[at + 1..].iter().map(|(_, cost)| cost).sum();
+    let step = plan[at].1 / steps.max(1) as f64;
+    if step > 0.0 && rest.is_finite() { rest / step } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -338,7 +385,28 @@ mod tests {
     }
 
     #[test]
-    fn the_bar_style_is_valid() {
-        assert!(ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left").is_ok());
+    fn the_time_left_of_a_run_counts_the_stages_behind() {
+        let plan = [("align", 100.0), ("sft", 300.0), ("dpo", 100.0)].map(|(n, c)| (n.to_string(), c));
+        assert_eq!(behind(&plan, "align", 50), 200.0, "400 behind, 2 a step");
+        assert_eq!(behind(&plan, "sft", 100), 100.0 / 3.0);
+        assert_eq!((behind(&plan, "dpo", 100), behind(&plan, "other", 9), behind(&[], "sft", 1)), (0.0, 0.0, 0.0));
+        let text = said(Mode::Lines, false, |r| {
+            r.plan(plan.to_vec());
+            r.stage_start("align", 0, 50);
+            r.step(&step(1));
+            r.stage_end();
+        });
+        assert!(text.lines().nth(1).is_some_and(|l| l.contains(" left, ") && l.contains(" in all")), "{text}");
+        assert!(text.lines().all(|l| l.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn a_short_progress_is_silent_where_there_is_no_bar_and_a_watch_hands_on_its_work() {
+        let text = said(Mode::Lines, false, |r| {
+            let p = r.progress("evaluation seen", 3);
+            (0..3).for_each(|_| p.inc(1));
+            assert_eq!(r.watch("loading", || (1, 2), || 7), 7);
+        });
+        assert_eq!(text, "");
     }
 }

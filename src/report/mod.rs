@@ -4,11 +4,15 @@
 
 mod console;
 pub mod human;
+mod line;
 mod metrics;
+mod progress;
 mod table;
+pub mod width;
 
 pub use console::{LogFormat, Reporter};
 pub use metrics::{
     MetricsFile, PreferenceMetrics, StepMetrics, TIMING_FIELDS, peak_memory_bytes, reset_peak_memory, without_timing,
 };
+pub use progress::Progress;
 pub use table::Table;

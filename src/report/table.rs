@@ -1,5 +1,6 @@
 //! A small table as aligned text.
 
+use super::width::{fold, width};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 
@@ -29,23 +30,45 @@ impl Table {
     ///
     /// A column whose cells all read as numbers (`12`, `0.5`, `84 %`, `1,024`, `3.1 MB`, `-`) is aligned to the right.
     pub fn render(&self) -> String {
-        let columns = self.rows.iter().map(Vec::len).chain([self.columns.len()]).max().unwrap_or(0);
+        self.render_within(None)
+    }
+
+    /// The same, at most so many columns wide: the widest columns of words are broken into lines at spaces, as far as they can be.
+    pub fn render_within(&self, columns: Option<usize>) -> String {
+        let n = self.rows.iter().map(Vec::len).chain([self.columns.len()]).max().unwrap_or(0);
         let cell = |row: &[String], i: usize| row.get(i).cloned().unwrap_or_default();
         let lines = || std::iter::once(&self.columns).chain(&self.rows);
-        let widths: Vec<usize> = (0..columns).map(|i| lines().map(|r| width(&cell(r, i))).max().unwrap_or(0)).collect();
-        let right: Vec<bool> = (0..columns).map(|i| self.rows.iter().all(|r| numeric(&cell(r, i)))).collect();
+        let mut widths: Vec<usize> = (0..n).map(|i| lines().map(|r| width(&cell(r, i))).max().unwrap_or(0)).collect();
+        // No column can be narrower than its longest word.
+        let words = |text: &str| text.split(' ').map(width).max().unwrap_or(0);
+        let least: Vec<usize> = (0..n).map(|i| lines().map(|r| words(&cell(r, i))).max().unwrap_or(0)).collect();
+        let room = columns.unwrap_or(usize::MAX).saturating_sub(2 * n.saturating_sub(1));
+        while widths.iter().sum::<usize>() > room {
+            let widest = (0..n).filter(|i| widths[*i] > least[*i]).max_by_key(|i| widths[*i]);
+            let Some(i) = widest else { break };
+            widths[i] -= 1;
+        }
+        let right: Vec<bool> = (0..n).map(|i| self.rows.iter().all(|r| numeric(&cell(r, i)))).collect();
         let mut out = String::new();
         if !self.title.is_empty() {
             let _ = writeln!(out, "{}", self.title);
         }
         let mut line = |cells: &[String]| {
-            let mut text = String::new();
-            for i in 0..columns {
-                let (gap, c) = (if i == 0 { "" } else { "  " }, cell(cells, i));
-                let fill = " ".repeat(widths[i] - width(&c));
-                let _ = if right[i] { write!(text, "{gap}{fill}{c}") } else { write!(text, "{gap}{c}{fill}") };
+            let folded: Vec<Vec<String>> = (0..n)
+                .map(|i| match cell(cells, i) {
+                    c if width(&c) > widths[i] => fold(&c, widths[i]),
+                    c => vec![c],
+                })
+                .collect();
+            for k in 0..folded.iter().map(Vec::len).max().unwrap_or(1) {
+                let mut text = String::new();
+                for (i, lines) in folded.iter().enumerate() {
+                    let (gap, c) = (if i == 0 { "" } else { "  " }, lines.get(k).map_or("", String::as_str));
+                    let fill = " ".repeat(widths[i].saturating_sub(width(c)));
+                    let _ = if right[i] { write!(text, "{gap}{fill}{c}") } else { write!(text, "{gap}{c}{fill}") };
+                }
+                let _ = writeln!(out, "{}", text.trim_end());
             }
-            let _ = writeln!(out, "{}", text.trim_end());
         };
         if self.columns.iter().any(|c| !c.is_empty()) {
             line(&self.columns);
@@ -56,10 +79,6 @@ impl Table {
         }
         out
     }
-}
-
-fn width(text: &str) -> usize {
-    text.chars().count()
 }
 
 /// Empty, a dash, or a number with an optional unit behind it.
@@ -96,5 +115,20 @@ mod tests {
         let mut table = Table::new("", ["a"]);
         table.row(["x", "y"]);
         assert_eq!(table.render(), "a\n─  ─\nx  y\n");
+    }
+    #[test]
+    fn a_wide_table_is_broken_at_spaces() {
+        let mut table = Table::new("", ["group", "what it is", "n"]);
+        table.row(["projector.*", "a few words that are rather long", "27,936"]);
+        table.row(["x", "short", "1"]);
+        assert_eq!(
+            table.render_within(Some(38)),
+            "group        what it is             n\n\
+             ───────────  ─────────────────  ──────\n\
+             projector.*  a few words that   27,936\n\
+             \x20            are rather long\n\
+             x            short                   1\n"
+        );
+        assert_eq!(table.render_within(Some(80)), table.render());
     }
 }

@@ -1,0 +1,97 @@
+//! How wide a line may be, and how it is kept so.
+
+use std::io::IsTerminal;
+use terminal_size::{Width, terminal_size_of};
+
+/// Columns of a terminal that does not say how many it has.
+pub const USUAL: usize = 80;
+
+/// Columns of the terminal behind stderr; none if it is no terminal.
+pub fn of_stderr() -> Option<usize> {
+    columns(std::io::stderr())
+}
+
+/// Columns of the terminal behind stdout; none if it is no terminal.
+pub fn of_stdout() -> Option<usize> {
+    columns(std::io::stdout())
+}
+
+#[cfg(unix)]
+fn columns<S: IsTerminal + std::os::fd::AsFd>(stream: S) -> Option<usize> {
+    stream.is_terminal().then(|| told(terminal_size_of(stream)))
+}
+
+#[cfg(windows)]
+fn columns<S: IsTerminal + std::os::windows::io::AsHandle>(stream: S) -> Option<usize> {
+    stream.is_terminal().then(|| told(terminal_size_of(stream)))
+}
+
+fn told(size: Option<(Width, terminal_size::Height)>) -> usize {
+    size.map_or(USUAL, |(Width(columns), _)| columns.max(20).into())
+}
+
+/// Columns of a text.
+pub fn width(text: &str) -> usize {
+    text.chars().count()
+}
+
+/// As many of `parts` as go into `columns`, two spaces between them; those that are too long are passed over.
+pub fn fit(parts: &[String], columns: usize) -> String {
+    let mut out = String::new();
+    for part in parts {
+        let gap = if out.is_empty() { "" } else { "  " };
+        if width(&out) + gap.len() + width(part) <= columns {
+            out = out + gap + part;
+        }
+    }
+    out
+}
+
+/// Breaks lines that are wider than `columns` at spaces; what begins with a space (a command to copy) or holds a table's
+/// lines stays as it is, as does a word without spaces.
+pub fn wrap(text: &str, columns: usize) -> String {
+    let lines = text.split('\n').map(|line| match width(line) > columns && !line.starts_with(' ') {
+        true => fold(line, columns).join("\n"),
+        false => line.to_string(),
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// One line as several, each of at most `columns` unless a single word is longer.
+pub fn fold(line: &str, columns: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in line.split(' ') {
+        let (n, last) = (lines.len() - 1, &lines[lines.len() - 1]);
+        if last.is_empty() && n == 0 && word.is_empty() {
+            continue;
+        }
+        match last.is_empty() {
+            true => lines[n] = word.to_string(),
+            false if width(last) + 1 + width(word) <= columns => lines[n] = format!("{last} {word}"),
+            false => lines.push(word.to_string()),
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_left_out() {
+        let parts = ["loss 1".to_string(), "a long part".to_string(), "x 2".to_string()];
+        assert_eq!(fit(&parts, 80), "loss 1  a long part  x 2");
+        assert_eq!(fit(&parts, 12), "loss 1  x 2");
+        assert_eq!(fit(&parts, 3), "x 2");
+    }
+
+    #[test]
+    fn lines_are_broken_at_spaces() {
+        let text = "error: one two three four\n\nhint: five\n    adfreeze generate --run runs/x\na/very/long/path/of/a/file is here\n";
+        assert_eq!(
+            wrap(text, 14),
+            "error: one two\nthree four\n\nhint: five\n    adfreeze generate --run runs/x\na/very/long/path/of/a/file\nis here\n"
+        );
+    }
+}
