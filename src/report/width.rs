@@ -1,33 +1,24 @@
 //! How wide a line may be, and how it is kept so.
 
-use std::io::IsTerminal;
-use terminal_size::{Width, terminal_size_of};
+use console::Term;
 
 /// Columns of a terminal that does not say how many it has.
 pub const USUAL: usize = 80;
 
 /// Columns of the terminal behind stderr; none if it is no terminal.
 pub fn of_stderr() -> Option<usize> {
-    columns(std::io::stderr())
+    columns(&Term::stderr())
 }
 
 /// Columns of the terminal behind stdout; none if it is no terminal.
 pub fn of_stdout() -> Option<usize> {
-    columns(std::io::stdout())
+    columns(&Term::stdout())
 }
 
-#[cfg(unix)]
-fn columns<S: IsTerminal + std::os::fd::AsFd>(stream: S) -> Option<usize> {
-    stream.is_terminal().then(|| told(terminal_size_of(stream)))
-}
-
-#[cfg(windows)]
-fn columns<S: IsTerminal + std::os::windows::io::AsHandle>(stream: S) -> Option<usize> {
-    stream.is_terminal().then(|| told(terminal_size_of(stream)))
-}
-
-fn told(size: Option<(Width, terminal_size::Height)>) -> usize {
-    size.map_or(USUAL, |(Width(columns), _)| columns.max(20).into())
+fn columns(term: &Term) -> Option<usize> {
+    // A terminal that says 0 does not know.
+    let told = |(_, columns): (u16, u16)| if columns == 0 { USUAL } else { columns.max(20).into() };
+    term.is_term().then(|| term.size_checked().map_or(USUAL, told))
 }
 
 /// Columns of a text.
@@ -53,6 +44,24 @@ pub fn wrap(text: &str, columns: usize) -> String {
     let lines = text.split('\n').map(|line| match width(line) > columns && !line.starts_with(' ') {
         true => fold(line, columns).join("\n"),
         false => line.to_string(),
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The lines of a command's help within `columns`: what is broken goes on below where its text began.
+pub fn wrap_help(text: &str, columns: usize) -> String {
+    let lines = text.split('\n').map(|line| {
+        if width(line) <= columns {
+            return line.to_string();
+        }
+        let first = line.len() - line.trim_start().len();
+        // `  --flag VALUE   what it says`
+        let column = line[first..].rfind("  ").map_or(first, |at| first + at + 2);
+        let column = if width(&line[..column]) > columns / 2 { first } else { column };
+        let (head, rest) = line.split_at(column);
+        let pad = " ".repeat(width(head));
+        let folded = fold(rest, columns.saturating_sub(width(head)).max(20));
+        head.to_string() + &folded.join(&format!("\n{pad}"))
     });
     lines.collect::<Vec<_>>().join("\n")
 }
@@ -84,6 +93,17 @@ mod tests {
         assert_eq!(fit(&parts, 80), "loss 1  a long part  x 2");
         assert_eq!(fit(&parts, 12), "loss 1  x 2");
         assert_eq!(fit(&parts, 3), "x 2");
+    }
+
+    #[test]
+    fn help_goes_on_below_its_text() {
+        assert_eq!(
+            wrap_help(
+                "Usage: x\n  train   Train the stages of a recipe in order\n      a long text of an argument",
+                30
+            ),
+            "Usage: x\n  train   Train the stages of\n          a recipe in order\n      a long text of an\n      argument"
+        );
     }
 
     #[test]
