@@ -2,6 +2,9 @@
 //!
 //! Shown to a user as the cause, a blank line, and `hint: …` (see [`Error::report`]).
 
+pub mod near;
+pub mod words;
+
 use std::fmt;
 
 /// Result of everything below `cli`.
@@ -36,6 +39,13 @@ impl Error {
     /// Puts `what` in front of the cause: `what: cause`. The hint stays.
     pub fn context(mut self, what: impl fmt::Display) -> Self {
         self.cause = format!("{what}: {}", self.cause);
+        self
+    }
+
+    /// Changes the words of cause and hint.
+    pub fn reworded(mut self, change: impl Fn(&str) -> String) -> Self {
+        self.cause = change(&self.cause);
+        self.hint = self.hint.as_deref().map(change);
         self
     }
 
@@ -101,19 +111,44 @@ impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
 
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
-        Self::new(e.to_string())
+        let error = Self::new(e.to_string());
+        match io_hint(e.kind()) {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
     }
+}
+
+/// What to do about a failed read or write, where nobody knows better.
+fn io_hint(kind: std::io::ErrorKind) -> Option<&'static str> {
+    use std::io::ErrorKind::*;
+    Some(match kind {
+        NotFound => "see that the file is there and its path right",
+        PermissionDenied => "this user may not read or write there: change the rights, or use another path",
+        StorageFull | QuotaExceeded => "the disk or the quota is full: free some space, or use another disk",
+        FileTooLarge => {
+            "the file would be over the limit of its size (`ulimit -f`, the file system): raise it, or use another disk"
+        }
+        ReadOnlyFilesystem => "nothing can be written there: use another path",
+        InvalidData => "the file is damaged, or not of the kind that it should be: copy or download it again",
+        UnexpectedEof => "the file is cut off: copy or download it again",
+        IsADirectory => "a folder stands where a file should: give the file's path",
+        NotADirectory => "a file stands where a folder should: give the folder's path",
+        StaleNetworkFileHandle | TimedOut => "the file system does not answer as it should: try again",
+        _ => return None,
+    })
 }
 
 impl From<serde_json::Error> for Error {
     fn from(e: serde_json::Error) -> Self {
-        Self::new(e.to_string())
+        Self::new(words::plain(&e.to_string()))
+            .hint("mend the file there, or, if it was not written by hand, copy or download it again")
     }
 }
 
 impl From<safetensors::SafeTensorError> for Error {
     fn from(e: safetensors::SafeTensorError) -> Self {
-        Self::new(e.to_string())
+        Self::new(e.to_string()).hint("the file is damaged or incomplete: copy or download it again")
     }
 }
 

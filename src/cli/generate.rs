@@ -36,6 +36,13 @@ pub struct Args {
     compute: device::Args,
 }
 
+impl Args {
+    /// Is a run asked, and not a model?
+    pub fn of_run(&self) -> bool {
+        self.model.of_run()
+    }
+}
+
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     if !(0.0..=1.0).contains(&args.top_p)
         || args.top_p == 0.0

@@ -4,23 +4,36 @@ mod bench;
 mod check;
 mod child;
 mod device;
+mod flags;
 mod generate;
+mod hints;
 mod model;
+mod next;
 mod score;
 mod selftest;
 mod stdout;
 mod synth;
 mod train;
 
-use crate::report::{LogFormat, Reporter};
+use crate::report::{LogFormat, Reporter, width};
 use clap::{Parser, Subcommand, ValueEnum};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 /// Trains vision-language models on frozen backbones: projector, LoRA SFT and DPO from one recipe.
+///
+/// A recipe (TOML) names a vision tower (CLIP) and a language model (LLaMA) in Hugging Face layout, whose weights stay frozen,
+/// and a list of stages: first a projector learns on captions to turn picture features into visual tokens (align), then LoRA
+/// adapters on questions and answers (SFT), then on preferred and rejected answers (DPO). What was trained is left in the formats
+/// of PEFT and transformers.
 #[derive(Debug, Parser)]
-#[command(name = "adfreeze", version = env!("ADFREEZE_VERSION"), about, arg_required_else_help = true)]
+#[command(
+    name = "adfreeze",
+    version = env!("ADFREEZE_VERSION"),
+    arg_required_else_help = true,
+    after_help = FIRST_STEPS
+)]
 pub struct Args {
     /// How progress is written to stderr.
     #[arg(long, value_enum, default_value = "auto", global = true)]
@@ -28,6 +41,15 @@ pub struct Args {
     #[command(subcommand)]
     command: Command,
 }
+
+/// Below the list of commands.
+const FIRST_STEPS: &str = "First steps, in a checkout, with no network and no GPU:
+  adfreeze check recipes/quickstart.toml    what would train, on what, in how many steps
+  adfreeze train recipes/quickstart.toml    trains all three stages, some minutes
+  adfreeze generate --run runs/quickstart --image FILE --prompt TEXT
+
+Then copy a recipe from recipes/ and name your own models and data in it. A setting may also be
+changed for one run: --set stage.sft.lr=1e-4. `adfreeze COMMAND --help` says more of each command.";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Log {
@@ -39,7 +61,18 @@ enum Log {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the stages of a recipe in order; the same command again resumes.
+    /// Train the stages of a recipe in order; the same command again goes on where it stopped.
+    ///
+    /// Finished stages are skipped and a stopped one goes on from its newest checkpoint, to the same bits. Ctrl-C (or TERM, or
+    /// USR1) ends the step that is running, writes a checkpoint and exits with code 75.
+    #[command(after_help = "Examples:
+  adfreeze train recipes/quickstart.toml
+  adfreeze train my.toml --set stage.sft.lr=1e-4 --set output_dir=runs/lr1e-4
+  adfreeze train my.toml --stages align            only the projector
+  adfreeze train my.toml --device cuda:0           on the first GPU, in bf16
+
+Everything of the run lies in the recipe's output_dir: checkpoints, metrics.jsonl (a line a step),
+results.json (held-out figures), and the trained projector and adapters in NN-STAGE/final.")]
     Train(train::Args),
     /// Validate a recipe, its weights, tokenizer and data, without training.
     Check(check::Args),
@@ -55,10 +88,23 @@ enum Command {
     Bench(bench::Args),
 }
 
+const WRONG_ARGUMENTS: u8 = 2;
+
 /// Runs the command line; errors go to stderr as cause, blank line, hint. Exit codes: 0 done, 1 an error, 2 wrong
 /// arguments, 75 stopped by a signal (the same command goes on).
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(e) => {
+            let line: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+            match flags::told(&e, &line) {
+                // Nothing is left to do about a stderr that is closed.
+                Some(text) => _ = writeln!(std::io::stderr(), "{text}"),
+                None => show(&e),
+            }
+            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(WRONG_ARGUMENTS));
+        }
+    };
     let format = match args.log {
         Log::Auto => LogFormat::Auto,
         Log::Json => LogFormat::Json,
@@ -68,8 +114,8 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Train(a) => train::run(&a, &reporter),
         Command::Check(a) => check::run(&a, &reporter).map(done),
-        Command::Generate(a) => generate::run(&a, &reporter).map(done),
-        Command::Score(a) => score::run(&a, &reporter).map(done),
+        Command::Generate(a) => generate::run(&a, &reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
+        Command::Score(a) => score::run(&a, &reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, &reporter),
         Command::Bench(a) => bench::run(&a, &reporter).map(done),
@@ -82,6 +128,21 @@ pub fn main() -> ExitCode {
         }
     }
 }
+
+/// Help, the version, or what clap says is wrong, within the terminal.
+fn show(e: &clap::Error) {
+    let columns = if e.use_stderr() { width::of_stderr() } else { width::of_stdout() };
+    let columns = columns.or(width::of_environment()).unwrap_or(usize::MAX).min(HELP);
+    let text = width::wrap_help(&e.render().to_string(), columns);
+    // Nothing is left to do about a stream that is closed.
+    let _ = match e.use_stderr() {
+        true => std::io::stderr().write_all(text.as_bytes()),
+        false => std::io::stdout().write_all(text.as_bytes()),
+    };
+}
+
+/// Longer lines of help are hard to read on any terminal.
+const HELP: usize = 100;
 
 fn done((): ()) -> ExitCode {
     ExitCode::SUCCESS

@@ -121,6 +121,11 @@ pub struct Loaded {
 }
 
 impl Args {
+    /// Is a run asked, and not a model?
+    pub fn of_run(&self) -> bool {
+        self.run.is_some()
+    }
+
     /// Loads what the arguments name; what was assumed on the way is a warning.
     pub fn load(&self, compute: &device::Args, reporter: &Reporter) -> Result<Loaded> {
         let device = compute.open()?;

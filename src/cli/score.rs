@@ -44,6 +44,13 @@ struct Line<'a> {
     logps: &'a [f64],
 }
 
+impl Args {
+    /// Is a run asked, and not a model?
+    pub fn of_run(&self) -> bool {
+        self.model.of_run()
+    }
+}
+
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let m = args.model.load(&args.compute, reporter)?;
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };

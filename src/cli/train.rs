@@ -1,6 +1,6 @@
 //! `adfreeze train`.
 
-use super::device;
+use super::{device, next};
 use crate::error::Result;
 use crate::model::init::Place;
 use crate::pipeline::signals::{STOPPED, Signals};
@@ -14,7 +14,8 @@ use std::process::ExitCode;
 pub struct Args {
     /// The recipe (TOML).
     recipe: PathBuf,
-    /// Override a value, e.g. --set stage.sft.lr=1e-4 or --set defaults.seed=7; may be given several times.
+    /// Override a value of the recipe by its path, e.g. --set stage.sft.lr=1e-4 or --set model.dtype=bf16; may be given several
+    /// times. What holds for every stage that does not say otherwise is set by defaults: --set defaults.seed=7.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Run only these stages, separated by commas.
@@ -39,7 +40,10 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
         signals: Signals::listen()?,
     };
     Ok(match pipeline::train(&recipe, &options, reporter)? {
-        Outcome::Finished => ExitCode::SUCCESS,
+        Outcome::Finished => {
+            next::told(&recipe, &next::program()).iter().for_each(|line| reporter.info(line));
+            ExitCode::SUCCESS
+        }
         Outcome::Stopped => ExitCode::from(STOPPED),
     })
 }

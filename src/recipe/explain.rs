@@ -2,7 +2,9 @@
 //! name.
 
 use super::merge::{DEFAULTS, Setting, Step, lookup, show_path};
-use crate::error::Error;
+use super::schema::{Model, Stage};
+use crate::error::words::plain;
+use crate::error::{Error, near};
 use serde_path_to_error::Segment;
 use toml::{Table, Value};
 
@@ -31,7 +33,7 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
         let shown = show_path(&path);
         let hint = match MOVED.iter().find(|(old, _)| *old == shown) {
             Some((_, new)) => format!("it is `{new}` now"),
-            None => suggestion(field, &known),
+            None => elsewhere(&path, field, &known, recipe).unwrap_or_else(|| suggestion(field, &known)),
         };
         return Error::new(format!("{}: unknown key", place(&path, sources))).hint(hint);
     }
@@ -44,61 +46,196 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
         return missing(&path, field, sources);
     }
     drop_variant(&mut path, recipe);
-    let error = Error::new(format!("{}: {message}", place(&path, sources)));
     let shown = show_path(&path);
-    match lookup(recipe, &path) {
-        _ if shown == "stages" => {
-            error.hint("`stages` is the list of their names in order; a stage's own keys go under [stage.NAME]")
-        }
+    let value = lookup(recipe, &path);
+    let (said, hint) = match value {
+        _ if shown == "stages" => (
+            plain(message),
+            "`stages` is the list of their names in order; a stage's own keys go under [stage.NAME]".to_string(),
+        ),
         Some(Value::Table(t)) if t.len() != 1 && message.contains("element") => {
             let names: Vec<String> = t.keys().map(|k| format!("`{k}`")).collect();
-            error.hint(format!("exactly one choice goes in here, found {}; set the whole value at once", list(&names)))
+            let found = if names.is_empty() { "none".to_string() } else { list(&names) };
+            (
+                "must be exactly one choice".to_string(),
+                format!("exactly one choice goes in here, found {found}; set the whole value at once"),
+            )
         }
-        Some(Value::String(s)) if message.contains("variant") => error
-            .hint(format!("this choice has settings: write {{ {s} = {{ … }} }}, or {{ {s} = {{}} }} for its defaults")),
-        Some(v) if message.starts_with("invalid") => error.hint(format!("it is set to {v}")),
-        _ => error.hint("see the recipes under recipes/ for the form of each key"),
+        Some(Value::String(s)) if message.contains("variant") => (
+            format!("`{s}` has settings of its own"),
+            format!("this choice has settings: write {{ {s} = {{ … }} }}, or {{ {s} = {{}} }} for its defaults"),
+        ),
+        Some(v) => {
+            let said = match plain(message) {
+                said if said == message && !message.starts_with("is ") => format!("is {v}: {message}"),
+                said => said,
+            };
+            let form = example(&path, v, &said);
+            (said, form)
+        }
+        None => (plain(message), "see the recipes under recipes/ for the form of each key".to_string()),
+    };
+    Error::new(format!("{}: {said}", place(&path, sources))).hint(hint)
+}
+
+/// What a key looks like whose value has a form that is not its own.
+fn example(path: &[Step], value: &Value, said: &str) -> String {
+    let n = value.as_integer().filter(|n| *n > 0);
+    let key = path.iter().rev().find_map(|s| match s {
+        Step::Key(k) => Some(k.as_str()),
+        Step::Index(_) => None,
+    });
+    let of_list = matches!(path.last(), Some(Step::Index(_)));
+    match (key.unwrap_or_default(), n) {
+        ("batch", Some(n)) => format!(
+            "samples of an optimizer step and of a forward pass: batch = {{ global = {n}, micro = {} }}",
+            if n % 2 == 0 { n / 2 } else { 1 }
+        ),
+        ("checkpoint", Some(n)) => format!("e.g. checkpoint = {{ every_steps = {n}, keep = 3 }}"),
+        (key, _) => match EXAMPLES.iter().find(|(name, _)| *name == key) {
+            Some((_, form)) if of_list => format!("e.g. {key} = {form}; this is an entry of it"),
+            Some((_, form)) => format!("e.g. {key} = {form}"),
+            None => match value {
+                Value::String(s) if s.parse::<f64>().is_ok() => "a number stands without quotes".to_string(),
+                _ if !of_list && (said.ends_with("must be text") || said.ends_with("must be a path")) => {
+                    format!(
+                        "text stands in quotes, e.g. {key} = \"{value}\"; see the recipes under recipes/ for the form of each key"
+                    )
+                }
+                _ => "see the recipes under recipes/ for the form of each key".to_string(),
+            },
+        },
     }
+}
+
+/// Forms of keys that are no plain number or text.
+const EXAMPLES: [(&str, &str); 31] = [
+    ("batch", "{ global = 4, micro = 2 }"),
+    ("checkpoint", "{ every_steps = 500, keep = 3 }"),
+    ("lr_scheduler", "{ cosine = { warmup_ratio = 0.03 } }"),
+    ("optimizer", "{ adamw = { weight_decay = 0.1 } }"),
+    ("objective", "{ dpo = { beta = 0.1 } }, or \"sft\""),
+    ("adapters", "[{ lora = { rank = 16, alpha = 32, target = [\"language.layers.*_proj\"] } }]"),
+    ("data", "[{ path = \"captions.json\", images = \"images\" }]"),
+    ("param_groups", "[{ match = [\"projector.*\"], lr = 2e-5 }]"),
+    ("from", "{ stage = \"sft\", adapters = \"continue\" }"),
+    ("align_check", "{ threshold = 0.3, samples = 256 }"),
+    ("vision", "{ source = \"openai/clip-vit-large-patch14-336\" }"),
+    ("projector", "{ mlp = { depth = 2 } }"),
+    ("language", "{ source = \"lmsys/vicuna-7b-v1.5\" }"),
+    ("train", "[\"projector.*\"]"),
+    ("target", "[\"language.layers.*_proj\"]"),
+    ("match", "[\"projector.*\"]"),
+    ("eval", "[\"questions\"], with a section [eval.questions]"),
+    ("pictures", "[\"blank\", \"shuffled\"]"),
+    ("grid_pinpoints", "[[336, 672], [672, 336]]"),
+    ("betas", "[0.9, 0.999]"),
+    ("cosine", "{ warmup_ratio = 0.03 }"),
+    ("linear", "{ warmup_steps = 100 }"),
+    ("constant", "{ warmup_steps = 100 }"),
+    ("adamw", "{ betas = [0.9, 0.999], weight_decay = 0.1 }"),
+    ("lora", "{ rank = 16, alpha = 32, target = [\"language.layers.*_proj\"] }"),
+    ("dpo", "{ beta = 0.1, loss = \"sigmoid\" }"),
+    ("mlp", "{ depth = 2, act = \"gelu\" }"),
+    ("lr", "1e-4"),
+    ("epochs", "1.0"),
+    ("max_steps", "1000"),
+    ("seed", "42"),
+];
+
+/// For a key of a stage, the model or a stage's name that stands a section too high, where it belongs.
+fn elsewhere(path: &[Step], field: &str, known: &[&str], recipe: &Table) -> Option<String> {
+    let stages: Vec<&String> = recipe.get("stage").and_then(Value::as_table).map_or(Vec::new(), |t| t.keys().collect());
+    let all = |key: &str| {
+        let places: Vec<String> = stages.iter().map(|s| format!("`stage.{s}.{key}`")).collect();
+        format!(
+            "`{key}` belongs to a stage: {}",
+            if places.is_empty() { "`stage.NAME.…`".into() } else { places.join(" or ") }
+        )
+    };
+    if path.len() == 1 {
+        if stages.iter().any(|s| *s == field) {
+            return Some(format!("a stage's section is [stage.{field}], its keys are `stage.{field}.…`"));
+        }
+        // What is a letter or two beside a section's name is that section.
+        if nearest(field, known).is_some() {
+            return None;
+        }
+        if let Some(key) = own(field, &keys::<Stage>()) {
+            return Some(all(&key));
+        }
+        return own(field, &keys::<Model>()).map(|key| format!("it is `model.{key}`"));
+    }
+    if let ([Step::Key(s), Step::Key(_), ..], 3) = (path, path.len())
+        && s == "stage"
+        && let Some(key) = own(field, &keys::<Model>()).filter(|_| nearest(field, known).is_none())
+    {
+        return Some(format!("it is `model.{key}`, the same for all stages"));
+    }
+    None
+}
+
+/// The key of ours that `field` is, by its own name or another trainer's.
+fn own(field: &str, keys: &[String]) -> Option<String> {
+    let field = ALIASES.iter().find(|(other, _)| *other == field).map_or(field, |(_, ours)| *ours);
+    keys.iter().find(|k| *k == field).cloned()
+}
+
+/// The keys of a section, as its type names them.
+pub fn keys<T: serde::de::DeserializeOwned>() -> Vec<String> {
+    let unknown = Table::from_iter([("?".to_string(), Value::Boolean(true))]);
+    let e = T::deserialize(Value::Table(unknown)).err();
+    let message = e.map(|e: toml::de::Error| e.message().to_string()).unwrap_or_default();
+    named(&message, "unknown field ").map_or(Vec::new(), |(_, keys)| keys.iter().map(|k| k.to_string()).collect())
+}
+
+/// The key of a stage that a command-line flag such as `--lr` or `--learning-rate` means, if one does.
+pub fn stage_key(flag: &str) -> Option<String> {
+    let name = flag.trim_start_matches('-').replace('-', "_");
+    own(&name, &keys::<Stage>())
+}
+
+/// As [`stage_key`], for a key of the model.
+pub fn model_key(flag: &str) -> Option<String> {
+    let name = flag.trim_start_matches('-').replace('-', "_");
+    own(&name, &keys::<Model>())
 }
 
 /// Keys that have another place than they had.
 const MOVED: [(&str, &str); 1] = [("model.language.dtype", "model.dtype")];
 
 /// What other trainers call a key of ours.
-const ALIASES: [(&str, &str); 5] = [
+const ALIASES: [(&str, &str); 17] = [
     ("learning_rate", "lr"),
     ("num_train_epochs", "epochs"),
+    ("num_epochs", "epochs"),
     ("lora_alpha", "alpha"),
     ("lora_dropout", "dropout"),
+    ("lora_r", "rank"),
+    ("r", "rank"),
     ("target_modules", "target"),
+    ("lr_scheduler_type", "lr_scheduler"),
+    ("per_device_train_batch_size", "batch"),
+    ("train_batch_size", "batch"),
+    ("batch_size", "batch"),
+    ("gradient_accumulation_steps", "batch"),
+    ("save_steps", "checkpoint"),
+    ("gradient_checkpointing", "activations"),
+    ("model_max_length", "max_seq_len"),
+    ("optim", "optimizer"),
 ];
 
-/// Likeness (Jaro–Winkler, 0 to 1) from which on two names that differ in more letters are still taken for one.
-const ALIKE: f64 = 0.8;
-
-/// The known name that `word` was probably meant to be, by our names and those of [`ALIASES`]: one that is at most a third
-/// of the word's letters away, else one that begins and goes on alike.
+/// The known name that `word` was probably meant to be, by our names and those of [`ALIASES`].
 fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let alias = |(other, ours): &(&'static str, &str)| Some((*other, *known.iter().find(|k| *k == ours)?));
     let names: Vec<(&str, &'a str)> = known.iter().map(|k| (*k, *k)).chain(ALIASES.iter().filter_map(alias)).collect();
-    let distance = |name: &str| strsim::damerau_levenshtein(word, name);
-    let likeness = |name: &str| strsim::jaro_winkler(word, name);
-    let near = names.iter().min_by_key(|(name, _)| distance(name));
-    let alike = names.iter().max_by(|(a, _), (b, _)| likeness(a).total_cmp(&likeness(b)));
-    near.filter(|(name, _)| distance(name) <= (word.chars().count() / 3).max(1))
-        .or(alike.filter(|(name, _)| likeness(name) >= ALIKE))
-        .map(|(_, ours)| *ours)
+    let words: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
+    near::nearest(word, &words).map(|i| names[i].1)
 }
 
 /// `did you mean …? known: …`.
 pub fn suggestion(word: &str, known: &[&str]) -> String {
-    let names: Vec<String> = known.iter().map(|k| format!("`{k}`")).collect();
-    match (nearest(word, known), names.len()) {
-        (_, 0) => "there is nothing to choose from".into(),
-        (Some(near), 1) => format!("did you mean `{near}`?"),
-        (Some(near), _) => format!("did you mean `{near}`? known: {}", list(&names)),
-        (None, _) => format!("known: {}", list(&names)),
-    }
+    near::told(nearest(word, known), known)
 }
 
 /// A choice written as a bare string ends the path with its own name, which is no key.

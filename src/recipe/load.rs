@@ -5,11 +5,12 @@
 //! keys and types are checked, and last the rules that hold between values ([`super::validate`]).
 
 use super::explain::{File, Sources, explain};
-use super::merge::{Setting, expand_defaults, merge};
+use super::merge::{Setting, expand_defaults, kind, merge};
 use super::schema::Recipe;
 use super::{validate, vars};
 use crate::bail;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, near};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -44,11 +45,11 @@ pub fn to_toml(recipe: &Recipe) -> Result<String> {
 
 /// Reads the files from the deepest base up to `path` itself.
 fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<()> {
-    let real = path.canonicalize().map_err(|e| missing(path, below, e))?;
+    let real = path.canonicalize().map_err(|e| missing(path, below, &e.to_string()))?;
     if below.contains(&real) {
         bail!("{}: the recipe extends itself", path.display(); "follow the `extends` of each file and cut the circle");
     }
-    let text = std::fs::read_to_string(path).map_err(|e| missing(path, below, e))?;
+    let text = text(path).map_err(|e| missing(path, below, &e))?;
     below.push(real);
     let mut table: Table = match toml::from_str(&text) {
         Ok(t) => t,
@@ -62,7 +63,7 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
         None => {}
         Some(Value::String(base)) => read(&folder(path).join(base), below, files)?,
         Some(other) => bail!(
-            "{}: extends: of type {}, not a path", path.display(), other.type_str();
+            "{}: extends: is {}, not a path", path.display(), kind(&other);
             "name one file, relative to this one: extends = \"base/llava-1.5-7b.toml\""
         ),
     }
@@ -70,12 +71,54 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
     Ok(())
 }
 
-fn missing(path: &Path, below: &[PathBuf], e: std::io::Error) -> Error {
-    let error = Error::new(format!("{}: the recipe cannot be read", path.display())).source(e);
-    match below.last() {
-        Some(child) => error.hint(format!("{} extends it; `extends` is relative to that file", child.display())),
-        None => error.hint("give the path of a recipe, a TOML file"),
+/// A recipe has a few hundred lines; what is larger is another file.
+const LARGEST: u64 = 16 << 20;
+
+/// The file's text, or why it is none.
+fn text(path: &Path) -> Result<String, String> {
+    if path.is_dir() {
+        return Err("it is a folder".into());
     }
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|e| e.to_string())?;
+    file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    if bytes.len() as u64 > LARGEST {
+        return Err("it is larger than 16 MiB, and so no recipe".into());
+    }
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        return Err("it is written in UTF-16: save it as UTF-8".into());
+    }
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
+        format!("line {line} is not UTF-8 text")
+    })?;
+    // What editors on Windows put in front.
+    Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_string))
+}
+
+fn missing(path: &Path, below: &[PathBuf], why: &str) -> Error {
+    let error = Error::new(format!("{}: the recipe cannot be read: {why}", path.display()));
+    let hint = match below.last() {
+        Some(child) => format!("{} extends it; `extends` is relative to that file", child.display()),
+        None => "give the path of a recipe, a TOML file".to_string(),
+    };
+    let near = match path.is_dir() {
+        // A run's folder: its own recipe goes on with it.
+        true => Some(path.join("recipe.toml")).filter(|p| p.exists()),
+        false if path.exists() => None,
+        false => shipped(path).or_else(|| near::path(path)),
+    };
+    match near {
+        Some(near) => error.hint(format!("did you mean {}? {hint}", near.display())),
+        None => error.hint(hint),
+    }
+}
+
+/// `quickstart` or `quickstart.toml` for recipes/quickstart.toml.
+fn shipped(path: &Path) -> Option<PathBuf> {
+    let name = path.file_name()?;
+    let below = [path.with_file_name("recipes").join(name), path.to_path_buf()];
+    below.iter().flat_map(|p| [p.clone(), p.with_extension("toml")]).find(|p| p.is_file())
 }
 
 fn folder(path: &Path) -> &Path {
@@ -88,6 +131,7 @@ fn resolve(path: &Path, files: &[File], settings: &[Setting]) -> Result<Table> {
         merge(&mut table, file.table.clone());
     }
     for s in settings.iter().filter(|s| s.is_default()) {
+        s.has_effect(&table)?;
         s.apply(&mut table)?;
     }
     expand_defaults(&mut table).with_context(|| path.display())?;
@@ -102,6 +146,11 @@ fn check_names(table: &Table) -> Result<()> {
     let (Some(Value::Array(order)), Some(Value::Table(sections))) = (table.get("stages"), table.get("stage")) else {
         return Ok(());
     };
+    if let Some((key, value)) = sections.iter().find(|(_, v)| !v.is_table()) {
+        let listed = order.iter().filter_map(Value::as_str).map(|s| format!("`stage.{s}.{key}`"));
+        bail!("stage.{key}: is {}, not a stage", kind(value);
+            "a stage's name stands between: {}", listed.collect::<Vec<_>>().join(" or "));
+    }
     let listed: Vec<&str> = order.iter().filter_map(Value::as_str).collect();
     let defined: Vec<&str> = sections.keys().map(String::as_str).collect();
     validate::stage_names(&listed, &defined)

@@ -84,6 +84,21 @@ impl Setting {
         self.path.first() == Some(&Step::Key(DEFAULTS.into()))
     }
 
+    /// An error if this changes a default that no stage takes, because each states its own: it would change nothing.
+    ///
+    /// `recipe` is as the files say it, its defaults not yet spread.
+    pub fn has_effect(&self, recipe: &Table) -> Result<()> {
+        let (true, Some(Step::Key(key))) = (self.is_default(), self.path.get(1)) else { return Ok(()) };
+        let Some(Value::Table(stages)) = recipe.get("stage") else { return Ok(()) };
+        let own = |s: &Value| s.as_table().is_some_and(|s| s.contains_key(key));
+        if stages.is_empty() || !stages.values().all(own) {
+            return Ok(());
+        }
+        let rest = show_path(&self.path[1..]);
+        let sets: Vec<String> = stages.keys().map(|s| format!("--set stage.{s}.{rest}=…")).collect();
+        bail!("--set {}: it would change nothing, for every stage sets its own `{key}`", self.text; "set a stage's: {}", sets.join(" or "))
+    }
+
     /// Writes the value into `recipe`; sections on the way that do not exist are made.
     pub fn apply(&self, recipe: &mut Table) -> Result<()> {
         let Some((Step::Key(first), rest)) = self.path.split_first() else {
@@ -103,7 +118,7 @@ impl Setting {
                     }
                 }
                 (_, other) => bail!(
-                    "--set {}: `{}` is of type {}: nothing can be set inside it", self.text, self.prefix(i + 1), other.type_str();
+                    "--set {}: `{}` is {}: nothing can be set inside it", self.text, self.prefix(i + 1), kind(other);
                     "set the whole value, e.g. --set '{}={{ … }}'", self.prefix(i + 1)
                 ),
             };
@@ -118,6 +133,18 @@ impl Setting {
 
     fn prefix(&self, len: usize) -> String {
         show_path(&self.path[..len])
+    }
+}
+
+/// What a value is, for a message.
+pub fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::String(_) => "text",
+        Value::Integer(_) | Value::Float(_) => "a number",
+        Value::Boolean(_) => "true or false",
+        Value::Datetime(_) => "a date",
+        Value::Array(_) => "a list",
+        Value::Table(_) => "a section of keys and values",
     }
 }
 
@@ -230,12 +257,26 @@ mod tests {
     }
 
     #[test]
+    fn a_default_that_every_stage_states_itself_cannot_be_set() {
+        let effect = |recipe: &str, text: &str| Setting::parse(text).unwrap().has_effect(&table(recipe));
+        let both = "[stage.x]\nlr = 1\n[stage.y]\nlr = 2";
+        let e = effect(both, "defaults.lr=3").unwrap_err();
+        assert_eq!(e.cause(), "--set defaults.lr=3: it would change nothing, for every stage sets its own `lr`");
+        assert_eq!(e.hint_text(), Some("set a stage's: --set stage.x.lr=… or --set stage.y.lr=…"));
+        for (recipe, text) in
+            [(both, "defaults.seed=3"), ("[stage.x]\nlr = 1\n[stage.y]", "defaults.lr=3"), (both, "stage.x.lr=3")]
+        {
+            assert!(effect(recipe, text).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
     fn settings_that_cannot_be_applied() {
         let recipe = "[stage.x]\nadapters = [{}]\nlr = 1";
         let e = set(recipe, "stage.x.adapters[3].lora.rank=8").unwrap_err();
         assert_eq!(e.cause(), "--set stage.x.adapters[3].lora.rank=8: `stage.x.adapters` is a list of length 1");
         let e = set(recipe, "stage.x.lr.peak=8").unwrap_err();
-        assert_eq!(e.cause(), "--set stage.x.lr.peak=8: `stage.x.lr` is of type integer: nothing can be set inside it");
+        assert_eq!(e.cause(), "--set stage.x.lr.peak=8: `stage.x.lr` is a number: nothing can be set inside it");
         for bad in ["lr", "=3", "a..b=1", "a[x]=1", "a[1=1", "[0]=1"] {
             assert!(set(recipe, bad).unwrap_err().cause().contains("not KEY=VALUE"), "{bad}");
         }

@@ -9,5 +9,6 @@ pub mod schema;
 mod validate;
 mod vars;
 
+pub use explain::{model_key, stage_key};
 pub use load::{load, load_with, to_toml};
 pub use validate::validate;

@@ -23,22 +23,21 @@ fn style(template: &str) -> ProgressStyle {
     style.progress_chars("━╸─")
 }
 
-/// `loss 0.4821`, the time that is left, and the rest by what it tells.
-pub fn parts(m: &StepMetrics, left: String) -> Vec<String> {
-    let mut parts = vec![format!("loss {:.4}", m.loss)];
-    if let Some(p) = &m.preference {
-        parts.push(format!("margin {:.3}", p.margin));
-        parts.push(format!("accuracy {:.2}", p.accuracy));
-    }
-    parts.push(left);
+/// `loss 0.4821`, the optimizer's figures, the time that is left: each with its rank, by which the last are left out first.
+pub fn parts(m: &StepMetrics, left: String) -> Vec<(u8, String)> {
+    let mut parts = vec![(0, format!("loss {:.4}", m.loss))];
     let rates = || m.lr.values().chain(m.lr_lowest.values()).copied();
     let (low, high) = (rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max));
     parts.push(match low < high {
-        true => format!("lr {low:.1e} to {high:.1e}"),
-        false => format!("lr {high:.1e}"),
+        true => (4, format!("lr {low:.1e} to {high:.1e}")),
+        false => (4, format!("lr {high:.1e}")),
     });
-    parts.push(format!("grad {:.3}", m.grad_norm_total));
-    parts.push(format!("{} tokens/s", human::thousands(m.tokens_per_s.max(0.0) as u64)));
+    parts.push((3, format!("grad {:.3}", m.grad_norm_total)));
+    if let Some(p) = &m.preference {
+        parts.push((2, format!("margin {:.3}  accuracy {:.2}", p.margin, p.accuracy)));
+    }
+    parts.push((5, format!("{} tokens/s", human::thousands(m.tokens_per_s.max(0.0) as u64))));
+    parts.push((1, left));
     parts
 }
 

@@ -123,7 +123,7 @@ mod tests {
         table.row(["x", "short", "1"]);
         assert_eq!(
             table.render_within(Some(38)),
-            "group        what it is             n\n\
+            "group        what it is              n\n\
              ───────────  ─────────────────  ──────\n\
              projector.*  a few words that   27,936\n\
              \x20            are rather long\n\

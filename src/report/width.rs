@@ -21,21 +21,27 @@ fn columns(term: &Term) -> Option<usize> {
     term.is_term().then(|| term.size_checked().map_or(USUAL, told))
 }
 
+/// Columns that `COLUMNS` asks for, where there is no terminal.
+pub fn of_environment() -> Option<usize> {
+    std::env::var("COLUMNS").ok()?.parse().ok().filter(|n| *n >= 20)
+}
+
 /// Columns of a text.
 pub fn width(text: &str) -> usize {
     text.chars().count()
 }
 
-/// As many of `parts` as go into `columns`, two spaces between them; those that are too long are passed over.
-pub fn fit(parts: &[String], columns: usize) -> String {
-    let mut out = String::new();
-    for part in parts {
-        let gap = if out.is_empty() { "" } else { "  " };
-        if width(&out) + gap.len() + width(part) <= columns {
-            out = out + gap + part;
-        }
+/// As many of `parts` as go into `columns`, two spaces between them; those of the highest rank are left out first.
+pub fn fit(parts: &[(u8, String)], columns: usize) -> String {
+    let mut kept: Vec<&(u8, String)> = parts.iter().collect();
+    loop {
+        let text = kept.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("  ");
+        let least = kept.iter().enumerate().max_by_key(|(_, (rank, _))| *rank).map(|(i, _)| i);
+        match least {
+            Some(i) if width(&text) > columns && kept.len() > 1 => kept.remove(i),
+            _ => return text,
+        };
     }
-    out
 }
 
 /// Breaks lines that are wider than `columns` at spaces; what begins with a space (a command to copy) or holds a table's
@@ -89,10 +95,10 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_left_out() {
-        let parts = ["loss 1".to_string(), "a long part".to_string(), "x 2".to_string()];
+        let parts = [(0, "loss 1".to_string()), (2, "a long part".to_string()), (1, "x 2".to_string())];
         assert_eq!(fit(&parts, 80), "loss 1  a long part  x 2");
         assert_eq!(fit(&parts, 12), "loss 1  x 2");
-        assert_eq!(fit(&parts, 3), "x 2");
+        assert_eq!(fit(&parts, 3), "loss 1");
     }
 
     #[test]

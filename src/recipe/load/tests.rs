@@ -135,7 +135,7 @@ fn a_setting_is_named_when_it_is_to_blame() {
         blamed(&["stage.sft.adapters[0].lora.rnk=8", "stage.sft.seed=3"]),
         "--set stage.sft.adapters[0].lora.rnk=8: stage.sft.adapters[0].lora.rnk: unknown key"
     );
-    assert!(blamed(&["defaults.seed=x"]).starts_with("--set defaults.seed=x: defaults.seed: invalid type"));
+    assert!(blamed(&["defaults.seed=x"]).starts_with("--set defaults.seed=x: defaults.seed: is the text \"x\""));
 }
 
 #[test]
@@ -157,7 +157,9 @@ fn stages_and_their_sections_must_agree() {
     assert!(setting("stages=[\"align\", \"sft\", \"sft\"]").contains("listed twice"));
     let e = message("stages = ['align', 'sft']", "stages = { align = 1 }");
     assert!(
-        e.contains("recipe.toml: stages: invalid type: map, expected a sequence\n\nhint: `stages` is the list"),
+        e.contains(
+            "recipe.toml: stages: is a section of keys and values, and must be a list\n\nhint: `stages` is the list"
+        ),
         "{e}"
     );
 }
@@ -166,7 +168,7 @@ fn stages_and_their_sections_must_agree() {
 fn types_and_choices() {
     assert_eq!(
         setting("stage.sft.lr=fast"),
-        "--set stage.sft.lr=fast: stage.sft.lr: invalid type: string \"fast\", expected f64\n\nhint: it is set to \"fast\""
+        "--set stage.sft.lr=fast: stage.sft.lr: is the text \"fast\", and must be a number\n\nhint: e.g. lr = 1e-4"
     );
     let e = setting("stage.sft.lr_scheduler=cosine");
     assert!(e.contains("stage.sft.lr_scheduler: ") && e.contains("write { cosine = { … } }"), "{e}");
@@ -186,6 +188,76 @@ fn types_and_choices() {
     assert!(message("rank = 4, ", "").contains("stage.sft.adapters[0].lora.rank is missing"));
 }
 
+/// Keys that stand a section too high or too low are sent where they belong, and a value of the wrong form is answered with its
+/// form.
+#[test]
+fn keys_and_values_in_the_wrong_place_or_form() {
+    let cases = [
+        ("lr=1e-4", "--set lr=1e-4: lr: unknown key", "`lr` belongs to a stage: `stage.align.lr` or `stage.sft.lr`"),
+        ("learning_rate=1e-4", "learning_rate: unknown key", "`lr` belongs to a stage: `stage.align.lr`"),
+        ("batch.global=4", "batch.global=4: batch: unknown key", "`stage.sft.batch`"),
+        ("sft.lr=1", "--set sft.lr=1: sft: unknown key", "a stage's section is [stage.sft]"),
+        ("max_seq_len=4", "max_seq_len: unknown key", "it is `model.max_seq_len`"),
+        ("stage.sft.template=plain", "stage.sft.template: unknown key", "it is `model.template`, the same for all"),
+        ("stage.lr=1", "recipe.toml: stage.lr: is a number, not a stage", "`stage.align.lr` or `stage.sft.lr`"),
+        ("stage.sft.batch=4", "stage.sft.batch: is 4, and must be", "batch = { global = 4, micro = 2 }"),
+        ("stage.sft.batch=many", "stage.sft.batch: is the text", "batch = { global = 4, micro = 2 }"),
+        ("stage.sft.checkpoint=100", "stage.sft.checkpoint: is 100", "{ every_steps = 100, keep = 3 }"),
+        ("stage.sft.data=b.json", "stage.sft.data: is the text \"b.json\", and must be a list", "path = "),
+        ("stage.sft.data=[\"b.json\"]", "stage.sft.data[0]: is the text", "[{ path = "),
+        ("stage.sft.train=projector", "stage.sft.train: is the text", "[\"projector.*\"]"),
+        ("stage.sft.adapters={lora={rank=1}}", "stage.sft.adapters: is a section", "[{ lora = {"),
+        ("stage.sft.adapters[0].lora.rank=4.5", "rank: is 4.5, and must be a whole number", "recipes/"),
+        ("model.vision=clip", "model.vision: is the text \"clip\"", "vision = { source ="),
+        ("model.max_seq_len=\"long\"", "max_seq_len: is the text \"long\", and must be a whole number", "form"),
+        ("output_dir=3", "output_dir: is 3, and must be", "output_dir = \"3\""),
+        ("stage.sft.optimizer=adamw", "stage.sft.optimizer: ", "write { adamw = { … } }"),
+        ("stage.sft.optimizer={}", "stage.sft.optimizer: ", "exactly one choice goes in here, found none"),
+        ("stage.sft.optimizer=3", "stage.sft.optimizer: ", "{ adamw = {"),
+        ("stage.sft.lr_scheduler={cosine=3}", "stage.sft.lr_scheduler", "warmup_ratio"),
+        ("stage.sft.from=align", "stage.sft.from: is the text", "{ stage = \"sft\""),
+        ("model.truncate=yes", "truncate: is the text \"yes\", and must be true or false", "recipes/"),
+        ("stage.sft=3", "stage.sft: is a number, not a stage", "stage"),
+        ("model=tiny", "model: ", "recipes/"),
+    ];
+    let mut wrong = Vec::new();
+    for (set, cause, hint) in cases {
+        let said = load_text(&good(), &[], &[set]).expect_err(set).report();
+        let words = ["struct", "enum", "variant", "f64", "usize", "sequence", "map", "expected", "untagged", "tuple"];
+        let right = said.split_once("\n\nhint: ").is_some_and(|(c, h)| c.contains(cause) && h.contains(hint));
+        if !right || words.iter().any(|name| said.contains(name)) {
+            wrong.push(format!("{set}\n{said}\n"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A recipe's path that is almost right is answered with the right one.
+#[test]
+fn misspelt_recipes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |p: &str| dir.path().join(p);
+    std::fs::create_dir_all(at("recipes")).unwrap();
+    std::fs::create_dir_all(at("run")).unwrap();
+    std::fs::write(at("recipes/quick.toml"), "").unwrap();
+    std::fs::write(at("run/recipe.toml"), "").unwrap();
+    for (wrong, right) in [
+        ("recipes/qick.toml", "recipes/quick.toml"),
+        ("recipes/quick", "recipes/quick.toml"),
+        ("quick", "recipes/quick.toml"),
+        ("quick.toml", "recipes/quick.toml"),
+        ("run", "run/recipe.toml"),
+    ] {
+        let e = load(&at(wrong), &[]).unwrap_err();
+        let hint = e.hint_text().unwrap();
+        assert!(hint.starts_with(&format!("did you mean {}?", at(right).display())), "{wrong}: {hint}");
+    }
+    std::fs::write(at("wide.toml"), [0xff, 0xfe, b'a', 0]).unwrap();
+    assert!(load(&at("wide.toml"), &[]).unwrap_err().cause().ends_with("written in UTF-16: save it as UTF-8"));
+    std::fs::write(at("latin.toml"), b"a = 1\n# caf\xe9").unwrap();
+    assert!(load(&at("latin.toml"), &[]).unwrap_err().cause().ends_with("line 2 is not UTF-8 text"));
+}
+
 #[test]
 fn files() {
     let e = load_text("lr = ", &[], &[]).unwrap_err();
@@ -196,7 +268,7 @@ fn files() {
     let e = load_text("extends = 'b.toml'", &[("b.toml", "extends = 'recipe.toml'")], &[]).unwrap_err();
     assert!(e.cause().contains("extends itself"), "{e}");
     let e = load_text("extends = 3", &[], &[]).unwrap_err();
-    assert_eq!(e.cause(), "recipe.toml: extends: of type integer, not a path");
+    assert_eq!(e.cause(), "recipe.toml: extends: is a number, not a path");
     let e = load(Path::new("no/such/recipe.toml"), &[]).unwrap_err();
     assert!(e.report().contains("hint: give the path of a recipe"), "{}", e.report());
 }
