@@ -115,6 +115,7 @@ template <int D> __device__ __forceinline__ void attention_forward(const Forward
         j0 = after;
     }
     wait_copies<0>();
+    __syncthreads();  // where these queries see no key, other warps' copies of Q come here
 
 #pragma unroll
     for (int i = 0; i < 2; i++)

@@ -22,6 +22,7 @@ __device__ __forceinline__ Address shared_address(const void* p) { return Addres
 __device__ __forceinline__ void store_shared(Address a, unsigned v) {
 #if defined(CUDA_ON_CPU)
     cuda_cpu::aligned(reinterpret_cast<void*>(a), 4);
+    cuda_cpu::pause(16);
     memcpy(reinterpret_cast<void*>(a), &v, 4);
 #else
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
@@ -31,6 +32,7 @@ __device__ __forceinline__ uint4 load_shared16(Address a) {
     uint4 v;
 #if defined(CUDA_ON_CPU)
     cuda_cpu::aligned(reinterpret_cast<void*>(a), 16);
+    cuda_cpu::pause(16);
     memcpy(&v, reinterpret_cast<void*>(a), 16);
 #else
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a) : "memory");
@@ -41,6 +43,7 @@ __device__ __forceinline__ float2 load_shared8(Address a) {
     float2 v;
 #if defined(CUDA_ON_CPU)
     cuda_cpu::aligned(reinterpret_cast<void*>(a), 8);
+    cuda_cpu::pause(16);
     memcpy(&v, reinterpret_cast<void*>(a), 8);
 #else
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a) : "memory");
@@ -65,7 +68,7 @@ template <int BYTES> __device__ __forceinline__ void copy_async(Address to, cons
     cuda_cpu::aligned(reinterpret_cast<void*>(to), BYTES);
     if (valid) cuda_cpu::aligned(from, BYTES);
     const unsigned bytes = valid ? BYTES : 0;
-    cuda_cpu::state().now->open.push_back({reinterpret_cast<char*>(to), static_cast<const char*>(from), bytes, BYTES - bytes});
+    cuda_cpu::async_copy(reinterpret_cast<void*>(to), from, bytes, BYTES - bytes);
 #else
     if (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");

@@ -1,10 +1,12 @@
 //! Every kernel of `kernels/`, compiled for the CPU, against the f64 reference: all cases of the registry, forward and
-//! backward, in f32 and bf16, with the threads of a block in five orders that must give the same bits.
+//! backward, in f32 and bf16, with the threads of a block in six orders that must give the same bits.
 
 #[path = "emulator/adamw.rs"]
 mod adamw;
 #[path = "emulator/attention.rs"]
 mod attention;
+#[path = "emulator/barriers.rs"]
+mod barriers;
 mod emulator;
 #[path = "emulator/faults.rs"]
 mod faults;
@@ -17,7 +19,8 @@ use adfreeze::ops::launch::emulated;
 use adfreeze::ops::registry::verify::{Subject, Values};
 use adfreeze::ops::registry::{Case, all};
 use candle_core::DType;
-use emulator::{ORDERS, OnCpu, Order, kernels_of, launched};
+use emulator::{OnCpu, Order, kernels_of, launched, orders};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -25,15 +28,16 @@ fn told(what: &str, e: &adfreeze::error::Error) -> String {
     format!("{what}: {}", e.report())
 }
 
-/// What is wrong with one case, if anything.
-fn run(case: &Case, dtype: DType) -> std::result::Result<(), String> {
+/// What is wrong with one case, if anything, with the kernels of `folder`.
+fn run(case: &Case, dtype: DType, folder: &Path) -> std::result::Result<(), String> {
     let name = format!("{} {} {dtype:?}", case.op, case.label);
     let subject = Subject::new(case, dtype).map_err(|e| told(&name, &e))?;
     let mut first: Option<Values> = None;
-    for order in ORDERS {
+    for order in orders() {
         let at = |e| told(&format!("{name}, {order:?}"), &e);
         let run = || Values::of(case, &subject.x, &subject.dy);
-        let ours = emulated(Rc::new(OnCpu::new(order)), run).map_err(at)?;
+        let on_cpu = OnCpu { order, folder: folder.to_path_buf() };
+        let ours = emulated(Rc::new(on_cpu), run).map_err(at)?;
         if let Some(v) = subject.judge(&ours).map_err(at)?.iter().find(|v| !v.holds()) {
             return Err(format!("{name}, {order:?}: the {} is off by {:.2e}, {:.2e} would do", v.what, v.off, v.bound));
         }
@@ -59,7 +63,7 @@ fn every_kernel_gives_the_references_values_in_any_order_of_threads() {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(case) = cases.get(i / 2) else { return wrong };
             let dtype = if i % 2 == 0 { DType::F32 } else { DType::BF16 };
-            wrong.extend(run(case, dtype).err());
+            wrong.extend(run(case, dtype, &OnCpu::new(Order::Forward).folder).err());
         }
     };
     let threads = std::thread::available_parallelism().map_or(2, usize::from);

@@ -4,16 +4,20 @@
 //     c++ -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -x c++ -include kernels/cuda_on_cpu/cuda.h kernels/norm.cu
 //
 // One block runs at a time, with one fiber a thread. A fiber runs until it waits (barrier, shuffle, tensor-core
-// product) or ends; the order in which ready fibers are picked is the launch's: forward, reverse, or shuffled anew each
-// round from a seed. A result that changes with the order shows a missing barrier. What else is caught:
+// product) or ends; the order in which ready fibers are picked is the launch's: forward, reverse, shuffled anew each
+// round from a seed, or skewed. A result that changes with the order shows a missing barrier. What else is caught:
 //
 // - shared memory is 0xFF (NaN) when a block begins, and stands between guards;
 // - a vector access (`Pack`) at an address that is not a multiple of its size;
 // - a barrier that some threads never reach;
 // - cp.async copies happen at their wait, as late as the hardware may do them.
 //
-// Global memory is the caller's to poison and guard. What cannot be seen here: timing, and races that no order of whole
-// stretches between barriers brings out.
+// Skewed: each warp runs at a speed of its own, up to a thousand times that of another, drawn anew now and then; some of
+// its lanes may stay behind; a fiber may also be left before it reads or writes shared memory through mma.cuh, before it
+// waits for copies, and behind a barrier. Copies land where they are issued, at any time after, or at their wait, by block.
+//
+// Global memory is the caller's to poison and guard. What cannot be seen here: timing, and races within stretches that are
+// never left.
 #pragma once
 #define CUDA_ON_CPU 1
 #include <algorithm>
@@ -72,11 +76,23 @@ namespace cuda_cpu {
 // What the caller of a kernel says beside its arguments.
 struct Launch {
     unsigned grid[3], block[3], shared;
-    unsigned order;  // 0 forward, 1 reverse, 2 shuffled
+    unsigned order;  // 0 forward, 1 reverse, 2 shuffled, 3 skewed
     unsigned seed;
 };
 
-struct Copy { char* to; const char* from; unsigned bytes, zeros; };
+struct Copy { char* to; const char* from; unsigned bytes, zeros; bool landed; };
+
+// Marsaglia's xorshift.
+struct Random {
+    uint64_t state;
+    unsigned below(unsigned n) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        return unsigned((state >> 32) % n);
+    }
+};
+
+// When the copies of a skewed block arrive.
+enum Landing { AT_WAIT, AT_ISSUE, AT_ANY_TIME };
 
 struct Fiber {
     void* sp = nullptr;
@@ -109,6 +125,9 @@ struct State {
     uint3 bid{};
     unsigned live = 0, arrived = 0, generation = 0;
     Fiber* now = nullptr;
+    bool skewed = false;
+    Landing landing = AT_WAIT;
+    Random random{1};
     void* scheduler = nullptr;
 #if !defined(__x86_64__)
     ucontext_t main;
@@ -168,13 +187,19 @@ inline void wait_for(const unsigned& generation, unsigned seen) {
     leave(f);
 }
 
+// Where threads are skewed, others may run first; the more rarely, the greater `rarely`.
+inline void pause(unsigned rarely = 1) {
+    State& s = state();
+    if (s.skewed && s.random.below(rarely) == 0) leave(*s.now);
+}
+
 inline void syncthreads() {
     State& s = state();
     unsigned g = s.generation;
     if (++s.arrived >= s.live) {
         s.arrived = 0;
         s.generation++;
-        return;
+        return pause();
     }
     wait_for(s.generation, g);
 }
@@ -271,6 +296,81 @@ inline void check_guards(const char* begin, const char* end, const char* data, s
         if ((p < data || p >= data + size) && *p != char(0xFF)) return fail(std::string("a write outside ") + what);
 }
 
+inline bool ready(const Fiber& f) { return !f.done && !(f.wait && *f.wait == f.seen); }
+
+inline void go_on(Fiber& f) {
+    f.wait = nullptr;
+    state().now = &f;
+    resume(f);
+}
+
+// All ready fibers, round by round. False if none is ready before all have ended.
+inline bool run_in_rounds(unsigned kind) {
+    State& s = state();
+    unsigned n = unsigned(s.fibers.size());
+    std::vector<unsigned> order(n);
+    for (unsigned i = 0; i < n; i++) order[i] = kind == 1 ? n - 1 - i : i;
+    while (s.live) {
+        if (kind == 2)
+            for (unsigned i = n - 1; i > 0; i--) std::swap(order[i], order[s.random.below(i + 1)]);
+        bool any = false;
+        for (unsigned i : order)
+            if (ready(s.fibers[i])) any = true, go_on(s.fibers[i]);
+        if (!any) return false;
+    }
+    return true;
+}
+
+inline void land(Copy& c) {
+    if (c.landed) return;
+    c.landed = true;
+    memcpy(c.to, c.from, c.bytes);
+    memset(c.to + c.bytes, 0, c.zeros);
+}
+
+// A ready warp at a time, each as often as its speed says. False if none is ready before all have ended.
+inline bool run_skewed() {
+    State& s = state();
+    unsigned n = unsigned(s.fibers.size()), warps = unsigned(s.warps.size());
+    std::vector<unsigned> speed(warps), open(warps);
+    for (unsigned long long turn = 0; s.live; turn++) {
+        if (turn == 0 || s.random.below(128) == 0)
+            for (unsigned& v : speed) v = 1u << s.random.below(11);
+        open = speed;
+        const auto any = [&](unsigned w) {
+            for (unsigned i = 32 * w; i < std::min(n, 32 * w + 32); i++)
+                if (ready(s.fibers[i])) return true;
+            return false;
+        };
+        unsigned chosen = warps;
+        while (chosen == warps) {
+            unsigned total = 0;
+            for (unsigned v : open) total += v;
+            if (total == 0) return false;
+            unsigned at = s.random.below(total), w = 0;
+            while (at >= open[w]) at -= open[w++];
+            if (any(w)) chosen = w;
+            else open[w] = 0;
+        }
+        // In an order of its own; of every third turn some lanes are left out.
+        const unsigned turned = s.random.below(32), some = s.random.below(3) == 0 ? s.random.below(~0u) : ~0u;
+        for (unsigned k = 0; k < 32; k++) {
+            const unsigned lane = k ^ turned, i = 32 * chosen + lane;
+            if (i < n && (some >> lane & 1) && ready(s.fibers[i])) go_on(s.fibers[i]);
+        }
+        if (s.landing != AT_ANY_TIME) continue;
+        for (unsigned k = 0; k < 8; k++) {
+            Fiber& f = s.fibers[s.random.below(n)];
+            for (Copy& c : f.open)
+                if (s.random.below(2)) land(c);
+            for (auto& group : f.groups)
+                for (Copy& c : group)
+                    if (s.random.below(2)) land(c);
+        }
+    }
+    return true;
+}
+
 inline void run_block(const Launch& l, unsigned long long number) {
     State& s = state();
     s.shared.clear();
@@ -286,26 +386,10 @@ inline void run_block(const Launch& l, unsigned long long number) {
         s.warps[f.warp].live++;
         prepare(f);
     }
-    std::vector<unsigned> order(n);
-    for (unsigned i = 0; i < n; i++) order[i] = l.order == 1 ? n - 1 - i : i;
-    uint64_t random = (uint64_t(l.seed) << 32) ^ (number * 0x9E3779B97F4A7C15ull) ^ 0xD1B54A32D192ED03ull;
-    while (s.live) {
-        if (l.order == 2)
-            for (unsigned i = n - 1; i > 0; i--) {
-                random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-                std::swap(order[i], order[random % (i + 1)]);
-            }
-        bool any = false;
-        for (unsigned i : order) {
-            Fiber& f = s.fibers[i];
-            if (f.done || (f.wait && *f.wait == f.seen)) continue;
-            f.wait = nullptr;
-            any = true;
-            s.now = &f;
-            resume(f);
-        }
-        if (!any) return fail("some threads wait at a barrier that others never reach");
-    }
+    s.random = {(uint64_t(l.seed) << 32) ^ (number * 0x9E3779B97F4A7C15ull) ^ 0xD1B54A32D192ED03ull};
+    s.skewed = l.order == 3;
+    s.landing = s.skewed ? Landing(s.random.below(3)) : AT_WAIT;
+    if (!(s.skewed ? run_skewed() : run_in_rounds(l.order))) return fail("some threads wait at a barrier that others never reach");
     if (l.shared) check_guards(s.dynamic.data(), s.dynamic.data() + s.dynamic.size(), dynamic_shared(), l.shared, "dynamic shared memory");
     for (auto& a : s.shared)
         check_guards(a.second.bytes.data(), a.second.bytes.data() + a.second.bytes.size(), shared_array(a.first, 0), a.second.size, "a shared array");
@@ -329,7 +413,7 @@ template <class F> const char* launch(const Launch& l, F body) {
     unsigned long long blocks = 1ull * l.grid[0] * l.grid[1] * l.grid[2];
     for (unsigned long long k = 0; k < blocks && s.error.empty(); k++) {
         // Blocks come in any order on a GPU.
-        unsigned long long b = l.order == 1 ? blocks - 1 - k : k;
+        unsigned long long b = l.order == 1 || (l.order == 3 && l.seed % 2) ? blocks - 1 - k : k;
         s.bid = {unsigned(b % l.grid[0]), unsigned(b / l.grid[0] % l.grid[1]), unsigned(b / (1ull * l.grid[0] * l.grid[1]))};
         run_block(l, b);
     }
@@ -349,14 +433,16 @@ inline void aligned(const void* p, size_t bytes) {
     if (uintptr_t(p) % bytes) fail("a vector access at an address that is not a multiple of " + std::to_string(bytes));
 }
 
-inline void copy_now(const Copy& c) {
-    memcpy(c.to, c.from, c.bytes);
-    memset(c.to + c.bytes, 0, c.zeros);
+inline void async_copy(void* to, const void* from, unsigned bytes, unsigned zeros) {
+    auto& open = state().now->open;
+    open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, zeros, false});
+    if (state().landing == AT_ISSUE) land(open.back());
 }
 inline void async_wait(unsigned keep) {
+    pause();
     auto& g = state().now->groups;
     while (g.size() > keep) {
-        for (const Copy& c : g.front()) copy_now(c);
+        for (Copy& c : g.front()) land(c);
         g.erase(g.begin());
     }
 }

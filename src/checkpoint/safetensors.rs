@@ -7,6 +7,7 @@ use super::atomic;
 use crate::bail;
 use crate::error::{Context, Result};
 use crate::model::weights::Tensors;
+use crate::ops::launch::host;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::cmp::Reverse;
@@ -67,7 +68,7 @@ pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
 
 /// The elements in row-major order, little-endian.
 fn write_data(out: &mut dyn Write, tensor: &Tensor) -> Result<()> {
-    let flat = tensor.flatten_all()?;
+    let flat = host(tensor)?.flatten_all()?;
     let bytes: Vec<u8> = match tensor.dtype() {
         DType::U8 => flat.to_vec1()?,
         DType::U32 => flat.to_vec1::<u32>()?.into_iter().flat_map(u32::to_le_bytes).collect(),

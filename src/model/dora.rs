@@ -8,7 +8,7 @@
 use super::params::Param;
 use crate::bail;
 use crate::error::Result;
-use crate::ops::launch::widen;
+use crate::ops::launch::{host, widen};
 use crate::ops::matmul::{Mat, add_, matmul, matmul_wide, sum_rows};
 use candle_core::{DType, Tensor, TensorId};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -105,7 +105,7 @@ pub fn row_squares(w: &Tensor) -> Result<Tensor> {
 /// zeros, which has no direction.
 pub fn unchanged(layer: &str, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
     let lengths = lengths(w, &row_squares(w)?, a, b, scale)?;
-    let host: Vec<f64> = lengths.to_dtype(DType::F64)?.to_vec1()?;
+    let host: Vec<f64> = host(&lengths.to_dtype(DType::F64)?)?.to_vec1()?;
     if let Some(row) = host.iter().position(|x| !(*x > 0.0 && x.is_finite())) {
         bail!("{layer}.weight: row {row} has length {}, which DoRA cannot scale", host[row];
             "leave the layer out of `target`, or adapt it without `dora`")

@@ -14,7 +14,7 @@ pub(crate) mod reference;
 
 pub use kernels::Plan;
 
-use super::launch::{Path, path, widen};
+use super::launch::{Path, host, path, widen};
 use super::random::Key;
 use super::{Weight, data, dispatch};
 use crate::bail;
@@ -176,7 +176,7 @@ fn clip(norm: f64, max_norm: f64) -> f64 {
 
 /// Σ x² of a tensor, on the host, in f64 and in the kernels' order of sums. Infinite or NaN just where an element is.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    let x = widen(&x.to_device(&Device::Cpu)?.contiguous()?)?;
+    let x = widen(&host(x)?.contiguous()?)?;
     dispatch!(&x, "sum of squares", T => Ok(reference::sum_of_squares(&data::<T>(&x)?)))
 }
 

@@ -3,7 +3,7 @@
 //!
 //! For row x with target t: z = W·x, log p = z_t − logsumexp(z), d log p / dx = Wᵀ·(e_t − softmax(z)).
 
-use super::launch::{Arg, Grid, Path, download, empty, launch, path, upload, wide};
+use super::launch::{Arg, Grid, Path, download, empty, host, launch, path, upload, wide};
 use super::matmul::{Mat, matmul, matmul_add, matmul_wide};
 use super::{Real, dims2, dispatch, tensor, update};
 use crate::bail;
@@ -42,7 +42,7 @@ impl LogProbs {
     pub fn argmax(&self) -> Result<Vec<u32>> {
         let mut out = Vec::with_capacity(self.rows);
         for (_, argmax) in &self.chunks {
-            out.extend(argmax.to_vec1::<u32>()?);
+            out.extend(host(argmax)?.to_vec1::<u32>()?);
         }
         Ok(out)
     }

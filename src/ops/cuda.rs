@@ -1,5 +1,5 @@
-//! NVIDIA GPUs: opening one, launching our kernels on it, and matrix products by cuBLAS. Everything runs on candle's
-//! stream of the thread that trains, in the order in which it is asked for.
+//! NVIDIA GPUs: opening one, launching our kernels on it, and matrix products by cuBLAS. Everything runs on one stream that the
+//! device owns, in the order in which it is asked for, whichever of the host's threads asks.
 
 mod gemm;
 pub(crate) mod libraries;
@@ -52,12 +52,14 @@ pub fn open(ordinal: usize) -> Result<Device> {
     }
     libraries::require(Library::Blas)?;
     libraries::require(Library::Random)?;
-    let device = Device::new_cuda(ordinal).with_context(|| format!("GPU {ordinal} ({})", names[ordinal]))?;
+    let device =
+        Device::new_cuda_with_stream(ordinal).with_context(|| format!("GPU {ordinal} ({})", names[ordinal]))?;
     let cuda = device.as_cuda_device()?;
-    // SAFETY: candle has one stream for each of the host's threads, and all work goes to that of the thread that trains, so its
-    // order alone keeps memory alive and writes apart; events would only cost time. Where other threads read (checksums of
-    // frozen weights), the device is waited for before, and each read is waited for.
+    // SAFETY: all work on this device goes to its one stream, also that of other threads (checksums of frozen weights), so the
+    // stream's order alone keeps memory alive and writes apart; events would only cost time. Every read by the host is waited
+    // for (`launch::host`). A library that brings a stream of its own must be ordered behind and before ours by events.
     unsafe { cuda.disable_event_tracking() };
+    gemm::sum_in_f32(cuda)?;
     keep_freed_memory(ordinal)?;
     Ok(device)
 }

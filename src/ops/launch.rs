@@ -308,7 +308,15 @@ pub(crate) fn pack(tensors: &[Option<&Tensor>]) -> usize {
     16 / tensors.iter().flatten().map(|t| t.dtype().size_in_bytes()).max().unwrap_or(4)
 }
 
+/// A tensor on the host. All that comes from a GPU goes by here: a copy into memory that is not pinned may be under way when the
+/// driver returns, so it is waited for before anyone looks at a byte.
+pub(crate) fn host(t: &Tensor) -> Result<Tensor> {
+    let there = t.to_device(&Device::Cpu)?;
+    t.device().synchronize()?;
+    Ok(there)
+}
+
 /// A tensor's numbers on the host.
 pub(crate) fn download<T: Real>(t: &Tensor) -> Result<Vec<T>> {
-    Ok(t.to_dtype(T::DTYPE)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+    Ok(host(&t.to_dtype(T::DTYPE)?)?.flatten_all()?.to_vec1()?)
 }

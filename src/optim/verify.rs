@@ -4,6 +4,7 @@
 use super::{AdamW, Groups, Schedule, StepReport};
 use crate::error::Result;
 use crate::ops::Weight;
+use crate::ops::launch::host;
 use crate::ops::random::{Key, normal};
 use crate::recipe::schema::{self, MomentType, ParamGroup, Scheduler, Warmup};
 use candle_core::{DType, Device, Tensor};
@@ -107,7 +108,7 @@ pub fn train(form: Form, elements: usize, device: &Device) -> Result<Trained> {
         tensors.insert(name, w.value);
     }
     for t in tensors.values_mut() {
-        *t = t.to_device(&Device::Cpu)?;
+        *t = host(t)?;
     }
     Ok(Trained { tensors, reports })
 }

@@ -8,6 +8,7 @@ use crate::model::params::Module;
 use crate::model::vlm::Vlm;
 use crate::model::watch;
 use crate::ops::adamw::sum_of_squares;
+use crate::ops::launch::host;
 use crate::optim::StepReport;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -32,8 +33,6 @@ pub fn frozen_checksums(state: &mut State) -> Result<BTreeMap<String, String>> {
     let trainable = state.vlm.trainable();
     let frozen: Vec<(String, Tensor)> =
         state.vlm.params().into_iter().filter(|(n, _)| !trainable.contains_key(n)).collect();
-    // candle has a stream for each of the host's threads: what this one has asked for must be done before others read.
-    state.vlm.language.device().synchronize()?;
     frozen.into_par_iter().map(|(n, t)| Ok((n, checksum(&t)?))).collect()
 }
 
@@ -126,6 +125,7 @@ impl ExplosionWatch {
 
 /// SHA-256 of a tensor's elements.
 pub fn checksum(t: &Tensor) -> Result<String> {
+    let t = host(t)?;
     let bytes: Vec<u8> = match t.dtype() {
         DType::F64 => t.flatten_all()?.to_vec1::<f64>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
         _ => t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),

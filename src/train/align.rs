@@ -10,8 +10,8 @@ use crate::data::{IGNORE, Item, Pixels, Sample};
 use crate::error::Result;
 use crate::model::visual;
 use crate::model::vlm::Vlm;
-use crate::ops::launch::widen;
-use candle_core::{DType, Device, Tensor};
+use crate::ops::launch::{host, widen};
+use candle_core::{DType, Tensor};
 
 /// Samples' pictures beside their captions.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -88,7 +88,7 @@ fn compare(seen: &[Vec<f64>], said: &[Vec<f64>], captions: &[Vec<u32>]) -> Align
 
 /// A tensor's rows on the host.
 fn rows(t: &Tensor) -> Result<Vec<Vec<f64>>> {
-    Ok(widen(t)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec2()?)
+    Ok(host(&widen(t)?)?.to_dtype(DType::F64)?.to_vec2()?)
 }
 
 /// The mean of `rows`, scaled to length 1; 0 if it is 0.

@@ -3,6 +3,7 @@
 use crate::bail;
 use crate::error::Result;
 use crate::model::vlm::{Batch, Vlm};
+use crate::ops::launch::host;
 use crate::ops::random::Key;
 use candle_core::DType;
 
@@ -36,7 +37,7 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
     let mut logits = vlm.language.extend(x, here.as_ref(), &mut cache)?;
     let mut out = Vec::new();
     while out.len() < how.max_new_tokens {
-        let z: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
+        let z: Vec<f64> = host(&logits.to_dtype(DType::F64)?)?.to_vec1()?;
         let next = pick(&z, how, key.uniform(out.len() as u64))?;
         if eos.contains(&next) {
             break;

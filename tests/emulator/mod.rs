@@ -20,11 +20,19 @@ pub enum Order {
     Forward,
     Reverse,
     Shuffled(u32),
+    /// Warps at speeds of their own, asynchronous copies that land sooner or later: `kernels/cuda_on_cpu/cuda.h`.
+    Skewed(u32),
 }
 
 /// The orders in which every kernel must give the same bits.
-pub const ORDERS: [Order; 5] =
-    [Order::Forward, Order::Reverse, Order::Shuffled(1), Order::Shuffled(2), Order::Shuffled(3)];
+pub const ORDERS: [Order; 6] =
+    [Order::Forward, Order::Reverse, Order::Shuffled(1), Order::Skewed(1), Order::Skewed(2), Order::Skewed(3)];
+
+/// Those, and with `ADFREEZE_SEEDS=n` n more that are skewed: a race may show in few of them.
+pub fn orders() -> impl Iterator<Item = Order> {
+    let more = std::env::var("ADFREEZE_SEEDS").map_or(0, |n| n.parse().expect("ADFREEZE_SEEDS is a number"));
+    ORDERS.into_iter().chain((4..4 + more).map(Order::Skewed))
+}
 
 /// Kernels on the CPU, with threads in one order.
 pub struct OnCpu {
@@ -38,6 +46,23 @@ impl OnCpu {
     pub fn new(order: Order) -> Self {
         Self { order, folder: Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels") }
     }
+}
+
+/// The project's kernels with a fault in one file: the `nth` (from 0) `without` is missing. None if there are fewer.
+pub fn planted(file: &str, without: &str, nth: usize) -> Option<PathBuf> {
+    let kernels = OnCpu::new(Order::Forward).folder;
+    let text = std::fs::read_to_string(kernels.join(file)).unwrap();
+    let at = text.match_indices(without).nth(nth)?.0;
+    let text = [&text[..at], &text[at + without.len()..]].concat();
+    let mut hash = DefaultHasher::new();
+    text.hash(&mut hash);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("planted-{:016x}", hash.finish()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for path in std::fs::read_dir(&kernels).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    std::fs::write(folder.join(file), text).unwrap();
+    Some(folder)
 }
 
 static LAUNCHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
@@ -80,6 +105,7 @@ impl Emulator for OnCpu {
             Order::Forward => (0, 0),
             Order::Reverse => (1, 0),
             Order::Shuffled(seed) => (2, seed),
+            Order::Skewed(seed) => (3, seed),
         };
         LAUNCHED.lock().unwrap().insert(kernel.to_string());
         let launch = Launch { grid: grid.grid, block: grid.block, shared: grid.shared, order, seed };
@@ -163,7 +189,8 @@ fn value(arg: &HostArg, arenas: &mut Vec<Arena>) -> [u8; 8] {
 /// Where the compiled form of a `.cu` file goes: named by everything that it is made of.
 fn built(source: &Path) -> PathBuf {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-    let shared = std::fs::read_dir(&kernels).unwrap().map(|e| e.unwrap().path());
+    let files = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    let shared = files(&kernels).chain(files(source.parent().unwrap()));
     let mut texts: Vec<PathBuf> = shared.filter(|p| p.extension().is_some_and(|e| e == "cuh")).collect();
     texts.sort();
     texts.extend([kernels.join(HEADER), source.to_path_buf()]);

@@ -1,7 +1,7 @@
 //! Launches of `kernels/adamw.cu`: one for the norm's leaves, one for the norm, and one for the parameters of each form. The
 //! host reads nothing before all of them are on their way.
 
-use super::super::launch::{Arg, Grid, address, empty, launch_plain, upload};
+use super::super::launch::{Arg, Grid, address, empty, host, launch_plain, upload};
 use super::{Gradient, Moments, Norms, Parameter, Step};
 use crate::bail;
 use crate::error::Result;
@@ -102,7 +102,7 @@ pub(super) fn step(params: &[Parameter], s: &Step, plan: &mut Option<Plan>) -> R
         let args = [tables.as_slice(), &[Arg::In(&chunks), Arg::In(&clip), chunk], &betas, &noise].concat();
         launch_plain("adamw", kernel, Grid::line(count, threads), &args)?;
     }
-    let told: Vec<f64> = told.to_vec1()?;
+    let told: Vec<f64> = host(&told)?.to_vec1()?;
     // The second word holds the scale (f32) below the flag that says that everything was skipped.
     let word = told[1].to_bits();
     Ok(Norms {

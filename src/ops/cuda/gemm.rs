@@ -9,6 +9,15 @@ use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::{DType, Tensor};
 use sys::cublasOperation_t as Operation;
 
+/// Partial sums of products that are split along the sum (split-K) meet in f32; cuBLAS may else round them to bf16 first.
+pub(super) fn sum_in_f32(device: &CudaDevice) -> Result<()> {
+    let mode = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle lives as long as `device`.
+    unsafe { sys::cublasSetMathMode(*device.cublas_handle().handle(), mode) }
+        .result()
+        .map_err(|e| Error::new(format!("cuBLAS: {e:?}")))
+}
+
 /// As `ops::gemm::gemm`, whose checks have passed. f32 operands are multiplied in f32, not in TF32; bf16 ones on tensor cores
 /// with f32 sums.
 pub(in crate::ops) fn gemm(

@@ -3,6 +3,7 @@
 use super::super::activation;
 use super::{Case, SIZES};
 use crate::bail;
+use crate::ops::launch::host;
 use crate::recipe::schema::Activation;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -60,7 +61,7 @@ fn rebuilt_swiglu_case(n: usize, d: usize) -> Case {
         forward: Box::new(|t| {
             let y = activation::swiglu(&t[0], &t[1])?;
             match activation::swiglu_backward(&t[0], &t[1], &t[1], true)?.y {
-                Some(again) if again.ne(&y)?.max_all()?.to_scalar::<u8>()? == 0 => Ok(again),
+                Some(again) if host(&again.ne(&y)?.max_all()?)?.to_scalar::<u8>()? == 0 => Ok(again),
                 _ => bail!("swiglu: the rebuilt output is not the first one"),
             }
         }),
