@@ -16,12 +16,13 @@ pub struct Error {
     cause: String,
     hint: Option<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    diverged: bool,
 }
 
 impl Error {
     /// An error that names the thing that is wrong.
     pub fn new(cause: impl Into<String>) -> Self {
-        Self { cause: cause.into(), hint: None, source: None }
+        Self { cause: cause.into(), hint: None, source: None, diverged: false }
     }
 
     /// Adds what the user can do.
@@ -34,6 +35,17 @@ impl Error {
     pub fn source(mut self, e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(e.into());
         self
+    }
+
+    /// Marks that numbers of a training are no longer numbers: what its weights have become is not worth to be kept.
+    pub fn diverged(mut self) -> Self {
+        self.diverged = true;
+        self
+    }
+
+    /// See [`Error::diverged`].
+    pub fn has_diverged(&self) -> bool {
+        self.diverged
     }
 
     /// Puts `what` in front of the cause: `what: cause`. The hint stays.

@@ -9,7 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::model::init::Place;
 use crate::pipeline::check::{self, Aim};
 use crate::pipeline::run_dir::RunDir;
-use crate::pipeline::signals::Signals;
+use crate::pipeline::signals::{End, Signals};
 use crate::pipeline::{self, Options as RunOptions, Outcome};
 use crate::recipe;
 use crate::recipe::schema::{DType, Deliver, Metric, Recipe, Stage};
@@ -226,7 +226,7 @@ pub fn run(options: &Options, place: &Place, reporter: &Reporter, out: &mut Outp
     if let (true, Some(e)) = (planned.is_empty(), refused) {
         return Err(e);
     }
-    let (signals, mut told) = (Signals::listen()?, false);
+    let (signals, mut told) = (Signals::listen(End::GoesOn, |_| ())?, false);
     for (entry, recipe) in planned {
         reporter.info(&format!("{}: {}", entry.name, recipe.output_dir.display()));
         let run = RunOptions { place: place.clone(), signals: signals.clone(), ..RunOptions::default() };

@@ -4,6 +4,7 @@ use super::{device, model};
 use crate::bail;
 use crate::data::{Item, Picture, Sample, load_pixels};
 use crate::error::Result;
+use crate::pipeline::signals::{End, Signals};
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::generate::{Sampling, generate};
@@ -50,6 +51,8 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     {
         bail!("--temperature {} --top-p {}", args.temperature, args.top_p; "a temperature of 0 or more, and 0 < top-p ≤ 1")
     }
+    // Ends by the signal itself, in a container's first process too; what is written so far stands.
+    Signals::listen(End::BySignal, |_| ())?;
     let m = args.model.load(&args.compute, reporter)?;
     let encoder = &m.assembly.encoder;
     let how = args.pictures.of(&m, reporter)?;

@@ -91,7 +91,8 @@ results.json (held-out figures), and the trained projector and adapters in NN-ST
 const WRONG_ARGUMENTS: u8 = 2;
 
 /// Runs the command line; errors go to stderr as cause, blank line, hint. Exit codes: 0 done, 1 an error, 2 wrong
-/// arguments, 75 stopped by a signal (the same command goes on).
+/// arguments, 75 a training stopped by a signal (the same command goes on); other commands end by the signal, which shells tell
+/// as 128 and its number (130: Ctrl-C, 143: SIGTERM).
 pub fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -110,15 +111,16 @@ pub fn main() -> ExitCode {
         Log::Json => LogFormat::Json,
     };
     trace(format);
-    let reporter = Reporter::new(format);
+    // For as long as the process: what answers signals reports as well.
+    let reporter: &'static Reporter = Box::leak(Box::new(Reporter::new(format)));
     let result = match args.command {
-        Command::Train(a) => train::run(&a, &reporter),
-        Command::Check(a) => check::run(&a, &reporter).map(done),
-        Command::Generate(a) => generate::run(&a, &reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
-        Command::Score(a) => score::run(&a, &reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
-        Command::Synth(a) => synth::run(&a, &reporter).map(done),
-        Command::Selftest(a) => selftest::run(&a, &reporter),
-        Command::Bench(a) => bench::run(&a, &reporter).map(done),
+        Command::Train(a) => train::run(&a, reporter),
+        Command::Check(a) => check::run(&a, reporter).map(done),
+        Command::Generate(a) => generate::run(&a, reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
+        Command::Score(a) => score::run(&a, reporter).map_err(|e| hints::of_command(e, a.of_run())),
+        Command::Synth(a) => synth::run(&a, reporter).map(done),
+        Command::Selftest(a) => selftest::run(&a, reporter),
+        Command::Bench(a) => bench::run(&a, reporter).map(done),
     };
     match result {
         Ok(code) => code,
@@ -155,7 +157,7 @@ fn trace(format: LogFormat) {
     let spans = tracing_subscriber::fmt::format::FmtSpan::CLOSE;
     let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_span_events(spans).with_ansi(color);
-    let lines = lines.with_writer(std::io::stderr);
+    let lines = lines.with_writer(stdout::Stderr::default);
     match format {
         LogFormat::Auto => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),

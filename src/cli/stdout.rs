@@ -1,4 +1,4 @@
-//! Standard output, whose reader may go away.
+//! Standard output and standard error, whose readers may go away.
 
 use std::io::{Error, ErrorKind, Result, StdoutLock, Write};
 
@@ -43,5 +43,20 @@ impl Write for Stdout {
         }
         let result = self.inner.flush();
         self.settle(result, ())
+    }
+}
+
+/// Standard error for lines of a log: what cannot be written there is dropped, for there is nowhere else to tell it.
+#[derive(Default)]
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
+        let _ = std::io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use super::{device, next};
 use crate::error::Result;
 use crate::model::init::Place;
-use crate::pipeline::signals::{STOPPED, Signals};
+use crate::pipeline::signals::{End, STOPPED, Signals};
 use crate::pipeline::{self, Options, Outcome};
 use crate::recipe;
 use crate::report::Reporter;
@@ -28,7 +28,8 @@ pub struct Args {
     allow_changes: bool,
 }
 
-pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
+pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
+    let signals = Signals::listen(End::GoesOn, |text| reporter.stopping(text))?;
     let device = args.compute.open()?;
     let mut recipe = recipe::load(&args.recipe, &args.sets)?;
     // Part of the run: the same command resumes it.
@@ -37,7 +38,7 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<ExitCode> {
         place: Place::new(device, recipe.model.dtype),
         stages: args.stages.clone(),
         allow_changes: args.allow_changes,
-        signals: Signals::listen()?,
+        signals,
     };
     Ok(match pipeline::train(&recipe, &options, reporter)? {
         Outcome::Finished => {

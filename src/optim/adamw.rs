@@ -224,7 +224,7 @@ impl AdamW {
         };
         Error::new(format!("{what} is {kind}")).hint(
             "lower `lr`, lengthen the warm-up, set `max_grad_norm = 1.0`; if it happens in the first steps, check the data and the weights",
-        )
+        ).diverged()
     }
 
     /// Everything a resumed run needs: `step` (number of steps made) and, by parameter, `NAME.exp_avg`,

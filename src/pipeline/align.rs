@@ -13,7 +13,8 @@ use crate::model::params::Module;
 use crate::recipe::schema::{AlignCheck, Stage};
 use crate::report::Table;
 use crate::report::human::percent;
-use crate::train::align::{Alignment, measure};
+pub use crate::train::align::Alignment;
+use crate::train::align::measure;
 use crate::train::evaluate::Figures;
 
 /// What it is called in the recipe and in `results.json`.

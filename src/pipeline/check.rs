@@ -7,11 +7,11 @@ use super::assemble::{Assembly, assemble, sight};
 use super::components::{self, Training};
 use super::freeze::thousands;
 use super::memory;
+use super::pictures::{self, Looked, Pictures, together};
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data, newline};
-use crate::bail;
-use crate::data::{Dataset, ImageProcessor, ImageRef, Plan, Sight};
+use crate::data::{Dataset, ImageProcessor, Plan, Sight};
 use crate::error::{Context, Error, Result};
 use crate::model::init::{NEWLINE, Place};
 use crate::model::params::{Module, adapter_of};
@@ -19,15 +19,11 @@ use crate::optim::AdamW;
 use crate::recipe::schema::{DType, Recipe, START_ADAPTER, Scheduler, Stage};
 use crate::report::{Reporter, Table, human};
 use candle_core::Device;
-use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
 /// Learning rate above which pretrained weights are usually destroyed.
 const PRETRAINED_LR: f64 = 1e-4;
-
-/// Every picture must be there; of each data set at most so many, evenly spread, are decoded as well.
-const DECODED: usize = 1000;
 
 /// The machine that will train, as far as it is told to be another than the one that checks.
 #[derive(Debug, Clone, Copy, Default)]
@@ -79,8 +75,18 @@ pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write
     }
     let (ends, random, masters) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let warnings = assembly.warnings.iter().chain(&assembly.begins).cloned().chain(newlines).collect();
-    let mut all =
-        Check { recipe, aim, assembly: &assembly, ends, random, masters, sights: Vec::new(), warnings, steps: 0 };
+    let mut all = Check {
+        recipe,
+        aim,
+        assembly: &assembly,
+        ends,
+        random,
+        masters,
+        sights: Vec::new(),
+        warnings,
+        steps: 0,
+        reporter,
+    };
     let mut problems = Vec::new();
     for name in &recipe.stages {
         writeln!(out)?;
@@ -121,6 +127,7 @@ struct Check<'a> {
     sights: Vec<(&'a str, Option<Sight>)>,
     warnings: Vec<String>,
     steps: usize,
+    reporter: &'a Reporter,
 }
 
 impl<'a> Check<'a> {
@@ -152,8 +159,9 @@ impl<'a> Check<'a> {
         writeln!(out)?;
         write!(out, "{}", groups(name, stage, &optimizer).render())?;
         writeln!(out)?;
-        let decoded = decode_some(&data, self.assembly.images.as_ref())?;
-        write!(out, "{}", data_table(name, stage, &data, sight, decoded, (total, epoch)).render())?;
+        let shown = pictures::shown(&data, stage, name, total)?;
+        let looked = look("pictures", &data, shown, self.assembly.images.as_ref(), self.reporter)?;
+        write!(out, "{}", data_table(name, stage, &data, sight, looked, (total, epoch)).render())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
         Ok(())
@@ -239,7 +247,7 @@ impl<'a> Check<'a> {
     fn evaluations(&self, out: &mut dyn Write) -> Result<Vec<Error>> {
         let wanted: BTreeSet<&String> = self.recipe.stages.iter().flat_map(|s| &self.recipe.stage[s].eval).collect();
         let (mut problems, mut t) =
-            (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures"]));
+            (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures", "decoded"]));
         for name in wanted {
             let eval = &self.recipe.eval[name];
             let encoder = &self.assembly.encoder;
@@ -250,10 +258,11 @@ impl<'a> Check<'a> {
                     sights.push(*s)
                 }
             });
-            let load = || -> Result<Dataset> {
+            let mut looked = Looked { at: 0, of: 0 };
+            let mut load = || -> Result<Dataset> {
                 let first = sights.first().copied().unwrap_or(encoder.sight());
                 let data = evaluation::dataset(self.recipe, eval, &encoder.seeing(first))?;
-                decode_some(&data, self.assembly.images.as_ref())?;
+                looked = look("pictures", &data, 0..data.items.len(), self.assembly.images.as_ref(), self.reporter)?;
                 for other in sights.iter().skip(1) {
                     evaluation::dataset(self.recipe, eval, &encoder.seeing(*other))?;
                 }
@@ -267,6 +276,7 @@ impl<'a> Check<'a> {
                         metric.as_str().unwrap_or_default().to_string(),
                         thousands(data.items.len()),
                         thousands(data.images().len()),
+                        thousands(looked.at),
                     ]);
                 }
                 Err(e) => problems.push(e.context(format!("eval.{name}"))),
@@ -279,28 +289,17 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Decodes pictures of a data set, at most [`DECODED`]; returns how many.
-fn decode_some(data: &Dataset, images: Option<&ImageProcessor>) -> Result<usize> {
-    let mut all: BTreeMap<&ImageRef, &str> = BTreeMap::new();
-    for item in &data.items {
-        item.images().iter().for_each(|i| _ = all.entry(i).or_insert(item.id()));
-    }
-    let some: Vec<_> = all.iter().step_by(all.len().div_ceil(DECODED).max(1)).map(|(i, id)| (*i, *id)).collect();
-    decode(&some, images)?;
-    Ok(some.len())
-}
-
-/// Decodes pictures and keeps none. Errors name all broken ones, each with the sample beside it.
-pub fn decode(pictures: &[(&ImageRef, &str)], images: Option<&ImageProcessor>) -> Result<()> {
-    let Some(images) = images else {
-        if let Some((first, id)) = pictures.first() {
-            bail!("sample {id} shows {}, but the model has no vision tower", first.path.display();
-                "set model.vision, or leave the pictures out of the data")
-        }
-        return Ok(());
-    };
-    let load = |(i, id): &(&ImageRef, &str)| images.load(i).err().map(|e| e.context(format!("sample {id}")));
-    together(pictures.par_iter().filter_map(load).collect())
+/// Decodes the pictures that the items `shown` of a data set show.
+fn look(
+    owner: &str,
+    data: &Dataset,
+    shown: impl IntoIterator<Item = usize>,
+    images: Option<&ImageProcessor>,
+    reporter: &Reporter,
+) -> Result<Looked> {
+    let mut pictures = Pictures::default();
+    pictures.add(owner, data, shown);
+    pictures.prove(&BTreeSet::from([owner.to_string()]), images, reporter)
 }
 
 fn groups(name: &str, stage: &Stage, optimizer: &AdamW) -> Table {
@@ -350,7 +349,7 @@ fn data_table(
     stage: &Stage,
     data: &Dataset,
     sight: Option<Sight>,
-    decoded: usize,
+    looked: Looked,
     (total, epoch): (usize, usize),
 ) -> Table {
     let s = data.stats();
@@ -359,7 +358,8 @@ fn data_table(
     row("samples", thousands(s.items));
     row("of them without a picture", thousands(s.text_only));
     row("pictures (all there)", thousands(s.images));
-    row("of them decoded to see whether they are whole", thousands(decoded));
+    row("of them shown in the stage's steps", thousands(looked.of));
+    row("of these decoded to see whether they are whole", thousands(looked.at));
     if let Some(Sight { size, tokens, .. }) = sight {
         row("what the tower sees at once", format!("{size} × {size} px"));
         row("visual tokens of that", thousands(tokens));
@@ -406,19 +406,4 @@ fn warnings(stage: &Stage, name: &str, optimizer: &AdamW, fresh: &BTreeSet<Strin
 fn no_warmup(s: &Scheduler) -> bool {
     let w = s.warmup();
     w.warmup_ratio.unwrap_or(0.0) == 0.0 && w.warmup_steps.unwrap_or(0) == 0
-}
-
-/// One error out of several, each with its own hint.
-fn together(mut problems: Vec<Error>) -> Result<()> {
-    const NAMED: usize = 20;
-    let n = problems.len();
-    if n < 2 {
-        return problems.pop().map_or(Ok(()), Err);
-    }
-    let lines = problems.iter().take(NAMED).map(|e| format!("\n\n{}", e.report().replace("\n\nhint: ", "\nhint: ")));
-    let mut text = format!("{n} problems:{}", lines.collect::<String>());
-    if n > NAMED {
-        text += &format!("\n\nand {} more", n - NAMED);
-    }
-    Err(Error::new(text).hint("mend them all, then check again"))
 }

@@ -20,7 +20,8 @@ pub struct Progress {
     pub loss: f64,
 }
 
-const TRAINED: &str = "trained.safetensors";
+/// The trained tensors of a checkpoint.
+pub const TRAINED: &str = "trained.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const LOSS: &str = "loss";
 
@@ -83,7 +84,7 @@ pub fn newest(stage_dir: &Path) -> Result<Option<(usize, PathBuf)>> {
 }
 
 /// Checkpoints of a stage by step, oldest first.
-fn list(stage_dir: &Path) -> Result<Vec<(usize, PathBuf)>> {
+pub fn list(stage_dir: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let folder = stage_dir.join("checkpoints");
     if !folder.exists() {
         return Ok(Vec::new());

@@ -1,17 +1,23 @@
 //! A run's held-out evaluations: their data, and the tables of the figures so far.
 
-use super::check::decode;
+use super::reference::{KEEP_EVERY, fingerprint};
+use super::run_dir::hex;
+use super::stage::Run;
 use crate::bail;
-use crate::data::{Dataset, ImageProcessor, ImageRef, Item, TextEncoder};
+use crate::checkpoint::atomic::write_bytes;
+use crate::data::{Dataset, Item, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
-use crate::recipe::schema::{Alpha, Eval, Metric, Recipe, Resize, Stage};
+use crate::recipe::schema::{Eval, Metric, Recipe, Stage};
 use crate::report::Table;
 use crate::report::human::percent;
-use crate::train::evaluate::{Evaluation, Figures, evaluate};
+use crate::train::evaluate::{Evaluation, Figures, Outcomes, evaluate, samples_done, samples_of_all_passes};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The samples of an evaluation, as its metric takes them. An error if the metric can tell nothing from them.
 pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
@@ -43,53 +49,114 @@ impl<'a> Evaluations<'a> {
         Ok(Self { recipe, data })
     }
 
-    /// Runs them all.
-    pub fn run(
-        &self,
-        vlm: &Vlm,
-        encoder: &TextEncoder,
-        images: Option<&ImageProcessor>,
-    ) -> Result<BTreeMap<String, Figures>> {
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+
+    /// Runs them all, from where `kept` ends; `None` if a signal asked to stop on the way.
+    pub fn run(&self, run: &Run, vlm: &Vlm, mut kept: Kept) -> Result<Option<BTreeMap<String, Figures>>> {
         let mut out = BTreeMap::new();
+        let _deferred = run.signals.defer("finishing the batch; the evaluations so far are kept");
         for (name, set) in &self.data {
             let e = &self.recipe.eval[*name];
             let (items, pictures) = (&set.items[..], &e.pictures[..]);
-            let eval = Evaluation { metric: e.metric, items, images, pictures, micro: e.micro };
-            out.insert((*name).clone(), evaluate(vlm, encoder, &eval).with_context(|| format!("eval.{name}"))?);
-        }
-        Ok(out)
-    }
-}
-
-/// The pictures of evaluations, each once whatever stages see of it, with a sample that shows it.
-#[derive(Default)]
-pub struct Shown(BTreeMap<String, BTreeMap<Way, (ImageRef, String)>>);
-
-/// What decides whether a picture can be decoded.
-type Way = (PathBuf, Resize, Alpha);
-
-impl Shown {
-    /// Notes what the samples of an evaluation show.
-    pub fn add(&mut self, eval: &str, data: &Dataset) {
-        let own = self.0.entry(eval.to_string()).or_default();
-        for item in &data.items {
-            for i in item.images() {
-                let way = (i.path.clone(), i.resize, i.alpha);
-                own.entry(way).or_insert_with(|| (i.clone(), item.id().to_string()));
+            let eval = Evaluation { metric: e.metric, items, images: run.images, pictures, micro: e.micro };
+            let key = format!("{} {}", serde_json::to_string(e)?, fingerprint(set));
+            let mut so_far = kept.take(name, &key);
+            let progress = run.reporter.progress(format!("evaluation {name}"), samples_of_all_passes(&eval));
+            progress.skip(samples_done(&eval, &so_far));
+            let started = Instant::now();
+            let mut saved = started;
+            let mut on = |n: usize, so_far: &Outcomes| {
+                progress.inc(n);
+                if saved.elapsed() > KEEP_EVERY {
+                    kept.put(name, &key, so_far)?;
+                    saved = Instant::now();
+                }
+                Ok(!run.signals.asked())
+            };
+            let figures = evaluate(vlm, run.encoder, &eval, &mut so_far, &mut on);
+            let ended = matches!(figures, Ok(Some(_)));
+            // What is computed fast is as fast computed again.
+            if !ended || started.elapsed() > WORTH {
+                kept.put(name, &key, &so_far)?;
             }
+            match figures.with_context(|| format!("eval.{name}"))? {
+                Some(figures) => out.insert((*name).clone(), figures),
+                None => {
+                    run.reporter
+                        .info(&format!("asked to stop in evaluation {name}; the same command goes on from there"));
+                    return Ok(None);
+                }
+            };
+        }
+        Ok(Some(out))
+    }
+}
+
+/// What evaluations have come to before they are all done, in a file of the stage's folder.
+#[derive(Debug)]
+pub struct Kept {
+    path: PathBuf,
+    /// Which weights are evaluated.
+    weights: String,
+    all: BTreeMap<String, Begun>,
+}
+
+/// An evaluation that has begun.
+#[derive(Debug, Serialize, Deserialize)]
+struct Begun {
+    /// SHA-256 of the weights, the evaluation and its data, and of the outcomes.
+    sha256: String,
+    outcomes: Outcomes,
+}
+
+impl Kept {
+    /// What was kept in `dir`; what cannot be read is computed again.
+    pub fn open(dir: &Path, weights: String) -> Self {
+        let path = dir.join(KEPT);
+        let all = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        Self { path, weights, all }
+    }
+
+    /// Removes it.
+    pub fn remove(dir: &Path) -> Result<()> {
+        match std::fs::remove_file(dir.join(KEPT)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(e).with_context(|| dir.join(KEPT).display().to_string())
+            }
+            _ => Ok(()),
         }
     }
 
-    /// Decodes the pictures of some evaluations and keeps none, so that a broken one is found before anything trains.
-    pub fn prove(&self, evals: &BTreeSet<&String>, images: Option<&ImageProcessor>) -> Result<()> {
-        let mut seen = BTreeSet::new();
-        for (name, own) in self.0.iter().filter(|(name, _)| evals.contains(name)) {
-            let new = own.iter().filter(|(way, _)| seen.insert(*way)).map(|(_, (i, id))| (i, id.as_str()));
-            decode(&new.collect::<Vec<_>>(), images).with_context(|| format!("eval.{name}"))?;
+    fn take(&mut self, name: &str, key: &str) -> Outcomes {
+        let found = self.all.remove(name);
+        found.filter(|b| b.sha256 == self.sum(key, &b.outcomes)).map(|b| b.outcomes).unwrap_or_default()
+    }
+
+    fn put(&mut self, name: &str, key: &str, outcomes: &Outcomes) -> Result<()> {
+        let sha256 = self.sum(key, outcomes);
+        self.all.insert(name.to_string(), Begun { sha256, outcomes: outcomes.clone() });
+        write_bytes(&self.path, serde_json::to_string(&self.all)?.as_bytes())
+    }
+
+    fn sum(&self, key: &str, outcomes: &Outcomes) -> String {
+        let mut h = Sha256::new();
+        h.update(format!("{} {key}", self.weights));
+        for (pass, numbers) in outcomes {
+            h.update(format!("{pass} {}", numbers.len()));
+            numbers.iter().for_each(|x| h.update(x.to_le_bytes()));
         }
-        Ok(())
+        hex(&h.finalize())
     }
 }
+
+/// See [`Kept`]; gone when the stage is done. Beside the checkpoint of the weights that are evaluated.
+const KEPT: &str = "checkpoints/evaluations.json";
+
+/// An evaluation that took longer is kept for a run that ends before its stage is done.
+const WORTH: Duration = Duration::from_secs(5);
 
 /// What a figure is called in the table; the order is that of the rows.
 const ROWS: [(&str, &str); 14] = [

@@ -1,5 +1,6 @@
 //! The proof that frozen stayed frozen, and that what trains gets gradients and stays a number.
 
+use super::health::Sizes;
 use super::run_dir::hex;
 use super::state::State;
 use crate::bail;
@@ -36,6 +37,18 @@ pub fn frozen_checksums(state: &mut State) -> Result<BTreeMap<String, String>> {
     frozen.into_par_iter().map(|(n, t)| Ok((n, checksum(&t)?))).collect()
 }
 
+/// SHA-256 of all weights, of which the frozen ones have been summed.
+pub fn digest(state: &mut State, frozen: &BTreeMap<String, String>) -> Result<String> {
+    let trained = state.vlm.trainable();
+    state.vlm.language.device().synchronize()?;
+    let sum = |(n, t): (String, Tensor)| Ok((n, checksum(&t)?));
+    let mut all: BTreeMap<String, String> = trained.into_par_iter().map(sum).collect::<Result<_>>()?;
+    all.extend(frozen.clone());
+    let mut h = Sha256::new();
+    all.iter().for_each(|(name, sum)| h.update(format!("{name} {sum}\n")));
+    Ok(hex(&h.finalize()))
+}
+
 /// Checks the frozen parameters against their checksums at the stage's start; returns how many there are.
 pub fn prove_frozen(state: &mut State, before: &BTreeMap<String, String>) -> Result<usize> {
     let after = frozen_checksums(state)?;
@@ -46,22 +59,17 @@ pub fn prove_frozen(state: &mut State, before: &BTreeMap<String, String>) -> Res
     Ok(before.len())
 }
 
-/// The trained parameters must be numbers: what a broken update left is neither saved nor called done. The error names
-/// the tensors.
-pub fn prove_finite(trained: &BTreeMap<String, Tensor>) -> Result<()> {
-    let mut broken = Vec::new();
-    for (name, t) in trained {
-        if !sum_of_squares(t)?.is_finite() {
-            broken.push(name.as_str());
-        }
-    }
+/// The trained parameters, of these sizes, must be numbers: what a broken update left is neither saved nor called done. The
+/// error names the tensors.
+pub fn prove_finite(trained: &Sizes) -> Result<()> {
+    let broken: Vec<&str> = trained.iter().filter(|(_, size)| !size.is_finite()).map(|(n, _)| n.as_str()).collect();
     if broken.is_empty() {
         return Ok(());
     }
     let more = if broken.len() > 8 { ", …" } else { "" };
     let names = broken[..broken.len().min(8)].join(", ");
-    bail!("{} trained parameters are NaN or infinite after the update: {names}{more}", broken.len();
-        "lower the learning rate or lengthen the warm-up and run the command again with --allow-changes: it goes on from the last checkpoint")
+    let cause = format!("{} trained parameters are NaN or infinite after the update: {names}{more}", broken.len());
+    Err(Error::new(cause).hint("lower the learning rate or lengthen the warm-up").diverged())
 }
 
 /// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to; if all

@@ -11,14 +11,19 @@ pub mod components;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
+pub mod health;
 pub mod memory;
 pub mod merge;
 pub mod newline;
+pub mod pictures;
+pub mod reference;
+pub mod rescue;
 pub mod run_dir;
 pub mod selftest;
 pub mod signals;
 pub mod stage;
 pub mod state;
+pub mod steps;
 
 use crate::bail;
 use crate::data::{Sight, synth};
@@ -27,7 +32,8 @@ use crate::model::init::Place;
 use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
-use evaluation::{Evaluations, Shown};
+use evaluation::Evaluations;
+use pictures::Pictures;
 use run_dir::{RunDir, checksums};
 use signals::Signals;
 use stage::{Run, check_reachable, dataset, optimizer, run_stage, step_counts};
@@ -76,10 +82,11 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let mut coming = BTreeSet::new();
     for name in &wanted {
         if dir.done(recipe, name)?.is_none() {
-            coming.extend(&recipe.stage[*name].eval);
+            coming.insert(format!("stage.{name}"));
+            coming.extend(recipe.stage[*name].eval.iter().map(|e| format!("eval.{e}")));
         }
     }
-    shown.prove(&coming, assembly.images.as_ref())?;
+    shown.prove(&coming, assembly.images.as_ref(), reporter)?;
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
     for name in wanted {
@@ -177,13 +184,14 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
 }
 
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
-/// returns the checksums of everything the run reads, and the pictures of evaluations.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, String>, Shown)> {
+/// returns the checksums of everything the run reads, and the pictures that it shows.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, String>, Pictures)> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
     let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
+    let mut shown = Pictures::default();
     for name in &recipe.stages {
         let stage = &recipe.stage[name];
         let mut visit = || -> Result<()> {
@@ -199,7 +207,9 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, 
                 sights.len() - 1
             });
             evals.extend(stage.eval.iter().map(|e| (e, at)));
-            optimizer(stage, name, &mut state, step_counts(stage, data.items.len()).0)?;
+            let steps = step_counts(stage, data.items.len()).0;
+            optimizer(stage, name, &mut state, steps)?;
+            shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
             pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
             Ok(())
@@ -209,12 +219,11 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, 
         assembly.used |= hand_over(stage) == HandOver::Merge;
         files.extend(stage.data.iter().map(|d| d.path.clone()));
     }
-    let mut shown = Shown::default();
     for (name, at) in evals {
         let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
-        shown.add(name, &data);
+        shown.add_all(&format!("eval.{name}"), &data);
         files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
     let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());

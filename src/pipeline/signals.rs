@@ -1,67 +1,176 @@
-//! Signals that ask a run to stop: Ctrl-C, SIGTERM, and SIGUSR1, which batch systems send ahead of a time limit.
+//! Signals that ask a process to stop: Ctrl-C, SIGTERM, SIGHUP (a terminal that closes), and SIGUSR1, which batch systems send
+//! ahead of a time limit.
 //!
-//! While steps are made, the first signal only leaves a note: the step is finished and a checkpoint written. Everywhere
-//! else there is nothing to lose, so the process ends at once; and so it does at a second signal.
+//! Each is answered at once in words. Where work would be lost ([`Signals::defer`]) the first one only leaves a note: the step
+//! or batch is finished, or left between micro-batches if it lasts longer than [`PATIENCE`] or a second signal comes, and what is
+//! done is saved. Everywhere else there is nothing to lose, so the process ends; and so it does at a third signal.
 
 use crate::error::{Context, Result};
 use signal_hook::consts::signal;
-use signal_hook::flag;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use signal_hook::{flag, low_level};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 /// Exit code of a run that was asked to stop; the same command goes on (`EX_TEMPFAIL` of sysexits.h).
 pub const STOPPED: u8 = 75;
 
+/// How long a step goes on after the first signal before it is left between micro-batches: batch systems often give 30 s.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Signals within this time of the first one are one: wrappers forward what the terminal has sent already.
+const BURST: Duration = Duration::from_secs(2);
+
+/// How often new signals are looked for.
+const LOOK: Duration = Duration::from_millis(10);
+
 #[cfg(unix)]
-const SIGNALS: [i32; 3] = [signal::SIGINT, signal::SIGTERM, signal::SIGUSR1];
+const SIGNALS: [(i32, &str); 4] = [
+    (signal::SIGINT, "SIGINT"),
+    (signal::SIGTERM, "SIGTERM"),
+    (signal::SIGUSR1, "SIGUSR1"),
+    (signal::SIGHUP, "SIGHUP"),
+];
 #[cfg(not(unix))]
-const SIGNALS: [i32; 2] = [signal::SIGINT, signal::SIGTERM];
+const SIGNALS: [(i32, &str); 2] = [(signal::SIGINT, "SIGINT"), (signal::SIGTERM, "SIGTERM")];
+
+/// How a process that has nothing to save ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// With code [`STOPPED`]: the same command goes on.
+    GoesOn,
+    /// By the signal itself, which shells tell as 128 and its number (130: Ctrl-C, 143: SIGTERM).
+    BySignal,
+}
 
 /// What signals have asked for. The default hears none.
 #[derive(Debug, Clone, Default)]
-pub struct Signals {
+pub struct Signals(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Set by the handlers themselves, so that no step begins in between.
     asked: Arc<AtomicBool>,
-    /// Does the next signal end the process?
-    at_once: Arc<AtomicBool>,
+    /// Number of the first signal, and how often one came.
+    first: AtomicUsize,
+    count: AtomicUsize,
+    since: Mutex<Option<Instant>>,
+    /// What is said when a signal comes where work would be lost.
+    deferred: Mutex<Option<&'static str>>,
 }
 
 impl Signals {
-    /// Listens from now on.
-    pub fn listen() -> Result<Self> {
-        let signals = Self { asked: Arc::default(), at_once: Arc::new(AtomicBool::new(true)) };
-        for s in SIGNALS {
-            // In this order: the note that a first signal leaves is for the second one.
-            flag::register_conditional_shutdown(s, STOPPED.into(), signals.at_once.clone())
-                .and_then(|_| flag::register(s, signals.asked.clone()))
-                .and_then(|_| flag::register(s, signals.at_once.clone()))
-                .with_context(|| format!("cannot listen to signal {s}"))?;
+    /// Listens from now on; `tell` is how a signal is answered.
+    ///
+    /// # Errors
+    /// If the system refuses handlers or a thread.
+    pub fn listen(end: End, tell: impl Fn(&str) + Send + Sync + 'static) -> Result<Self> {
+        let signals = Self::default();
+        let mut fresh = Vec::new();
+        for (number, name) in SIGNALS {
+            let new: Arc<AtomicBool> = Arc::default();
+            flag::register(number, signals.0.asked.clone())
+                .and_then(|_| flag::register(number, new.clone()))
+                .with_context(|| format!("cannot listen to {name}"))?;
+            fresh.push((number, name, new));
         }
         // A file over the limit (`ulimit -f`) is then an error of the write, which says what to do, and not an end.
         #[cfg(unix)]
         flag::register(signal::SIGXFSZ, Arc::default()).context("cannot listen to SIGXFSZ")?;
+        let (heard, tell) = (signals.clone(), Arc::new(tell));
+        let watch = move || {
+            loop {
+                std::thread::sleep(LOOK);
+                for (number, name, new) in &fresh {
+                    if new.swap(false, Ordering::SeqCst) {
+                        heard.hear(*number, name, end, &tell);
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("signals".into()).spawn(watch);
+        thread.context("cannot start a thread that listens to signals")?;
         Ok(signals)
     }
 
-    /// Until the guard is dropped, a first signal does not end the process.
-    pub fn defer(&self) -> Deferred<'_> {
-        let listening = self.at_once.swap(false, Ordering::SeqCst);
-        Deferred { at_once: &self.at_once, listening }
+    /// Answers one signal.
+    fn hear<F: Fn(&str) + Send + Sync + 'static>(&self, number: i32, name: &str, end: End, tell: &Arc<F>) {
+        let count = self.0.count.fetch_add(1, Ordering::SeqCst) + 1;
+        self.0.first.compare_exchange(0, number.unsigned_abs() as usize, Ordering::SeqCst, Ordering::SeqCst).ok();
+        let since = *lock(&self.0.since).get_or_insert_with(Instant::now);
+        let words = *lock(&self.0.deferred);
+        let at_once = words.is_none() || (count > 2 && since.elapsed() > BURST);
+        match (words, count) {
+            _ if at_once && end == End::BySignal => {}
+            _ if at_once => say(tell, format!("{name}: stopped; the same command goes on from what is saved")),
+            (Some(words), 1) => say(tell, format!("{name}: asked to stop: {words}")),
+            (Some(_), 2) => say(tell, format!("{name} again: leaving it between micro-batches; what is done is saved")),
+            _ => {}
+        }
+        if !at_once {
+            return;
+        }
+        match end {
+            End::GoesOn => low_level::exit(STOPPED.into()),
+            End::BySignal => {
+                // Does not return, unless this is the first process of a container, which no signal ends.
+                let _ = low_level::emulate_default_handler(number);
+                low_level::exit(128 + number)
+            }
+        }
+    }
+
+    /// Until the guard is dropped, a first signal does not end the process; it is answered with `words`: what is finished first.
+    pub fn defer(&self, words: &'static str) -> Deferred<'_> {
+        let before = lock(&self.0.deferred).replace(words);
+        Deferred { signals: self, before }
     }
 
     /// Has a signal asked to stop?
     pub fn asked(&self) -> bool {
-        self.asked.load(Ordering::SeqCst)
+        self.0.asked.load(Ordering::SeqCst)
+    }
+
+    /// Is what was begun to be left before it is whole?
+    pub fn leave(&self) -> bool {
+        self.asked()
+            && (self.0.count.load(Ordering::SeqCst) > 1
+                || lock(&self.0.since).is_some_and(|since| since.elapsed() > PATIENCE))
+    }
+
+    /// The exit code that shells tell of a process which the first signal has ended.
+    pub fn code(&self) -> u8 {
+        let number = self.0.first.load(Ordering::SeqCst);
+        // Not yet looked at: Ctrl-C is the usual one.
+        128 + u8::try_from(number).ok().filter(|n| (1..64).contains(n)).unwrap_or(2)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says it, but does not wait for a reader that has stopped reading.
+fn say<F: Fn(&str) + Send + Sync + 'static>(tell: &Arc<F>, text: String) {
+    let ((done, wait), tell) = (mpsc::channel(), tell.clone());
+    let speak = move || {
+        tell(&text);
+        // Nobody may be waiting any more.
+        let _ = done.send(());
+    };
+    if std::thread::Builder::new().spawn(speak).is_ok() {
+        let _ = wait.recv_timeout(Duration::from_millis(300));
     }
 }
 
 /// See [`Signals::defer`].
 pub struct Deferred<'a> {
-    at_once: &'a AtomicBool,
-    listening: bool,
+    signals: &'a Signals,
+    before: Option<&'static str>,
 }
 
 impl Drop for Deferred<'_> {
     fn drop(&mut self) {
-        self.at_once.store(self.listening, Ordering::SeqCst);
+        *lock(&self.signals.0.deferred) = self.before;
     }
 }

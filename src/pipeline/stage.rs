@@ -1,34 +1,31 @@
 //! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
 
-use super::align;
-use super::checkpoints::{self, Progress};
+use super::align::{self, Alignment};
+use super::checkpoints;
 use super::components::{self, Training};
-use super::evaluation::Evaluations;
+use super::evaluation::{Evaluations, Kept};
 use super::export::write_final;
-use super::freeze::{self, ExplosionWatch, GradientWatch};
+use super::freeze;
+use super::health::{self, Sizes};
 use super::memory;
-use super::run_dir::{Done, RunDir, hex, sha256_file};
+use super::reference;
+use super::rescue;
+use super::run_dir::{Done, RunDir, sha256_file};
 use super::signals::Signals;
 use super::state::{State, TRAINED, is_adapter};
+use super::steps::{Steps, also};
 use crate::bail;
 use crate::checkpoint::atomic::{recover, write_bytes};
-use crate::checkpoint::safetensors;
-use crate::data::{Dataset, ImageProcessor, Item, Loader, LoaderOptions, Plan, TextEncoder, load_pixels};
+use crate::data::{Dataset, ImageProcessor, Item, Plan, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::model::vision::Tower;
-use crate::model::vlm::Vlm;
-use crate::ops::random::Key;
-use crate::ops::tensor;
 use crate::optim::{AdamW, Depths};
-use crate::recipe::schema::{Objective, Optimizer, Recipe, Reference, Stage};
-use crate::report::{MetricsFile, PreferenceMetrics, Reporter, StepMetrics};
-use crate::train::step::{Computed, ReferenceTable, StepConfig, Task, compute, pair_logps};
-use sha2::{Digest, Sha256};
+use crate::recipe::schema::{Objective, Optimizer, Recipe, Stage};
+use crate::report::Reporter;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// What all stages of a run share.
 pub struct Run<'a> {
@@ -83,8 +80,14 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let mut optimizer = optimizer(stage, name, state, total).with_context(|| format!("stage.{name}"))?;
     let plan = Plan::new(&data, &stage.batch, stage.seed, name, total)?;
     tell_parts(run, state, name, &data, &plan, &optimizer, total)?;
+    let start = health::sizes(&state.vlm.trainable())?;
     let path = dir.join("reference.safetensors");
-    let reference = reference_table(run, state, stage, &data, &path).with_context(|| format!("stage.{name}"))?;
+    let weights = |state: &mut State| freeze::digest(state, &frozen);
+    let Some(reference) =
+        reference::table(run, state, stage, &data, &path, weights).with_context(|| format!("stage.{name}"))?
+    else {
+        return Ok(None);
+    };
     let looked_at = align::samples(stage, state, &data).with_context(|| format!("stage.{name}"))?;
     let before = match looked_at.is_empty() {
         true => None,
@@ -93,32 +96,78 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let from = checkpoints::resume(&dir, state, &mut optimizer)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;
-    let Some(loss) = steps(run, state, name, &data, plan, &mut optimizer, &reference, (from, total, epoch), &dir)?
-    else {
+    let steps = Steps { run, name, dir: &dir, data: &data, reference: &reference, start: &start, total, epoch };
+    let advise = |e| rescue::advise(e, run.dir.root(), name, &dir, &start);
+    let Some(loss) = steps.make(state, plan, &mut optimizer, from).map_err(advise)? else {
         return Ok(None);
     };
 
-    freeze::prove_finite(&state.vlm.trainable()).with_context(|| format!("{name}, after its last step"))?;
-    let unchanged = freeze::prove_frozen(state, &frozen)?;
-    // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
-    let mut figures = evals
-        .run(&state.vlm, run.encoder, run.images)
-        .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
-        .with_context(|| format!("{name}, after its last step"))?;
-    if let (Some(before), Some(check)) = (before, &stage.align_check) {
-        let after =
-            align::look(run, stage, state, &looked_at).with_context(|| format!("{name}, after its last step"))?;
-        figures.insert(align::NAME.to_string(), align::figures(&before, &after));
-        run.reporter.table(&align::table(name, &before, &after));
-        align::warning(name, check, &before, &after).iter().for_each(|w| run.reporter.warn(w));
+    let ended = Ended { run, stage, name, dir: &dir, start: &start, frozen, loss, total };
+    match ended.finish(state, evals, &looked_at, before) {
+        Ok(Some(done)) => Ok(Some(done)),
+        Ok(None) => steps.save_last(state, &optimizer, loss).map(|()| None),
+        Err(e) if e.has_diverged() => Err(advise(e)),
+        // What was trained is not lost with what could not be evaluated or written.
+        Err(e) => Err(match steps.save_last(state, &optimizer, loss) {
+            Ok(()) => also(e, "all steps are saved; the same command goes on behind them".to_string()),
+            Err(why) => also(e, format!("the last steps could not be saved ({why})")),
+        }),
     }
-    let last = dir.join("final");
-    write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
-    run.dir.add_results(name, serde_json::to_value(&figures)?)?;
-    let trained_sha256 = sha256_file(&last.join(TRAINED))?;
-    let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
-    write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
-    Ok(Some(done))
+}
+
+/// A stage whose steps are made.
+struct Ended<'a> {
+    run: &'a Run<'a>,
+    stage: &'a Stage,
+    name: &'a str,
+    dir: &'a Path,
+    /// Sizes of what trains, at the stage's start.
+    start: &'a Sizes,
+    /// Checksums of the frozen parameters at the stage's start.
+    frozen: BTreeMap<String, String>,
+    loss: f64,
+    total: usize,
+}
+
+impl Ended<'_> {
+    /// Proves, evaluates and writes what the stage leaves; `None` if a signal asked to stop on the way.
+    fn finish(
+        self,
+        state: &mut State,
+        evals: &Evaluations,
+        looked_at: &[&Item],
+        before: Option<Alignment>,
+    ) -> Result<Option<Done>> {
+        let Self { run, stage, name, dir, start, frozen, loss, total } = self;
+        let last = || format!("{name}, after its last step");
+        let sizes = health::sizes(&state.vlm.trainable())?;
+        freeze::prove_finite(&sizes).with_context(last)?;
+        let unchanged = freeze::prove_frozen(state, &frozen)?;
+        // First, because a model that has broken gives no figures, and then leaves nothing that looks finished.
+        let kept = Kept::open(dir, if evals.is_empty() { String::new() } else { freeze::digest(state, &frozen)? });
+        let figures = evals
+            .run(run, &state.vlm, kept)
+            .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
+            .with_context(last)?;
+        let Some(mut figures) = figures else { return Ok(None) };
+        if let (Some(before), Some(check)) = (before, &stage.align_check) {
+            let after = align::look(run, stage, state, looked_at).with_context(last)?;
+            figures.insert(align::NAME.to_string(), align::figures(&before, &after));
+            run.reporter.table(&align::table(name, &before, &after));
+            align::warning(name, check, &before, &after).iter().for_each(|w| run.reporter.warn(w));
+        }
+        if let Some(grown) = health::exploded(start, &sizes) {
+            run.reporter.warn(&format!("{}: {}", last(), health::told(&grown)));
+        }
+        let last = dir.join("final");
+        write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
+        run.dir.add_results(name, serde_json::to_value(&figures)?)?;
+        let trained_sha256 = sha256_file(&last.join(TRAINED))?;
+        let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
+        Kept::remove(dir)?;
+        write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
+        Ok(Some(done))
+    }
 }
 
 /// What trains in bf16 gets an f32 master; under stochastic rounding the backbones' parameters have none, while adapters and
@@ -183,159 +232,4 @@ fn tell_parts(
 /// Samples of a forward pass.
 pub fn micro(stage: &Stage) -> usize {
     stage.batch.micro.unwrap_or(stage.batch.global)
-}
-
-#[allow(clippy::too_many_arguments, reason = "all that a stage consists of")]
-fn steps(
-    run: &Run,
-    state: &mut State,
-    name: &str,
-    data: &Arc<Dataset>,
-    plan: Plan,
-    optimizer: &mut AdamW,
-    reference: &ReferenceTable,
-    (from, total, epoch): (Progress, usize, usize),
-    dir: &Path,
-) -> Result<Option<f64>> {
-    let first = from.steps;
-    let stage = &run.recipe.stage[name];
-    let micro = micro(stage);
-    let (params, weights) = (state.vlm.trainable(), state.vlm.weights());
-    let loads = memory::loads(data, &plan, first..total, micro, state.vlm.prefix_rows());
-    let (kept, told) = memory::of_stage(stage, state, &loads, optimizer, None)?;
-    let device = state.vlm.language.device().clone();
-    told.iter().for_each(|line| run.reporter.info(line));
-    let batches = (first..total).map(move |s| (s, plan.step(s)));
-    let images = run.images.cloned().map(Arc::new);
-    let loader = Loader::new(data.clone(), images, batches, LoaderOptions::default())?;
-    let mut metrics = MetricsFile::resume(&run.dir.root().join("metrics.jsonl"), name, first)?;
-    let mut explosions = ExplosionWatch::default();
-    let mut watch = GradientWatch::new(params.keys().cloned(), first, epoch);
-    let task = match &stage.objective {
-        Objective::Sft => Task::Sft,
-        Objective::Dpo(settings) => Task::Dpo { settings, reference },
-    };
-    let dropout = Key::new(stage.seed, &format!("dropout/{name}"));
-    let mut last_loss = from.loss;
-    let _deferred = run.signals.defer();
-    run.reporter.stage_start(name, first, total);
-    for step in loader {
-        let step = step?;
-        let _span = tracing::debug_span!("step", step = step.step).entered();
-        let started = Instant::now();
-        let cfg = StepConfig { micro, kept, dropout: dropout.index(step.step as u64) };
-        let items: Vec<_> = step.indices.iter().map(|i| (*i, &data.items[*i])).collect();
-        let at = || format!("{name}, step {}", step.step + 1);
-        let pass = |vlm: &Vlm| compute(vlm, &task, &items, &step.pixels, cfg);
-        let done = pass(&state.vlm).map_err(|e| freeze::name_broken(&mut state.vlm, e, pass)).with_context(at)?;
-        let report = optimizer.step(&weights, done.grads.by_name()).with_context(at)?;
-        watch.see(step.step, &report.squares).with_context(at)?;
-        last_loss = done.loss;
-        let peak = memory::peak(&device)?;
-        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), peak);
-        metrics.append(&line)?;
-        run.reporter.step(&line);
-        explosions.see(&report, stage.max_grad_norm).iter().for_each(|w| run.reporter.warn(&format!("{}: {w}", at())));
-        let n = step.step + 1;
-        let every = stage.checkpoint.every_steps;
-        // The last step needs one only if evaluations follow, which may take long.
-        let due = every > 0 && if n < total { n % every == 0 } else { !stage.eval.is_empty() };
-        let stop = run.signals.asked();
-        if due || stop {
-            freeze::prove_finite(&params).with_context(at)?;
-            metrics.sync()?;
-            checkpoints::save(dir, Progress { steps: n, loss: done.loss }, &params, optimizer, stage.checkpoint.keep)?;
-        }
-        if stop {
-            run.reporter.stage_stopped(n);
-            return Ok(None);
-        }
-    }
-    run.reporter.stage_end();
-    Ok(Some(last_loss))
-}
-
-fn metrics_line(
-    stage: &str,
-    step: usize,
-    done: &Computed,
-    report: &crate::optim::StepReport,
-    seconds: f64,
-    peak_memory_bytes: Option<u64>,
-) -> StepMetrics {
-    StepMetrics {
-        step: step + 1,
-        stage: stage.to_string(),
-        loss: done.loss,
-        lr: report.groups.iter().map(|g| (g.name.clone(), g.lr)).collect(),
-        lr_lowest: report.groups.iter().filter_map(|g| Some((g.name.clone(), g.lr_lowest?))).collect(),
-        grad_norm: report.groups.iter().map(|g| (g.name.clone(), g.grad_norm)).collect(),
-        grad_norm_total: report.grad_norm,
-        label_tokens: done.label_tokens,
-        tokens_per_s: done.tokens as f64 / seconds,
-        samples_per_s: done.samples as f64 / seconds,
-        peak_memory_bytes,
-        preference: done.dpo.map(|m| PreferenceMetrics {
-            reward_chosen: m.reward_chosen,
-            reward_rejected: m.reward_rejected,
-            margin: m.margin,
-            accuracy: m.accuracy,
-            logp_chosen: m.chosen,
-            logp_rejected: m.rejected,
-        }),
-    }
-}
-
-/// The reference's log-probabilities of every pair, computed once before step 1 and kept in the run.
-fn reference_table(run: &Run, state: &mut State, stage: &Stage, data: &Dataset, path: &Path) -> Result<ReferenceTable> {
-    let Objective::Dpo(settings) = &stage.objective else { return Ok(ReferenceTable::new()) };
-    let whose = settings.reference;
-    let fingerprint = fingerprint(data, whose);
-    // Before the first checkpoint, the start itself may have changed.
-    let begun = path.exists() && checkpoints::newest(path.parent().unwrap_or(path))?.is_some();
-    if begun && safetensors::metadata(path)?.get(BELONGS_TO) == Some(&fingerprint) {
-        let all = safetensors::load(path)?;
-        let column = |k: &str| -> Result<Vec<f64>> {
-            let Some(t) = all.get(k) else {
-                bail!("{} lacks `{k}`", path.display(); "delete the file: it will be computed again")
-            };
-            Ok(t.to_vec1()?)
-        };
-        let rows = column("chosen")?.into_iter().zip(column("rejected")?);
-        return Ok(rows.enumerate().collect());
-    }
-    run.reporter.info(&format!("log-probabilities of {} pairs under the reference", data.items.len()));
-    let micro = stage.batch.micro.unwrap_or(stage.batch.global);
-    let items: Vec<_> = data.items.iter().enumerate().collect();
-    let mut table = ReferenceTable::new();
-    for part in items.chunks(micro) {
-        let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
-        let rows = |vlm: &Vlm| pair_logps(vlm, part, &pixels, whose == Reference::Base);
-        let rows = rows(&state.vlm)
-            .map_err(|e| freeze::name_broken(&mut state.vlm, e, rows))
-            .context("the log-probabilities under the reference")?;
-        table.extend(rows);
-    }
-    let (chosen, rejected): (Vec<f64>, Vec<f64>) = table.values().copied().unzip();
-    let n = table.len();
-    let columns =
-        BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
-    safetensors::save(path, &columns, &BTreeMap::from([(BELONGS_TO.to_string(), fingerprint)]))?;
-    Ok(table)
-}
-
-/// What the reference's log-probabilities belong to.
-const BELONGS_TO: &str = "reference_sha256";
-
-/// SHA-256 of which model the reference is, and of all tokens and pictures, in order.
-fn fingerprint(data: &Dataset, reference: Reference) -> String {
-    let mut h = Sha256::new();
-    h.update(format!("{reference:?}"));
-    for sample in data.items.iter().flat_map(Item::samples) {
-        h.update((sample.ids.len() as u64).to_le_bytes());
-        sample.ids.iter().for_each(|id| h.update(id.to_le_bytes()));
-        sample.labels.iter().for_each(|l| h.update(l.to_le_bytes()));
-        sample.images.iter().for_each(|i| h.update(format!("{i:?}")));
-    }
-    hex(&h.finalize())
 }

@@ -166,10 +166,21 @@ impl Reporter {
         self.message(
             || json!({ "event": "stopped", "stage": name, "step": step, "total_steps": total }),
             || {
-                let go_on = "a checkpoint is written; the same command goes on from there";
+                let go_on = match step {
+                    0 => "the same command begins the stage",
+                    _ => "a checkpoint is written; the same command goes on from there",
+                };
                 format!("{name}: asked to stop, stopped after step {step} of {total}; {go_on}\n")
             },
         );
+    }
+
+    /// A signal has come, and this is its answer; the bar shows it as well.
+    pub fn stopping(&self, text: &str) {
+        if let Some(bar) = self.state().stage.as_ref().and_then(|s| s.bar.as_ref()) {
+            bar.set_prefix(format!("{} (stopping)", bar.prefix().trim_end_matches(" (stopping)")));
+        }
+        self.message(|| json!({ "event": "stopping", "message": text }), || format!("{text}\n"));
     }
 
     /// Something worth knowing.

@@ -106,6 +106,14 @@ struct Position {
     step: usize,
 }
 
+/// As much as tells how a stage went.
+#[derive(Deserialize)]
+struct Went {
+    stage: String,
+    loss: Option<f64>,
+    grad_norm_total: Option<f64>,
+}
+
 impl MetricsFile {
     /// Opens the file to go on after step `done` of `stage` (0: at its start). Lines behind that point, left by a run
     /// that went further than its last checkpoint, are cut off, and so is a last line that was not written to its end.
@@ -129,11 +137,27 @@ impl MetricsFile {
         Ok(Self { path: path.into(), file })
     }
 
-    /// Writes one line.
+    /// Loss and norm of the gradient of the steps of `stage` that are in the file, in order; lines that are none are passed over.
+    pub fn history(path: &Path, stage: &str) -> Result<Vec<(f64, f64)>> {
+        let text = match fs::read(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            read => read.with_context(|| path.display())?,
+        };
+        let lines = text.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice::<Went>(line).ok());
+        let number = |n: Option<f64>| n.unwrap_or(f64::NAN);
+        Ok(lines.filter(|w| w.stage == stage).map(|w| (number(w.loss), number(w.grad_norm_total))).collect())
+    }
+
+    /// Writes one line, as a whole or not at all.
     pub fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
         let mut line = serde_json::to_vec(metrics)?;
         line.push(b'\n');
-        self.file.write_all(&line).map_err(|e| self.cannot_write(e))
+        let before = self.file.metadata().map_err(|e| self.cannot_write(e))?.len();
+        self.file.write_all(&line).map_err(|e| {
+            // What cannot be cut off now is at the next start.
+            let _ = self.file.set_len(before);
+            self.cannot_write(e)
+        })
     }
 
     /// Makes the lines so far durable: to be called before the checkpoint of the same step.

@@ -57,6 +57,8 @@ pub struct Progress<'a> {
     unit: Unit,
     total: AtomicU64,
     done: AtomicU64,
+    /// Of these, what was done before it began.
+    before: AtomicU64,
     bar: Option<ProgressBar>,
     started: Instant,
     /// When it last wrote a line, if it has.
@@ -66,14 +68,20 @@ pub struct Progress<'a> {
 impl<'a> Progress<'a> {
     fn new(reporter: &'a Reporter, name: String, total: u64, unit: Unit) -> Self {
         let bar = reporter.bar(total, &name, super::line::progress_style(unit == Unit::Bytes));
-        let (total, done) = (AtomicU64::new(total), AtomicU64::new(0));
-        Self { reporter, name, unit, total, done, bar, started: Instant::now(), told: Mutex::new(None) }
+        let (total, done, before) = (AtomicU64::new(total), AtomicU64::new(0), AtomicU64::new(0));
+        Self { reporter, name, unit, total, done, before, bar, started: Instant::now(), told: Mutex::new(None) }
     }
 
     /// So many more are done.
     pub fn inc(&self, n: usize) {
         let done = self.done.fetch_add(n as u64, Ordering::Relaxed) + n as u64;
         self.show(done);
+    }
+
+    /// So many were done before: they took no time.
+    pub fn skip(&self, n: usize) {
+        self.before.fetch_add(n as u64, Ordering::Relaxed);
+        self.inc(n);
     }
 
     fn set(&self, done: u64, total: u64) {
@@ -109,10 +117,11 @@ impl<'a> Progress<'a> {
 
     /// Time left at the mean speed so far.
     fn left(&self, done: u64, total: u64) -> String {
-        if done == 0 || total <= done {
+        let new = done.saturating_sub(self.before.load(Ordering::Relaxed));
+        if new == 0 || total <= done {
             return String::new();
         }
-        let left = self.started.elapsed().mul_f64((total - done) as f64 / done as f64);
+        let left = self.started.elapsed().mul_f64((total - done) as f64 / new as f64);
         format!("{} left", human::duration(left))
     }
 }

@@ -7,7 +7,7 @@
 use super::collate::{collate, single};
 use crate::bail;
 use crate::data::{IGNORE, Item, Pixels, Sample};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::visual;
 use crate::model::vlm::Vlm;
 use crate::ops::launch::{host, widen};
@@ -54,8 +54,10 @@ pub fn measure(
             let caption: Vec<u32> = s.labels.iter().skip(1).filter(|l| **l != IGNORE).map(|l| *l as u32).collect();
             let c = direction(rows(&vlm.language.embed(&caption)?)?.iter());
             if v.iter().chain(&c).any(|x| !x.is_finite()) {
-                bail!("{}: its visual tokens or the embeddings of its caption are not numbers", s.id;
-                    "the weights are damaged, or training broke them: lower the learning rate or lengthen the warm-up")
+                let hint =
+                    "the weights are damaged, or training broke them: lower the learning rate or lengthen the warm-up";
+                let cause = format!("{}: its visual tokens or the embeddings of its caption are not numbers", s.id);
+                return Err(Error::new(cause).hint(hint).diverged());
             }
             seen.push(v);
             said.push(c);

@@ -38,31 +38,120 @@ pub struct Evaluation<'a> {
     pub micro: usize,
 }
 
-/// Runs one evaluation.
-pub fn evaluate(vlm: &Vlm, encoder: &TextEncoder, eval: &Evaluation) -> Result<Figures> {
-    let mut out = Figures { n: eval.items.len(), values: BTreeMap::new() };
-    let mut feed = Feed::new(eval)?;
-    let mut variants = vec![(String::new(), None)];
-    variants.extend(eval.pictures.iter().map(|p| (format!("/{}", label(*p)), Some(*p))));
-    for (suffix, stand_in) in variants {
+/// What the batches of an evaluation came to so far, by pass (`` as it is, `/blank`, `/shuffled`): of a loss each batch's sum and
+/// label tokens, else one number a sample or pair. An evaluation that was stopped goes on from it to the same figures.
+pub type Outcomes = BTreeMap<String, Vec<f64>>;
+
+/// Runs one evaluation from where `so_far` ends. `on` hears of every batch, with its samples, what there is so far and whether that
+/// is the end of a pass, and says whether to go on; `None` if it did not.
+pub fn evaluate(
+    vlm: &Vlm,
+    encoder: &TextEncoder,
+    eval: &Evaluation,
+    so_far: &mut Outcomes,
+    on: &mut dyn FnMut(usize, &Outcomes) -> Result<bool>,
+) -> Result<Option<Figures>> {
+    let mut feed = Feed::new(eval, so_far)?;
+    for (suffix, stand_in) in passes(eval) {
         feed.stand_in = stand_in;
-        match eval.metric {
-            Metric::Loss => {
-                out.values.insert(format!("loss{suffix}"), mean_loss(vlm, eval, &mut feed)?);
-            }
-            Metric::ExactMatch => exact_match(vlm, eval, &mut feed, &suffix, &mut out.values)?,
-            Metric::Preference => {
-                out.values.insert(format!("preference{suffix}"), preference(vlm, eval, &mut feed)?);
-            }
-            Metric::Hallucination => {
-                out.values.insert(format!("hallucination{suffix}"), hallucination(vlm, encoder, eval, &mut feed)?);
+        for items in eval.items.chunks(eval.micro.max(1)).skip(batches_done(eval, so_far, &suffix)) {
+            let outcome = batch(vlm, encoder, eval.metric, items, &feed.pixels(items)?)?;
+            so_far.entry(suffix.clone()).or_default().extend(outcome);
+            if !on(items.len(), so_far)? {
+                return Ok(None);
             }
         }
+    }
+    figures(eval, so_far).map(Some)
+}
+
+/// Batches of all passes.
+pub fn samples_of_all_passes(eval: &Evaluation) -> usize {
+    eval.items.len() * (1 + eval.pictures.len())
+}
+
+/// Samples that are done.
+pub fn samples_done(eval: &Evaluation, so_far: &Outcomes) -> usize {
+    let done =
+        |(suffix, _): &(String, _)| (batches_done(eval, so_far, suffix) * eval.micro.max(1)).min(eval.items.len());
+    passes(eval).iter().map(done).sum()
+}
+
+/// The passes by what their figures end in.
+fn passes(eval: &Evaluation) -> Vec<(String, Option<Pictures>)> {
+    let more = eval.pictures.iter().map(|p| (format!("/{}", label(*p)), Some(*p)));
+    std::iter::once((String::new(), None)).chain(more).collect()
+}
+
+fn batches_done(eval: &Evaluation, so_far: &Outcomes, suffix: &str) -> usize {
+    let numbers = so_far.get(suffix).map_or(0, Vec::len);
+    match eval.metric {
+        Metric::Loss => numbers / 2,
+        _ => numbers.div_ceil(eval.micro.max(1)),
+    }
+}
+
+/// What one batch comes to, as in [`Outcomes`].
+fn batch(vlm: &Vlm, encoder: &TextEncoder, metric: Metric, items: &[Item], pixels: &Pixels) -> Result<Vec<f64>> {
+    match metric {
+        Metric::Loss => {
+            let (_, lp, _) = forward(vlm, items, pixels)?;
+            Ok(vec![lp.iter().sum::<f64>(), lp.len() as f64])
+        }
+        Metric::ExactMatch => {
+            let (batch, _, argmax) = forward(vlm, items, pixels)?;
+            let miss = |((_, want), got): (&(u32, u32), &u32)| f64::from(u8::from(want != got));
+            let misses: Vec<f64> = batch.targets.iter().zip(&argmax).map(miss).collect();
+            Ok(sum_by_owner(&batch, &misses).into_iter().map(|n| f64::from(u8::from(n == 0.0))).collect())
+        }
+        Metric::Preference => {
+            let indexed: Vec<(usize, &Item)> = items.iter().enumerate().collect();
+            let table = pair_logps(vlm, &indexed, pixels, false)?;
+            Ok(table.values().map(|(c, r)| f64::from(u8::from(c > r))).collect())
+        }
+        Metric::Hallucination => items.iter().map(|item| hallucinates(vlm, encoder, item, pixels)).collect(),
+    }
+}
+
+/// The figures of passes that are whole.
+fn figures(eval: &Evaluation, outcomes: &Outcomes) -> Result<Figures> {
+    let mut out = Figures { n: eval.items.len(), values: BTreeMap::new() };
+    for (suffix, _) in passes(eval) {
+        let all = outcomes.get(&suffix).map_or(&[][..], Vec::as_slice);
+        let (name, value) = match eval.metric {
+            Metric::Loss => {
+                let (mut sum, mut n) = (0.0, 0.0);
+                for of_batch in all.chunks_exact(2) {
+                    (sum, n) = (sum - of_batch[0], n + of_batch[1]);
+                }
+                ("loss", sum / f64::max(n, 1.0))
+            }
+            Metric::ExactMatch => {
+                if suffix.is_empty() {
+                    out.values.extend(by_category(eval.items, all)?);
+                }
+                ("exact_match", mean(all))
+            }
+            Metric::Preference => ("preference", mean(all)),
+            Metric::Hallucination => ("hallucination", mean(all)),
+        };
+        out.values.insert(format!("{name}{suffix}"), value);
     }
     if eval.metric == Metric::ExactMatch {
         out.values.extend(chance(eval.items)?);
     }
     Ok(out)
+}
+
+/// Exact match by the category of the samples that name one.
+fn by_category(items: &[Item], hits: &[f64]) -> Result<BTreeMap<String, f64>> {
+    let mut of: BTreeMap<&String, Vec<f64>> = BTreeMap::new();
+    for (item, hit) in items.iter().zip(hits) {
+        if let Some(c) = &single(item)?.category {
+            of.entry(c).or_default().push(*hit);
+        }
+    }
+    Ok(of.into_iter().map(|(c, hits)| (format!("exact_match/category/{c}"), mean(&hits))).collect())
 }
 
 fn label(p: Pictures) -> &'static str {
@@ -83,22 +172,23 @@ struct Feed {
 }
 
 impl Feed {
-    fn new(eval: &Evaluation) -> Result<Self> {
+    /// Of the batches that are not done.
+    fn new(eval: &Evaluation, so_far: &Outcomes) -> Result<Self> {
         let all: BTreeSet<&ImageRef> = eval.items.iter().flat_map(Item::images).collect();
         let after = all.iter().cycle().skip(1);
         let next: BTreeMap<ImageRef, ImageRef> =
             all.iter().zip(after).map(|(i, n)| ((*i).clone(), (*n).clone())).collect();
-        let mut passes = vec![eval.items.iter().map(|i| bare(i, i.images().to_vec())).collect::<Vec<_>>()];
-        for _ in eval.pictures.iter().filter(|p| **p == Pictures::Shuffled) {
-            passes.push(
-                eval.items.iter().map(|i| bare(i, i.images().iter().map(|i| next[i].clone()).collect())).collect(),
-            );
-        }
         let (n, micro) = (eval.items.len(), eval.micro.max(1));
-        let of_pass =
-            move |p: usize| (0..n).step_by(micro).map(move |i| (p * n + i..p * n + n.min(i + micro)).collect());
-        let batches: Vec<(usize, Vec<usize>)> = (0..passes.len()).flat_map(of_pass).enumerate().collect();
-        let data = Arc::new(Dataset { items: passes.concat() });
+        let (mut shown, mut batches) = (Vec::new(), Vec::new());
+        for (suffix, stand_in) in passes(eval).iter().filter(|(_, p)| *p != Some(Pictures::Blank)) {
+            let image = |i: &ImageRef| if stand_in.is_some() { next[i].clone() } else { i.clone() };
+            let first = shown.len();
+            shown.extend(eval.items.iter().map(|i| bare(i, i.images().iter().map(image).collect())));
+            let whole = (0..n).step_by(micro).map(|i| (first + i..first + n.min(i + micro)).collect::<Vec<usize>>());
+            batches.extend(whole.skip(batches_done(eval, so_far, suffix)));
+        }
+        let batches: Vec<(usize, Vec<usize>)> = batches.into_iter().enumerate().collect();
+        let data = Arc::new(Dataset { items: shown });
         let loader = Loader::new(data, eval.images.cloned().map(Arc::new), batches, LoaderOptions::default())?;
         Ok(Self { loader, next, stand_in: None })
     }
@@ -129,58 +219,15 @@ fn bare(item: &Item, images: Vec<ImageRef>) -> Item {
     Item::Sample(Sample { id: item.id().to_string(), ids, labels, images, category: None, absent })
 }
 
-/// Calls `f` with each micro-batch's samples, its packed form, log-probabilities (all finite) and most probable tokens.
-fn each_batch(
-    vlm: &Vlm,
-    eval: &Evaluation,
-    feed: &mut Feed,
-    mut f: impl FnMut(&[&Sample], &Batch, &[f64], &[u32]),
-) -> Result<()> {
-    for items in eval.items.chunks(eval.micro.max(1)) {
-        let samples: Vec<&Sample> = items.iter().map(single).collect::<Result<_>>()?;
-        let batch = collate(&samples, &feed.pixels(items)?)?;
-        let (lp, _) = vlm.forward(&batch, Mode::default())?;
-        let logps = lp.logps()?;
-        finite_logps(&logps, &samples)?;
-        f(&samples, &batch, &logps, &lp.argmax()?);
-    }
-    Ok(())
-}
-
-fn mean_loss(vlm: &Vlm, eval: &Evaluation, feed: &mut Feed) -> Result<f64> {
-    let (mut sum, mut n) = (0.0, 0);
-    each_batch(vlm, eval, feed, |_, _, lp, _| {
-        sum -= lp.iter().sum::<f64>();
-        n += lp.len();
-    })?;
-    Ok(sum / n.max(1) as f64)
-}
-
-fn exact_match(
-    vlm: &Vlm,
-    eval: &Evaluation,
-    feed: &mut Feed,
-    suffix: &str,
-    out: &mut BTreeMap<String, f64>,
-) -> Result<()> {
-    let mut all = Vec::with_capacity(eval.items.len());
-    let mut by_category: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    each_batch(vlm, eval, feed, |samples, batch, _, argmax| {
-        let misses: Vec<f64> =
-            batch.targets.iter().zip(argmax).map(|((_, want), got)| f64::from(u8::from(want != got))).collect();
-        for (s, misses) in samples.iter().zip(sum_by_owner(batch, &misses)) {
-            let hit = f64::from(u8::from(misses == 0.0));
-            all.push(hit);
-            if let Some(c) = &s.category {
-                by_category.entry(c.clone()).or_default().push(hit);
-            }
-        }
-    })?;
-    out.insert(format!("exact_match{suffix}"), mean(&all));
-    if suffix.is_empty() {
-        out.extend(by_category.iter().map(|(c, hits)| (format!("exact_match/category/{c}"), mean(hits))));
-    }
-    Ok(())
+/// A batch of conversations in its packed form, its log-probabilities (all finite) and most probable tokens.
+fn forward(vlm: &Vlm, items: &[Item], pixels: &Pixels) -> Result<(Batch, Vec<f64>, Vec<u32>)> {
+    let samples: Vec<&Sample> = items.iter().map(single).collect::<Result<_>>()?;
+    let batch = collate(&samples, pixels)?;
+    let (lp, _) = vlm.forward(&batch, Mode::default())?;
+    let logps = lp.logps()?;
+    finite_logps(&logps, &samples)?;
+    let argmax = lp.argmax()?;
+    Ok((batch, logps, argmax))
 }
 
 /// What guessing reaches, knowing each category's answers: one of them at random, or always the most frequent.
@@ -203,31 +250,15 @@ fn chance(items: &[Item]) -> Result<BTreeMap<String, f64>> {
     ]))
 }
 
-fn preference(vlm: &Vlm, eval: &Evaluation, feed: &mut Feed) -> Result<f64> {
-    let mut hits = Vec::with_capacity(eval.items.len());
-    for items in eval.items.chunks(eval.micro.max(1)) {
-        let indexed: Vec<(usize, &Item)> = items.iter().enumerate().collect();
-        let table = pair_logps(vlm, &indexed, &feed.pixels(items)?, false)?;
-        hits.extend(table.values().map(|(c, r)| f64::from(u8::from(c > r))));
-    }
-    Ok(mean(&hits))
-}
-
-fn hallucination(vlm: &Vlm, encoder: &TextEncoder, eval: &Evaluation, feed: &mut Feed) -> Result<f64> {
-    let mut hits = Vec::with_capacity(eval.items.len());
-    for items in eval.items.chunks(eval.micro.max(1)) {
-        let pixels = feed.pixels(items)?;
-        for item in items {
-            let s = single(item)?;
-            let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
-            let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
-            let batch = collate(&[&prompt], &pixels)?;
-            let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(MAX_ANSWER), |_| ())?;
-            let answer = encoder.decode(&ids)?.to_lowercase();
-            hits.push(f64::from(u8::from(s.absent.iter().any(|a| names(&answer, &a.to_lowercase())))));
-        }
-    }
-    Ok(mean(&hits))
+/// 1 if the model's own answer names what is absent.
+fn hallucinates(vlm: &Vlm, encoder: &TextEncoder, item: &Item, pixels: &Pixels) -> Result<f64> {
+    let s = single(item)?;
+    let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
+    let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
+    let batch = collate(&[&prompt], pixels)?;
+    let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(MAX_ANSWER), |_| ())?;
+    let answer = encoder.decode(&ids)?.to_lowercase();
+    Ok(f64::from(u8::from(s.absent.iter().any(|a| names(&answer, &a.to_lowercase())))))
 }
 
 /// Does `text` contain `phrase` as whole words?
@@ -271,7 +302,7 @@ mod tests {
             Evaluation { metric: Metric::Loss, items: &items, images: Some(&processor), pictures: &pictures, micro: 2 };
         let px = all.clone().map(|i| processor.load(&i).unwrap());
         let again = |p: &[f32], n: usize| p.iter().copied().cycle().take(n).collect::<Vec<f32>>();
-        let mut feed = Feed::new(&eval).unwrap();
+        let mut feed = Feed::new(&eval, &Outcomes::new()).unwrap();
         for stand_in in std::iter::once(None).chain(pictures.map(Some)) {
             feed.stand_in = stand_in;
             let want = match stand_in {

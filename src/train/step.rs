@@ -8,7 +8,7 @@ use super::collate::{collate, pair, single, sum_by_owner, targets_by_owner};
 use super::objective::{DpoMetrics, Pair, PairLoss, dpo, sft_coefficient};
 use crate::bail;
 use crate::data::{Item, Pixels, Sample};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::params::Grads;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Mode, Vlm};
@@ -49,9 +49,22 @@ pub struct Computed {
 
 /// Forward and backward over a global batch: `items` with their indices in the data.
 pub fn compute(vlm: &Vlm, task: &Task, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {
+    compute_unless(vlm, task, items, pixels, cfg, &|| false)?.ok_or_else(|| Error::new("the step was left"))
+}
+
+/// As [`compute`], but asks before every micro-batch whether the step is to be left; `None` if it was. Weights move at the
+/// update only, so that nothing but this step's own work is lost.
+pub fn compute_unless(
+    vlm: &Vlm,
+    task: &Task,
+    items: &[(usize, &Item)],
+    pixels: &Pixels,
+    cfg: StepConfig,
+    leave: &dyn Fn() -> bool,
+) -> Result<Option<Computed>> {
     match task {
-        Task::Sft => sft(vlm, items, pixels, cfg),
-        Task::Dpo { settings, reference } => preference(vlm, settings, reference, items, pixels, cfg),
+        Task::Sft => sft(vlm, items, pixels, cfg, leave),
+        Task::Dpo { settings, reference } => preference(vlm, (settings, reference), items, pixels, cfg, leave),
     }
 }
 
@@ -59,7 +72,13 @@ fn mode(cfg: StepConfig, micro: usize) -> Mode {
     Mode { record: true, kept: cfg.kept, dropout: Some(cfg.dropout.index(micro as u64)), adapters_off: false }
 }
 
-fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) -> Result<Computed> {
+fn sft(
+    vlm: &Vlm,
+    items: &[(usize, &Item)],
+    pixels: &Pixels,
+    cfg: StepConfig,
+    leave: &dyn Fn() -> bool,
+) -> Result<Option<Computed>> {
     let samples: Vec<&Sample> = items.iter().map(|(_, i)| single(i)).collect::<Result<_>>()?;
     let label_tokens = samples.iter().map(|s| s.targets()).sum();
     let coef = sft_coefficient(label_tokens)?;
@@ -68,6 +87,9 @@ fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) ->
     // The loss is read once all work of the step is on its way, so that a GPU need not wait for the host in between.
     let mut logps = Vec::new();
     for (i, micro) in samples.chunks(cfg.micro).enumerate() {
+        if leave() {
+            return Ok(None);
+        }
         let batch = collate(micro, pixels)?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(micro))?;
         out.tokens += batch.ids.len();
@@ -80,22 +102,25 @@ fn sft(vlm: &Vlm, items: &[(usize, &Item)], pixels: &Pixels, cfg: StepConfig) ->
         out.loss += lp.logps()?.iter().map(|p| coef * p).sum::<f64>();
         finite(out.loss, micro)?;
     }
-    Ok(out)
+    Ok(Some(out))
 }
 
 fn preference(
     vlm: &Vlm,
-    settings: &Dpo,
-    reference: &ReferenceTable,
+    (settings, reference): (&Dpo, &ReferenceTable),
     items: &[(usize, &Item)],
     pixels: &Pixels,
     cfg: StepConfig,
-) -> Result<Computed> {
+    leave: &dyn Fn() -> bool,
+) -> Result<Option<Computed>> {
     let n = items.len() as f64;
     let mut out =
         Computed { loss: 0.0, grads: Grads::new(), tokens: 0, label_tokens: 0, samples: items.len(), dpo: None };
     let mut results: Vec<(Pair, PairLoss)> = Vec::with_capacity(items.len());
     for (i, micro) in items.chunks(cfg.micro).enumerate() {
+        if leave() {
+            return Ok(None);
+        }
         let samples = both_sides(micro)?;
         let batch = collate(&samples, pixels)?;
         let (lp, saved) = vlm.forward(&batch, mode(cfg, i)).with_context(|| ids(&samples))?;
@@ -127,7 +152,7 @@ fn preference(
         }
     }
     out.dpo = Some(DpoMetrics::mean(&results));
-    Ok(out)
+    Ok(Some(out))
 }
 
 /// All chosen answers, then all rejected ones: one batch, so that a picture goes through the tower once.
@@ -155,8 +180,8 @@ fn ids(samples: &[&Sample]) -> String {
 /// The log-probabilities of a pass without training must be numbers; the error names the samples.
 pub fn finite_logps(logps: &[f64], samples: &[&Sample]) -> Result<()> {
     let Some(p) = logps.iter().find(|p| !p.is_finite()) else { return Ok(()) };
-    bail!("a label's log-probability is {p} among {}", ids(samples);
-        "the weights are damaged, or training broke them: lower the learning rate or lengthen the warm-up, delete the stage's folder in the run directory, and train it again")
+    let hint = "the weights are damaged, or training broke them: lower the learning rate or lengthen the warm-up, delete the stage's folder in the run directory, and train it again";
+    Err(Error::new(format!("a label's log-probability is {p} among {}", ids(samples))).hint(hint).diverged())
 }
 
 /// The first micro-batch whose loss is not a number stops the run.
@@ -164,6 +189,6 @@ fn finite(loss: f64, samples: &[&Sample]) -> Result<()> {
     if loss.is_finite() {
         return Ok(());
     }
-    bail!("the loss is {loss} in a micro-batch with {}", ids(samples);
-        "lower the learning rate or lengthen the warm-up; if it happens at step 1, the weights hold NaN: look at `adfreeze check`")
+    let hint = "lower the learning rate or lengthen the warm-up; if it happens at step 1, the weights hold NaN: look at `adfreeze check`";
+    Err(Error::new(format!("the loss is {loss} in a micro-batch with {}", ids(samples))).hint(hint).diverged())
 }

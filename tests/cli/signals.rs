@@ -1,6 +1,6 @@
-//! Signals: a checkpoint and a distinct exit code at the first, an end at the second.
+//! Signals: a checkpoint and a distinct exit code at the first, a step left between micro-batches at the second.
 
-use super::folder::{Folder, THREE_STAGES, assert_same, figures, said};
+use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden, said};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on() {
     // No checkpoint but the one that the signal asks for.
     let args = ["--stages", "align", "--set", "defaults.checkpoint.every_steps=0", "--set", "defaults.max_steps=30"];
     whole.train(&args);
-    for signal in ["TERM", "INT", "USR1"] {
+    for signal in ["TERM", "INT", "USR1", "HUP"] {
         let f = Folder::with(THREE_STAGES);
         let mut child = f.start(&args);
         f.wait_for_step(&mut child, "align", 2);
@@ -34,7 +34,7 @@ fn a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on() {
 }
 
 #[test]
-fn a_second_signal_ends_at_once() {
+fn a_second_signal_leaves_the_step() {
     let f = Folder::with(THREE_STAGES);
     // A step that takes very long.
     let mut child = f.start(&["--log", "json", "--set", "stage.align.batch.global=200000"]);
@@ -49,4 +49,143 @@ fn a_second_signal_ends_at_once() {
     assert_eq!(child.wait().unwrap().code(), Some(75));
     assert!(asked.elapsed() < Duration::from_secs(2));
     assert!(!f.path("run/01-align/checkpoints").exists());
+}
+
+/// HUP is as TERM, and the answer comes at once, in words.
+#[test]
+fn a_first_signal_is_answered_at_once() {
+    let f = Folder::with(THREE_STAGES);
+    let mut child = f.start(&["--set", "stage.align.batch.global=200000"]);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|l| l == "align: 10 steps"));
+    std::thread::sleep(Duration::from_millis(200));
+    let asked = Instant::now();
+    send(&child, "HUP");
+    let answer = lines.next().unwrap();
+    assert_eq!(answer, "SIGHUP: asked to stop: finishing the step, then a checkpoint");
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    // The step would take minutes: it is left between micro-batches.
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    assert!(lines.any(|l| l.contains("stopped after step 0 of 10; the same command begins the stage")));
+}
+
+/// The third step is so long that it is left; the second one is not lost with it.
+#[test]
+fn a_second_signal_does_not_lose_the_last_whole_step() {
+    let args = [
+        "--stages",
+        "align",
+        "--set",
+        "defaults.checkpoint.every_steps=0",
+        "--set",
+        "stage.align.batch={global=3000,micro=2}",
+    ];
+    let f = Folder::with(THREE_STAGES);
+    let mut child = f.start(&args);
+    f.wait_for_step(&mut child, "align", 2);
+    std::thread::sleep(Duration::from_millis(50));
+    send(&child, "INT");
+    std::thread::sleep(Duration::from_millis(100));
+    send(&child, "INT");
+    let said = said(child.wait_with_output().unwrap());
+    assert_eq!(said.code, Some(75), "{}", said.stderr);
+    assert!(said.stderr.contains("SIGINT again: leaving it between micro-batches"), "{}", said.stderr);
+    let steps = f.metrics().len();
+    assert!(f.path(&format!("run/01-align/checkpoints/step-{steps:08}")).is_dir(), "{}", said.stderr);
+    assert!(
+        f.train(&[&args[..], &["--set", "defaults.max_steps=4", "--allow-changes"]].concat())
+            .stderr
+            .contains(&format!("goes on after step {steps} of 4"))
+    );
+}
+
+/// More data than a moment's work, of what a stage does beside its steps.
+fn many(f: &Folder, name: &str, file: &str, n: usize) -> String {
+    let text = std::fs::read_to_string(golden(&format!("data/{file}"))).unwrap();
+    let samples: Vec<serde_json::Value> = match file.ends_with('l') {
+        true => text.lines().map(|l| serde_json::from_str(l).unwrap()).collect(),
+        false => serde_json::from_str(&text).unwrap(),
+    };
+    let lines: Vec<String> = (0..n).map(|i| samples[i % samples.len()].to_string()).collect();
+    f.write(name, &lines.join("\n"));
+    format!("[{{path='{name}',images='${{GOLDEN}}/images'}}]")
+}
+
+/// Jobs shorter than the pass over the reference, or than an evaluation, advance nevertheless, to the same bytes.
+#[test]
+fn passes_beside_the_steps_keep_what_they_have() {
+    let runs = |f: &Folder| -> Vec<String> {
+        let pairs = many(f, "pairs.jsonl", "dpo.jsonl", 1500);
+        let held = many(f, "held.jsonl", "sft.json", 600);
+        let sets = [
+            "defaults.max_steps=2".to_string(),
+            format!("stage.dpo.data={pairs}"),
+            format!("eval.captions={{metric='loss',data={held},pictures=['blank','shuffled']}}"),
+            "stage.align.eval=[]".to_string(),
+            "stage.sft.eval=[]".to_string(),
+            "stage.dpo.eval=['captions']".to_string(),
+            "defaults.checkpoint.every_steps=0".to_string(),
+        ];
+        sets.into_iter().flat_map(|s| ["--set".to_string(), s]).collect()
+    };
+    let whole = Folder::with(THREE_STAGES);
+    let args = runs(&whole);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    whole.train(&args);
+    let f = Folder::with(THREE_STAGES);
+    runs(&f);
+    let (mut in_reference, mut in_evaluation) = (0, 0);
+    for _ in 0..60 {
+        let mut child = f.start(&args);
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let moment = |l: &String| l.contains("pairs under the reference") || l.starts_with("dpo: done in");
+        if lines.any(|l| moment(&l)) {
+            std::thread::sleep(Duration::from_millis(150));
+            send(&child, "TERM");
+        }
+        let rest: Vec<String> = lines.collect();
+        let code = child.wait().unwrap().code();
+        in_reference +=
+            usize::from(rest.iter().any(|l| l.contains("asked to stop, stopped after") && l.contains("pairs")));
+        in_evaluation += usize::from(rest.iter().any(|l| l.contains("asked to stop in evaluation captions")));
+        if code == Some(0) {
+            break;
+        }
+        assert_eq!(code, Some(75), "{rest:?}");
+    }
+    assert!(in_reference > 0 && in_evaluation > 0, "{in_reference} {in_evaluation}");
+    assert_same(&figures(&whole.path("run")), &figures(&f.path("run")));
+}
+
+/// To a shell, a command that does not go on ends by the signal; score says what it has.
+#[test]
+fn generate_and_score_end_as_shells_tell_of_signals() {
+    let f = Folder::new();
+    let lines: Vec<String> = (0..20_000)
+        .map(|_| {
+            r#"{"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A circle."}]}"#
+                .to_string()
+        })
+        .collect();
+    f.write("many.jsonl", &lines.join("\n"));
+    let model = golden("model").display().to_string();
+    for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+        let kill = |args: &[&str], seconds: f64| {
+            let script = format!("$A \"$@\" & p=$!; sleep {seconds}; kill -{signal} $p; wait $p");
+            let mut c = f.command("bash");
+            c.args(["-c", &script, "bash"]).args(args).env("A", super::folder::BINARY);
+            said(c.output().unwrap())
+        };
+        let ended = kill(&["generate", "--model", &model, "--prompt", "What?", "--max-new-tokens", "1000000"], 1.0);
+        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+        let ended = kill(&["score", "--model", &model, "--data", "many.jsonl", "--out", "scores.jsonl"], 1.5);
+        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+        let kept = std::fs::read_to_string(f.path("scores.jsonl")).unwrap().lines().count();
+        assert!(
+            kept > 0 && ended.stderr.contains(&format!("asked to stop: {kept} of 20000 samples are in scores.jsonl")),
+            "{}",
+            ended.stderr
+        );
+    }
 }
