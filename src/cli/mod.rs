@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod child;
+mod data;
 mod device;
 mod generate;
 mod model;
@@ -47,6 +48,8 @@ enum Command {
     Generate(generate::Args),
     /// Loss and log-probabilities of every sample of a data file.
     Score(score::Args),
+    /// See what is trained: tokens and labels of samples.
+    Data(data::Args),
     /// Make the built-in data.
     Synth(synth::Args),
     /// Compute every op and a tiny training on this machine and compare them with f64.
@@ -70,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Check(a) => check::run(&a, &reporter).map(done),
         Command::Generate(a) => generate::run(&a, &reporter).map(done),
         Command::Score(a) => score::run(&a, &reporter).map(done),
+        Command::Data(a) => data::run(&a, &reporter).map(done),
         Command::Synth(a) => synth::run(&a, &reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, &reporter),
         Command::Bench(a) => bench::run(&a, &reporter).map(done),

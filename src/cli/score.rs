@@ -48,6 +48,7 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let m = args.model.load(&args.compute, reporter)?;
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
+    m.assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     atomic::write_out(&args.out, |out| {
         for items in set.items.chunks(args.micro.max(1)) {
             let pixels = load_pixels(items, m.assembly.images.as_ref())?;
