@@ -31,6 +31,11 @@ impl Error {
         self
     }
 
+    /// Adds what the user can do, unless that has been said.
+    pub fn or_hint(self, hint: impl Into<String>) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
+    }
+
     /// Adds the underlying error.
     pub fn source(mut self, e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(e.into());

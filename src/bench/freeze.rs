@@ -254,11 +254,11 @@ pub fn run(out: &mut Output, mut measure: impl FnMut(usize) -> Result<Record>) -
         human::thousands(first.tokens as u64),
         human::thousands(first.parameters)
     );
-    writeln!(out.to, "\n{}", measured(&title, &records).render())?;
+    writeln!(out.to, "\n{}", measured(&title, &records).for_stdout())?;
     if !failures.is_empty() {
-        writeln!(out.to, "{}", not_measured(&failures).render())?;
+        writeln!(out.to, "{}", not_measured(&failures).for_stdout())?;
     }
-    writeln!(out.to, "{}", published(&claims).render())?;
+    writeln!(out.to, "{}", published(&claims).for_stdout())?;
     Ok(out.to.flush()?)
 }
 

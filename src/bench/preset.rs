@@ -2,7 +2,7 @@
 
 use super::noise::Noise;
 use crate::bail;
-use crate::error::Result;
+use crate::error::{Result, near};
 use crate::model::config::{LlamaConfig, RopeScaling, VisionConfig};
 use crate::model::init::{Place, Shapes};
 use crate::model::language::Language;
@@ -46,7 +46,7 @@ impl Preset {
             "llava-1.5-7b" => Ok(llava()),
             "smollm2-135m-dinov2-s" => Ok(smollm2()),
             "tiny" => Ok(tiny()),
-            other => bail!("there is no preset `{other}`"; "there are {}", NAMES.join(", ")),
+            other => bail!("there is no preset `{other}`"; "{}", near::suggestion(other, &NAMES)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! `adfreeze check`.
 
 use super::device::DTypeArg;
+use super::stdout::{Folded, Stdout};
 use crate::error::Result;
 use crate::pipeline::check::{self, Aim};
 use crate::recipe;
@@ -27,7 +28,7 @@ pub struct Args {
 pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let recipe = recipe::load(&args.recipe, &args.sets)?;
     let aim = Aim { dtype: args.dtype.map(Into::into), memory: args.memory };
-    check::check(&recipe, aim, reporter, &mut super::stdout::Stdout::lock())
+    check::check(&recipe, aim, reporter, &mut Folded::new(Stdout::lock()))
 }
 
 /// Bytes: a number and a unit, e.g. `80GiB`, `1.5 TB`.

@@ -129,7 +129,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(e) => {
-            reporter.error(&e);
+            reporter.error(&e.or_hint(UNKNOWN));
             ExitCode::FAILURE
         }
     }
@@ -146,6 +146,9 @@ fn show(e: &clap::Error) {
         false => std::io::stdout().write_all(text.as_bytes()),
     };
 }
+
+/// Of what should not happen, and so has no hint.
+const UNKNOWN: &str = "nothing is known that mends this: please report it with the command, the recipe and what `adfreeze --version` says";
 
 /// Longer lines of help are hard to read on any terminal.
 const HELP: usize = 100;

@@ -66,7 +66,7 @@ impl Aim {
 pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &Place::new(Device::Cpu, aim.dtype.unwrap_or(recipe.model.dtype)))?;
-    write!(out, "{}", sources(&assembly).render())?;
+    write!(out, "{}", sources(&assembly).for_stdout())?;
     writeln!(out, "{}", aim.told(recipe, &assembly.place)?)?;
     let mut newlines = Vec::new();
     for name in &recipe.stages {
@@ -158,11 +158,11 @@ impl<'a> Check<'a> {
         let optimizer = optimizer(stage, name, &mut state, total)?;
         self.parts(name, &mut state, &data, &optimizer, total, out)?;
         writeln!(out)?;
-        write!(out, "{}", groups(name, stage, &optimizer).render())?;
+        write!(out, "{}", groups(name, stage, &optimizer).for_stdout())?;
         writeln!(out)?;
         let shown = pictures::shown(&data, stage, name, total)?;
         let looked = look("pictures", &data, shown, self.assembly.images.as_ref(), self.reporter)?;
-        write!(out, "{}", data_table(name, stage, &data, sight, looked, (total, epoch)).render())?;
+        write!(out, "{}", data_table(name, stage, &data, sight, looked, (total, epoch)).for_stdout())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
         Ok(())
@@ -187,7 +187,7 @@ impl<'a> Check<'a> {
         let weights = rows.iter().map(|r| r.weight_bytes).sum();
         let free = self.aim.memory.map(|bytes| bytes.saturating_sub(weights));
         let (kept, told) = memory::of_stage(stage, state, &loads, optimizer, free)?;
-        write!(out, "{}", components::table(&format!("stage {name}: parameters"), &rows, kept).render())?;
+        write!(out, "{}", components::table(&format!("stage {name}: parameters"), &rows, kept).for_stdout())?;
         writeln!(out, "{}", components::notes(&state.vlm, &rows, &loads, kept)?)?;
         told.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         for n in state.vlm.trainable().into_keys() {
@@ -284,7 +284,7 @@ impl<'a> Check<'a> {
             }
         }
         if !t.rows.is_empty() {
-            write!(out, "{}", t.render())?;
+            write!(out, "{}", t.for_stdout())?;
         }
         Ok(problems)
     }

@@ -63,7 +63,7 @@ pub fn ops(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Result<
         let cells = [op.to_string(), dtype.to_string(), l.cases.to_string()];
         table.row(cells.into_iter().chain([format!("{off:.1e}"), format!("{bound:.1e}"), verdict]));
     }
-    write!(out, "{}", table.render())?;
+    write!(out, "{}", table.for_stdout())?;
     Ok(lines.values().all(|l| l.wrong == 0))
 }
 
@@ -127,7 +127,7 @@ pub fn training(device: &Device, reporter: &Reporter, out: &mut dyn Write) -> Re
             reporter.error(&e.context(format!("training in {name}")));
         }
     }
-    write!(out, "{}", table.render())?;
+    write!(out, "{}", table.for_stdout())?;
     Ok(good)
 }
 

@@ -33,6 +33,11 @@ impl Table {
         self.render_within(None)
     }
 
+    /// The same for stdout, within the terminal if it is one (or `COLUMNS`).
+    pub fn for_stdout(&self) -> String {
+        self.render_within(super::width::of_stdout().or_else(super::width::of_environment))
+    }
+
     /// The same, at most so many columns wide: the widest columns of words are broken into lines at spaces, as far as they can be.
     pub fn render_within(&self, columns: Option<usize>) -> String {
         let n = self.rows.iter().map(Vec::len).chain([self.columns.len()]).max().unwrap_or(0);
