@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The snapshot of `repo` at `revision` with the files `what` (see [`super::source::resolve`]).
 pub(super) fn resolve(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> Result<Snapshot> {
@@ -141,6 +142,9 @@ fn note_absent(folder: &Path, commit: &str, name: &str) -> Result<()> {
     write_whole(&folder.join(".no_exist").join(commit).join(name), "")
 }
 
+/// Tells the files that one process writes apart.
+static WRITTEN: AtomicU64 = AtomicU64::new(0);
+
 /// Writes a small file so that other processes see all of it or nothing.
 fn write_whole(path: &Path, text: &str) -> Result<()> {
     let parent = path.parent().unwrap_or(path);
@@ -149,8 +153,9 @@ fn write_whole(path: &Path, text: &str) -> Result<()> {
         if fs::read_to_string(path).is_ok_and(|found| found == text) {
             return Ok(());
         }
-        // Of this process alone, and readable by whom the user lets read.
-        let new = parent.join(format!(".{}.{}", path.file_name().unwrap_or_default().display(), std::process::id()));
+        // Of this thread alone, and readable by whom the user lets read.
+        let (name, process) = (path.file_name().unwrap_or_default().display(), std::process::id());
+        let new = parent.join(format!(".{name}.{process}.{}", WRITTEN.fetch_add(1, Ordering::Relaxed)));
         fs::write(&new, text)?;
         fs::rename(&new, path)
     };
