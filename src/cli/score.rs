@@ -12,6 +12,7 @@ use crate::recipe::schema::Data;
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::step::finite_logps;
+use clap::builder::RangedU64ValueParser;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,7 +31,7 @@ pub struct Args {
     #[arg(long)]
     out: PathBuf,
     /// Samples a forward pass.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
     micro: usize,
     #[command(flatten)]
     pictures: model::Pictures,
@@ -69,7 +70,7 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let (mut done, mut failed) = (0, None);
     atomic::write_out(&args.out, |out| {
         let _deferred = signals.defer("finishing the samples at hand; the lines so far are kept");
-        for items in set.items.chunks(args.micro.max(1)) {
+        for items in set.items.chunks(args.micro) {
             if signals.asked() {
                 break;
             }

@@ -120,6 +120,10 @@ impl ImageProcessor {
         } else {
             ([0.0; 3], [1.0; 3])
         };
+        if !std.iter().all(|s| *s > 0.0 && s.is_finite()) || !mean.iter().all(|m| m.is_finite()) {
+            bail!("image_mean = {mean:?} and image_std = {std:?} make no picture of finite numbers";
+                "image_std holds three numbers above 0, e.g. {CLIP_STD:?}")
+        }
         let rescale = match on("do_rescale") {
             true => v.get("rescale_factor").and_then(Value::as_f64).unwrap_or(1.0 / 255.0),
             false => 1.0,
@@ -262,6 +266,9 @@ fn shortest_f64(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 
+/// Of what a processor may make; a recipe's `image_size` has the same bound.
+const MAX_EDGE: usize = 8192;
+
 /// `size` or `crop_size`: a number, `{shortest_edge}`, or equal `{height, width}` (then the second value is true).
 fn edge(v: &Value, key: &str, default: usize) -> Result<(usize, bool)> {
     let number = |v: &Value| v.as_u64().map(|n| n as usize).filter(|&n| n > 0);
@@ -274,6 +281,10 @@ fn edge(v: &Value, key: &str, default: usize) -> Result<(usize, bool)> {
             _ => None,
         },
     };
+    if let Some((n, _)) = found.filter(|(n, _)| *n > MAX_EDGE) {
+        bail!("{key} = {n}: a picture of {n} × {n} pixels takes {:.1} GB", (n as f64).powi(2) * 12.0 / 1e9;
+            "at most {MAX_EDGE} pixels along an edge; towers see 224 to 1024")
+    }
     found.ok_or_else(|| {
         Error::new(format!("{key} is not supported: {}", v[key]))
             .hint(format!("write {key} as a number, {{\"shortest_edge\": n}}, or equal \"height\" and \"width\""))

@@ -65,6 +65,11 @@ impl Plan {
         (epochs * items as f64 / global as f64).ceil() as usize
     }
 
+    /// Samples of a step.
+    pub fn global(&self) -> usize {
+        self.global
+    }
+
     /// Steps of the stage.
     pub fn total_steps(&self) -> usize {
         self.total_steps

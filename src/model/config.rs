@@ -73,13 +73,13 @@ impl VisionConfig {
         let config = Self {
             hidden_size: f.count("hidden_size")?.unwrap_or(768),
             intermediate_size: f.count("intermediate_size")?.unwrap_or(3072),
-            num_hidden_layers: f.count("num_hidden_layers")?.unwrap_or(12),
+            num_hidden_layers: f.layers("num_hidden_layers")?.unwrap_or(12),
             num_attention_heads: f.count("num_attention_heads")?.unwrap_or(12),
             num_channels: f.count("num_channels")?.unwrap_or(3),
             image_size: f.edge("image_size")?.unwrap_or(224),
             patch_size: f.edge("patch_size")?.unwrap_or(32),
             hidden_act: activation(f, "hidden_act")?.unwrap_or(Activation::QuickGelu),
-            layer_norm_eps: f.number("layer_norm_eps")?.unwrap_or(1e-5),
+            layer_norm_eps: f.not_negative("layer_norm_eps")?.unwrap_or(1e-5),
         };
         no_dropout(f)?;
         divides(f, "num_attention_heads", config.num_attention_heads, "hidden_size", config.hidden_size)?;
@@ -184,11 +184,11 @@ impl LlamaConfig {
             vocab_size: f.count("vocab_size")?.unwrap_or(32000),
             hidden_size,
             intermediate_size: f.count("intermediate_size")?.unwrap_or(11008),
-            num_hidden_layers: f.count("num_hidden_layers")?.unwrap_or(32),
+            num_hidden_layers: f.layers("num_hidden_layers")?.unwrap_or(32),
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
-            rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(1e-6),
+            rms_norm_eps: f.not_negative("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
             max_position_embeddings: f.count("max_position_embeddings")?.unwrap_or(2048),
@@ -424,9 +424,9 @@ fn activation_name(act: Activation) -> &'static str {
 /// (transformers 4; `type` instead of `rope_type` in older files).
 fn rope(f: &Fields) -> Result<(f64, RopeScaling)> {
     let (new, old) = (f.object("rope_parameters")?, f.object("rope_scaling")?);
-    let flat_theta = f.number("rope_theta")?;
+    let flat_theta = f.positive("rope_theta")?;
     let Some(r) = new.or(old) else { return Ok((flat_theta.unwrap_or(10000.0), RopeScaling::None)) };
-    let theta = r.number("rope_theta")?.or(flat_theta).unwrap_or(10000.0);
+    let theta = r.positive("rope_theta")?.or(flat_theta).unwrap_or(10000.0);
     if let Some(p) = r.number("partial_rotary_factor")?.filter(|p| *p != 1.0) {
         return Err(unsupported(r.path(), "partial_rotary_factor", &p.to_string(), "1"));
     }

@@ -2,7 +2,9 @@
 
 use super::params::{Param, adapter_of, kind_of};
 use super::weights::Weights;
+use crate::bail;
 use crate::error::Result;
+use crate::ops::host;
 use crate::ops::random::{Key, normal, uniform};
 use crate::recipe::schema;
 use candle_core::{DType, Device, Tensor};
@@ -128,6 +130,7 @@ pub const NEWLINE: &str = "projector.image_newline";
 /// deviation 0.02; a perceiver's latents with deviation 1, as OpenFlamingo's (at HF's ones they would all be alike); the newline of
 /// tiles with deviation 1/√width, as HF's. On the CPU.
 pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    room_for(name, shape, dtype)?;
     let (key, kind) = (key.child(name), kind_of(name));
     let (adapter, name) = (adapter_of(name).is_some(), kind.as_str());
     let leaf = name.rsplit('.').next().unwrap_or(name);
@@ -157,9 +160,33 @@ pub fn fresh(key: Key, name: &str, shape: &[usize], dtype: DType) -> Result<Tens
     if leaf == "bias" { constant(0.0) } else { normal(key, shape, 0.02, dtype) }
 }
 
+/// Refuses a parameter that cannot be held, before an allocation of it ends the process without a word.
+fn room_for(name: &str, shape: &[usize], dtype: DType) -> Result<()> {
+    /// What fits anywhere is not worth a look at the machine.
+    const SMALL: u128 = 64 << 20;
+    let bytes = shape.iter().fold(dtype.size_in_bytes() as u128, |n, d| n.saturating_mul(*d as u128));
+    // What no machine can address, where it does not tell what it has.
+    let free = if bytes < SMALL { return Ok(()) } else { host::free_memory().unwrap_or(1 << 62) };
+    if bytes > u128::from(free) {
+        let gb = |n: f64| format!("{:.1} GB", n / 1e9);
+        bail!("`{name}`, {shape:?}, needs {} of memory, and {} are free", gb(bytes as f64), gb(free as f64);
+            "choose a smaller size in the recipe (rank, dim, tokens, hidden, queries, …), or, for a backbone from `init`, in its config");
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_held_is_refused_with_its_bytes() {
+        let refused =
+            |shape: &[usize]| fresh(Key::new(1, "a"), "projector.x.weight", shape, DType::F32).unwrap_err().report();
+        let report = refused(&[1 << 40, 1 << 20]);
+        assert!(report.contains("`projector.x.weight`, [1099511627776, 1048576], needs 4611686018.4 GB"), "{report}");
+        assert!(refused(&[usize::MAX, usize::MAX, usize::MAX]).contains("hint: choose a smaller size"));
+    }
 
     /// Names that are words of ours: the kind of a parameter decides, not what the user calls an adapter.
     #[test]

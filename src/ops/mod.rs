@@ -16,6 +16,7 @@ pub mod cuda;
 pub mod embedding;
 pub(crate) mod gemm;
 pub mod graph;
+pub mod host;
 pub mod launch;
 pub mod lora;
 pub mod matmul;

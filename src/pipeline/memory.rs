@@ -2,25 +2,30 @@
 //! that is free as the stage begins. The choice changes no bit of what is computed.
 
 use super::state::State;
+use crate::bail;
 use crate::data::{Dataset, Plan};
 use crate::error::Result;
 use crate::model::params::Module;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
+use crate::ops::host;
 use crate::optim::AdamW;
 use crate::recipe::schema::{Activations, Stage};
 use crate::report::{human, peak_memory_bytes, reset_peak_memory};
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::{Component, Path, PathBuf};
+
+/// Samples of a stage that its largest micro-batch is looked for among, if an epoch has no more: a stage may have steps without
+/// number.
+const LOOKED_AT: usize = 2_000_000;
 
 /// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens. `soft` tokens stand
 /// in front of every sequence, and of every picture in one.
 pub fn loads(data: &Dataset, plan: &Plan, steps: std::ops::Range<usize>, micro: usize, soft: [usize; 2]) -> Vec<Load> {
     let [text, picture] = soft;
     let mut most: BTreeMap<usize, usize> = BTreeMap::new();
-    for step in steps {
+    let looked_at = LOOKED_AT.max(data.items.len()).div_ceil(plan.global()).max(1);
+    for step in steps.take(looked_at) {
         for part in plan.step(step).chunks(micro.max(1)) {
             let pictures: BTreeSet<_> = part.iter().flat_map(|i| data.items[*i].images()).collect();
             let tokens: usize = part
@@ -51,9 +56,27 @@ pub fn of_stage(
     let gradients = state.vlm.trainable().values().map(|t| GRADIENT * t.elem_count() as u64).sum::<u64>();
     let device = state.vlm.language.device();
     let training = gradients + optimizer.bytes_to_come(device);
-    choose(stage.activations, &state.vlm, loads, training, || {
+    let chosen = choose(stage.activations, &state.vlm, loads, training, || {
         free.map_or_else(|| free_memory(device), |free| Ok(Some(free)))
-    })
+    })?;
+    // Where the run is to be here, not on the machine that `check` is asked about.
+    if let (None, Some(free)) = (free, free_memory(device)?) {
+        let largest = loads.iter().map(|l| step_bytes(&state.vlm, *l, chosen.0)).collect::<Result<Vec<_>>>()?;
+        hopeless(largest.into_iter().max().unwrap_or(0) + training, free)?;
+    }
+    Ok(chosen)
+}
+
+/// Refuses a step that needs several times the free memory, before an allocation of it ends the process without a word; the estimate
+/// may be wrong by less.
+fn hopeless(need: u64, free: u64) -> Result<()> {
+    const TIMES: u64 = 4;
+    if need / TIMES > free {
+        bail!("a step needs about {} of memory, and {} are free", human::bytes(need), human::bytes(free);
+            "set batch.micro, so that a pass takes fewer samples at once; or train less: a smaller rank, fewer layers, \
+             optimizer = {{ adamw = {{ moments = \"8bit\" }} }}");
+    }
+    Ok(())
 }
 
 /// What a stage keeps, and for `auto` the line that says so. `training` counts the bytes of gradients and of moments that a step
@@ -105,7 +128,7 @@ pub fn free_memory(device: &Device) -> Result<Option<u64>> {
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(d) => Ok(Some(crate::ops::cuda::free_memory(d)?)),
-        Device::Cpu => Ok(free_on_host(Path::new("/"))),
+        Device::Cpu => Ok(host::free_memory()),
         _ => Ok(None),
     }
 }
@@ -130,44 +153,6 @@ pub fn reset_peak(device: &Device) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// `root` is that of the file system; another one in tests.
-fn free_on_host(root: &Path) -> Option<u64> {
-    let available = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|t| kilobytes(&t, "MemAvailable:"));
-    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
-    available.into_iter().chain(groups.lines().filter_map(|line| left_in(root, line))).min()
-}
-
-fn kilobytes(text: &str, key: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-/// What is left in the cgroup that a line of `/proc/self/cgroup` names and in all above it. Files that the page cache holds
-/// can be dropped, so they do not count as used.
-fn left_in(root: &Path, line: &str) -> Option<u64> {
-    let mut fields = line.splitn(3, ':').skip(1);
-    let (controllers, path) = (fields.next()?, fields.next()?);
-    let (mount, limit, used, cached) = match controllers {
-        "" => ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
-        c if c.split(',').any(|c| c == "memory") => {
-            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
-        }
-        _ => return None,
-    };
-    let number = |p: PathBuf| fs::read_to_string(p).ok()?.trim().parse::<u64>().ok();
-    // A path that leads out of what this process sees of the hierarchy begins with `..`.
-    let path: PathBuf = Path::new(path).components().filter(|c| matches!(c, Component::Normal(_))).collect();
-    let left = |dir: &Path| {
-        let dir = root.join(mount).join(dir);
-        // `max`, or a file that is not there: no limit here.
-        let (limit, used) = (number(dir.join(limit))?, number(dir.join(used))?);
-        let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
-        let cached = stat.lines().find_map(|l| l.strip_prefix(cached)?.trim().parse::<u64>().ok()).unwrap_or(0);
-        Some(limit.saturating_sub(used.saturating_sub(cached)))
-    };
-    path.ancestors().filter_map(left).min()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use super::explain::{File, Sources, explain};
 use super::merge::{Setting, expand_defaults, kind, merge};
 use super::schema::Recipe;
-use super::{validate, vars};
+use super::{limits, validate, vars};
 use crate::bail;
 use crate::error::{Context, Error, Result, near};
 use std::io::Read;
@@ -31,7 +31,7 @@ pub fn load_with(path: &Path, sets: &[String], env: &dyn Fn(&str) -> Option<Stri
 
     let recipe: Recipe = serde_path_to_error::deserialize(Value::Table(table.clone()))
         .map_err(|e| explain(&e, &table, &Sources { files, settings }))?;
-    validate::validate(&recipe).context(path.display())?;
+    limits::check(&table).and_then(|()| validate::validate(&recipe)).context(path.display())?;
     Ok(recipe)
 }
 
@@ -54,7 +54,7 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
     let mut table: Table = match toml::from_str(&text) {
         Ok(t) => t,
         Err(e) => bail!(
-            "{}: not valid TOML: {}", path.display(), e.to_string().trim_end();
+            "{}: not valid TOML: {}", path.display(), short(e.to_string().trim_end());
             "a section is written [stage.sft], a value key = value; text stands in quotes"
         ),
     };
@@ -74,10 +74,22 @@ fn read(path: &Path, below: &mut Vec<PathBuf>, files: &mut Vec<File>) -> Result<
 /// A recipe has a few hundred lines; what is larger is another file.
 const LARGEST: u64 = 16 << 20;
 
+/// Lines as long as a screen at most.
+fn short(text: &str) -> String {
+    let line = |line: &str| match line.char_indices().nth(160) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_string(),
+    };
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
 /// The file's text, or why it is none.
 fn text(path: &Path) -> Result<String, String> {
     if path.is_dir() {
         return Err("it is a folder".into());
+    }
+    if path.exists() && !path.is_file() {
+        return Err("it is no file but a pipe or a device, which may have no end".into());
     }
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(|e| e.to_string())?;

@@ -2,6 +2,7 @@
 //! `${VAR}`), the rules it must keep ([`validate()`]), and the patterns that select parameters ([`pattern`]).
 
 mod explain;
+mod limits;
 mod load;
 mod merge;
 pub mod pattern;

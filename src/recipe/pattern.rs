@@ -12,6 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Texts that one pattern may expand to through `{a,b}`.
 const MAX_ALTERNATIVES: usize = 1000;
+/// Characters of one pattern, and braces in it: far more than any list of names needs.
+const MAX_LENGTH: usize = 10_000;
+const MAX_BRACES: usize = 100;
 
 /// A compiled list of patterns; see the module's text.
 #[derive(Debug, Clone)]
@@ -76,27 +79,36 @@ impl Patterns {
 
 impl Rule {
     fn matches(&self, name: &str, counts: &Counts) -> bool {
-        self.alternatives.iter().any(|tokens| fits(tokens, name, 0, counts))
+        self.alternatives.iter().any(|tokens| fits(tokens, name, counts))
     }
 }
 
-/// Whether `tokens` describe `name[at..]` completely.
-fn fits(tokens: &[Token], name: &str, at: usize, counts: &Counts) -> bool {
+/// Whether `tokens` describe all of `name`. Time is bounded by the product of their lengths: what is kept is not one way through the
+/// name but all places that the tokens so far can reach.
+fn fits(tokens: &[Token], name: &str, counts: &Counts) -> bool {
+    let mut places = vec![0];
+    for token in tokens {
+        places = match (token, places.first()) {
+            (_, None) => return false,
+            (Token::Run, Some(&first)) => (first..=name.len()).filter(|at| name.is_char_boundary(*at)).collect(),
+            _ => places.iter().filter_map(|at| Some(at + one(token, name, *at, counts)?)).collect(),
+        };
+    }
+    places.contains(&name.len())
+}
+
+/// The length of what a token that is no [`Token::Run`] describes at `at`.
+fn one(token: &Token, name: &str, at: usize, counts: &Counts) -> Option<usize> {
     let rest = &name[at..];
-    let Some((token, tail)) = tokens.split_first() else { return rest.is_empty() };
     match token {
-        Token::Run => {
-            let ends = rest.char_indices().map(|(i, _)| i).chain([rest.len()]);
-            ends.into_iter().any(|i| fits(tail, name, at + i, counts))
-        }
-        Token::One => rest.chars().next().is_some_and(|c| fits(tail, name, at + c.len_utf8(), counts)),
-        Token::Char(c) => rest.starts_with(*c) && fits(tail, name, at + c.len_utf8(), counts),
+        Token::Run => None,
+        Token::One => rest.chars().next().map(char::len_utf8),
+        Token::Char(c) => rest.starts_with(*c).then(|| c.len_utf8()),
         Token::Index(start, end) => {
-            let Some((index, len)) = leading_index(rest) else { return false };
-            let Some(&n) = counts.get(&name[..at]) else { return false };
-            let from_end = |i: i64| if i < 0 { i + n } else { i };
-            let inside = index >= from_end(*start) && end.is_none_or(|e| index < from_end(e));
-            inside && fits(tail, name, at + len, counts)
+            let (index, len) = leading_index(rest)?;
+            let n = counts.get(&name[..at])?;
+            let from_end = |i: i64| if i < 0 { i.saturating_add(*n) } else { i };
+            (index >= from_end(*start) && end.is_none_or(|e| index < from_end(e))).then_some(len)
         }
     }
 }
@@ -132,6 +144,12 @@ fn parse(text: &str) -> Result<Rule> {
     };
     if pattern.trim().is_empty() {
         bail!("pattern `{text}` is empty"; "write a name with wildcards, e.g. `projector.*`");
+    }
+    let (length, braces) = (text.chars().count(), text.matches('{').count());
+    if length > MAX_LENGTH || braces > MAX_BRACES {
+        let begin: String = text.chars().take(60).collect();
+        bail!("pattern `{begin}…` has {length} characters and {braces} braces";
+            "at most {MAX_LENGTH} and {MAX_BRACES}: use `*`, or several patterns");
     }
     let plain = expand(text, pattern)?;
     let alternatives = plain.iter().map(|p| tokens(text, p)).collect::<Result<_>>()?;
@@ -348,5 +366,20 @@ mod tests {
         assert!(refused(&["!"]).cause().contains("empty"));
         let bomb = "{a,b,c,d,e,f,g,h}".repeat(12);
         assert!(refused(&[bomb.as_str()]).cause().contains("more than 1000"));
+        for long in ["{a}".repeat(50_000), format!("{}{}", "{".repeat(50_000), "}".repeat(50_000)), "a".repeat(20_000)]
+        {
+            let e = refused(&[long.as_str()]);
+            assert!(e.cause().contains("characters and") && e.cause().len() < 200, "{}", e.cause());
+        }
+    }
+
+    /// Ways through a name that a search would try one by one.
+    #[test]
+    fn stars_cost_no_more_than_their_number() {
+        let known = vec!["a".repeat(100)];
+        for (pattern, fits) in [("*".repeat(200) + "b", false), ("*a".repeat(60) + "b", false), ("*a".repeat(60), true)]
+        {
+            assert_eq!(Patterns::new(&[pattern], &known).is_ok(), fits);
+        }
     }
 }

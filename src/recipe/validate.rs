@@ -127,6 +127,7 @@ fn one_start(source: bool, init: bool, whole: bool) -> Result<()> {
 fn numbers(s: &Stage) -> Result<()> {
     positive("lr", s.lr, "to keep parameters as they are, leave them out of `train`")?;
     positive("epochs", s.epochs, "passes over the data, fractions allowed")?;
+    at_most("epochs", s.epochs, "passes over the data, e.g. 3; or set max_steps")?;
     if s.image_size == Some(0) {
         bail!("image_size = 0"; "pixels along an edge, e.g. 336; leave it out to go on as before");
     }
@@ -154,6 +155,15 @@ fn numbers(s: &Stage) -> Result<()> {
 fn positive(key: &str, value: f64, hint: &str) -> Result<()> {
     if !(value > 0.0 && value.is_finite()) {
         bail!("{key} = {value} is not a number above 0"; "{hint}");
+    }
+    Ok(())
+}
+
+/// A million is more than any run has; beyond it, counts overflow and scales break every number.
+fn at_most(key: &str, value: f64, hint: &str) -> Result<()> {
+    const MOST: f64 = 1e6;
+    if value > MOST {
+        bail!("{key} = {value:e} is more than {MOST}"; "{hint}");
     }
     Ok(())
 }
@@ -272,6 +282,7 @@ fn own_adapters(stage: &str, s: &Stage, deliver: Deliver, seen: &mut BTreeMap<St
 fn lora(what: &str, a: &Lora) -> Result<()> {
     at_least_one(what, [("rank", a.rank, 16)])?;
     positive(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
+    at_most(&format!("{what}: alpha"), a.alpha, "often once or twice the rank")?;
     share(what, "dropout", a.dropout)?;
     if let Some(ratio) = a.lr_ratio {
         positive(

@@ -3,13 +3,17 @@
 use super::folder::{Folder, THREE_STAGES, golden, said};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use tiny_http::{Header, Request, Response, Server};
 
 const COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
 
-/// Serves the golden model as `owner/tiny`, in ranges as the client asks for them.
+const TEMPLATE: &str = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}";
+
+/// Serves the golden model as `owner/tiny`.
 struct Hub {
     server: Arc<Server>,
     thread: Option<JoinHandle<usize>>,
@@ -21,7 +25,9 @@ impl Hub {
             let path = e.unwrap().path();
             (path.file_name().unwrap().to_str().unwrap().to_string(), fs::read(path).unwrap())
         };
-        let files: BTreeMap<String, Vec<u8>> = fs::read_dir(golden("model")).unwrap().map(entry).collect();
+        let mut files: BTreeMap<String, Vec<u8>> = fs::read_dir(golden("model")).unwrap().map(entry).collect();
+        // Where llava-hf has its template.
+        files.insert("chat_template.json".into(), format!("{{ \"chat_template\": \"{TEMPLATE}\" }}").into());
         let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
         let listening = server.clone();
         let thread = std::thread::spawn(move || {
@@ -56,13 +62,7 @@ fn answer(files: &BTreeMap<String, Vec<u8>>, request: Request) {
     }
     let data = url.strip_prefix(&format!("/owner/tiny/resolve/{COMMIT}/")).and_then(|n| files.get(n));
     let Some(data) = data else { return request.respond(Response::empty(404)).unwrap() };
-    let range = request.headers().iter().find(|h| h.field.equiv("Range")).unwrap().value.to_string();
-    let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
-    let (from, end) = (from.parse().unwrap(), to.parse::<usize>().map_or(data.len(), |to| to + 1));
-    let content_range = format!("bytes {from}-{}/{}", end - 1, data.len());
-    let response = Response::from_data(&data[from..end])
-        .with_status_code(206)
-        .with_header(header("Content-Range", &content_range))
+    let response = Response::from_data(data.clone())
         .with_header(header("X-Repo-Commit", COMMIT))
         .with_header(header("ETag", &format!("\"{:040x}\"", data.len())));
     request.respond(response).unwrap();
@@ -101,4 +101,45 @@ fn a_model_from_the_hub_then_without_the_network() {
     // The run notes the revision.
     f.train(&["--stages", "align", "--set", "defaults.max_steps=2"]);
     assert!(fs::read_to_string(f.path("run/inputs.json")).unwrap().contains(COMMIT));
+}
+
+#[test]
+fn a_template_of_its_own_file_comes_from_the_hub_as_from_a_folder() {
+    let f = Folder::with(&THREE_STAGES.replace("${GOLDEN}/model", "owner/tiny"));
+    let hub = Hub::start();
+    let args = ["score", "--model", "owner/tiny", "--template", "chat", "--out", "out.jsonl"];
+    let data = ["--data", "text.json"];
+    f.write(
+        "text.json",
+        r#"[{ "conversations": [{ "from": "human", "value": "a" }, { "from": "gpt", "value": "b" }] }]"#,
+    );
+    let online =
+        f.adfreeze(args.iter().chain(&data)).env("HF_ENDPOINT", hub.endpoint()).env("HF_HUB_OFFLINE", "0").output();
+    let online = said(online.unwrap());
+    hub.stop();
+    assert_eq!(online.code, Some(0), "{}", online.stderr);
+    let there = f.path(&format!("hf/hub/models--owner--tiny/snapshots/{COMMIT}/chat_template.json"));
+    assert!(fs::read_to_string(there).unwrap().contains("eos_token"));
+}
+
+/// Another process holds the lock of a file that is missing: the wait is said, and ends with it.
+#[test]
+fn the_wait_for_another_process_is_said() {
+    let f = Folder::with(&THREE_STAGES.replace("${GOLDEN}/model", "owner/tiny"));
+    let hub = Hub::start();
+    let config = fs::metadata(golden("model/config.json")).unwrap().len();
+    let lock = f.write(&format!("hf/hub/.locks/models--owner--tiny/{config:040x}.lock"), "");
+    let lock = fs::File::open(lock).unwrap();
+    lock.lock().unwrap();
+    let mut waiting = f.adfreeze(["check", "recipe.toml"]);
+    waiting.env("HF_ENDPOINT", hub.endpoint()).env("HF_HUB_OFFLINE", "0").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut waiting = waiting.spawn().unwrap();
+    let mut line = String::new();
+    let mut stderr = BufReader::new(waiting.stderr.take().unwrap());
+    stderr.read_line(&mut line).unwrap();
+    assert!(line.contains("another process is downloading owner/tiny/config.json; waiting for it"), "{line}");
+    assert_eq!(waiting.try_wait().unwrap(), None);
+    lock.unlock().unwrap();
+    assert!(waiting.wait().unwrap().success());
+    hub.stop();
 }

@@ -43,7 +43,31 @@ impl<'a> Fields<'a> {
     }
 
     pub fn count(&self, key: &'static str) -> Result<Option<usize>> {
+        // So that no product of a few of them overflows.
+        if let Some(n) = self.get(key).and_then(Value::as_u64).filter(|n| *n > i32::MAX as u64) {
+            return Err(Error::new(format!("`{}{key}` is {n}, more than any model has", self.path)));
+        }
         self.typed(key, "a positive whole number", |v| v.as_u64().filter(|n| *n > 0).map(|n| n as usize))
+    }
+
+    /// A number that is not below 0.
+    pub fn not_negative(&self, key: &'static str) -> Result<Option<f64>> {
+        self.typed(key, "a number from 0 on", |v| v.as_f64().filter(|x| *x >= 0.0))
+    }
+
+    /// A number above 0.
+    pub fn positive(&self, key: &'static str) -> Result<Option<f64>> {
+        self.typed(key, "a number above 0", |v| v.as_f64().filter(|x| *x > 0.0))
+    }
+
+    /// A number of layers.
+    pub fn layers(&self, key: &'static str) -> Result<Option<usize>> {
+        match self.count(key)? {
+            Some(n) if n > 1000 => {
+                Err(Error::new(format!("`{}{key}` is {n}, more layers than any model has", self.path)))
+            }
+            n => Ok(n),
+        }
     }
 
     pub fn number(&self, key: &'static str) -> Result<Option<f64>> {
@@ -80,8 +104,9 @@ impl<'a> Fields<'a> {
 
     /// Pixels along one edge: a number or two equal ones.
     pub fn edge(&self, key: &'static str) -> Result<Option<usize>> {
-        let count = |v: &Value| v.as_u64().filter(|n| *n > 0).map(|n| n as usize);
-        self.typed(key, "one number of pixels (only square pictures are supported)", |v| match v {
+        const MOST: u64 = 8192;
+        let count = |v: &Value| v.as_u64().filter(|n| (1..=MOST).contains(n)).map(|n| n as usize);
+        self.typed(key, "one number of pixels up to 8192 (only square pictures are supported)", |v| match v {
             Value::Array(list) => match list.as_slice() {
                 [h, w] if h == w => count(h),
                 _ => None,

@@ -2,79 +2,26 @@
 //!
 //! Layout of the cache (huggingface_hub's guide "Understand caching"): `models--OWNER--NAME/refs/REVISION` holds a commit,
 //! `snapshots/COMMIT/FILE` links to `blobs/`, and `.no_exist/COMMIT/FILE` notes that a file is known not to be there. With
-//! these a complete snapshot is used without the network. `hf-hub` does the transfers; it knows only HF_HOME, resumes
-//! without checking what it got, and does not keep a revision fixed over several files, so all of that is done here.
+//! these a complete snapshot is used without the network. The crate `hf-hub` (0.5) sends the token on to the host that a
+//! redirect names, waits for ever on a connection that stalls, and does not check what it got; so requests are made here.
+
+mod blob;
+mod http;
+mod settings;
+
+pub use settings::Hub;
 
 use super::source::{Snapshot, alternatives, describe, gaps};
 use super::tensors::shard_names;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Repo, RepoType};
+use http::Client;
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{IsTerminal, Read};
-use std::path::{Path, PathBuf};
-
-/// How the hub is reached.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Hub {
-    /// The folder of `models--…` folders.
-    pub cache: PathBuf,
-    /// Base URL, without a slash at its end.
-    pub endpoint: String,
-    pub token: Option<String>,
-    /// Never use the network.
-    pub offline: bool,
-}
-
-impl std::fmt::Debug for Hub {
-    /// Never prints the token.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let token = if self.token.is_some() { "with" } else { "without" };
-        write!(f, "Hub({} in {}, {token} token, offline: {})", self.endpoint, self.cache.display(), self.offline)
-    }
-}
-
-impl Hub {
-    /// From HF_HUB_CACHE or HF_HOME, HF_ENDPOINT, HF_TOKEN (or the token file of `hf auth login`), HF_HUB_OFFLINE.
-    pub fn from_env() -> Result<Self> {
-        Self::from_vars(|name| std::env::var(name).ok())
-    }
-
-    /// As [`Hub::from_env`], with the variables given by a function.
-    pub fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let var = |name: &str| var(name).filter(|v| !v.is_empty());
-        let user_cache =
-            || var("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(std::env::home_dir()?.join(".cache")));
-        let home = var("HF_HOME").map(PathBuf::from).or_else(|| Some(user_cache()?.join("huggingface")));
-        let home = home.ok_or_else(|| Error::new("this user has no home folder").hint("set HF_HOME"))?;
-        let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
-        let token_file = var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
-        let token = var("HF_TOKEN").or_else(|| fs::read_to_string(token_file).ok());
-        let on = |v: String| ["1", "on", "yes", "true"].contains(&v.to_lowercase().as_str());
-        Ok(Self {
-            cache: std::path::absolute(&cache).with_context(|| cache.display().to_string())?,
-            endpoint: var("HF_ENDPOINT").unwrap_or("https://huggingface.co".into()).trim_end_matches('/').into(),
-            token: token.map(|t| t.trim().to_string()).filter(|t| !t.is_empty()),
-            offline: var("HF_HUB_OFFLINE").is_some_and(on),
-        })
-    }
-
-    fn folder(&self, repo: &str) -> PathBuf {
-        self.cache.join(format!("models--{}", repo.replace('/', "--")))
-    }
-
-    fn api(&self) -> Result<Api> {
-        ApiBuilder::new()
-            .with_cache_dir(self.cache.clone())
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
-            .with_progress(std::io::stderr().is_terminal())
-            .build()
-            .map_err(|e| Error::new("cannot set up the connection to the hub").source(e))
-    }
-}
+use std::io::Read;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The snapshot of `repo` at `revision` with the files `what` (see [`super::source::resolve`]).
 pub(super) fn resolve(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> Result<Snapshot> {
@@ -96,7 +43,7 @@ pub(super) fn resolve(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> R
     if hub.offline {
         return usable.ok_or_else(|| {
             Error::new(format!("{repo}@{revision} is not complete in the cache {}", hub.cache.display()))
-                .hint(format!("HF_HUB_OFFLINE is set; needed: {}", describe(what)))
+                .hint(format!("HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE); needed: {}", describe(what)))
         });
     }
     match (download(repo, revision, what, hub), usable) {
@@ -121,14 +68,32 @@ fn is_commit(s: &str) -> bool {
     s.len() == 40 && s.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
+/// What the hub says about a revision.
+#[derive(Deserialize)]
+struct Revision {
+    sha: String,
+    #[serde(default)]
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+}
+
 fn download(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> Result<Snapshot> {
-    let api = hub.api()?;
-    let at = |revision: &str| api.repo(Repo::with_revision(repo.into(), RepoType::Model, revision.into()));
-    let info = at(revision).info().map_err(|e| hub_error(e, &format!("{repo}@{revision}"), hub))?;
+    let client = Client::new(hub);
+    let text = client.revision(repo, revision).map_err(|e| e.error(&format!("{repo}@{revision}"), hub))?;
+    let info: Revision = serde_json::from_str(&text).map_err(|e| {
+        Error::new(format!("{} does not answer as a hub does about {repo}", http::shown(&hub.endpoint)))
+            .source(e)
+            .hint("is HF_ENDPOINT right, and does this network want a login in a browser?")
+    })?;
     if !is_commit(&info.sha) {
-        bail!("{} answered with `{}` instead of a commit for {repo}", hub.endpoint, info.sha);
+        bail!("{} answered with `{}` instead of a commit for {repo}", http::shown(&hub.endpoint), info.sha;
+            "is HF_ENDPOINT right?");
     }
-    let (folder, remote) = (hub.folder(repo), at(&info.sha));
+    let folder = hub.folder(repo);
     let dir = folder.join("snapshots").join(&info.sha);
     let there = |name: &str| info.siblings.iter().any(|s| s.rfilename == name);
     for entry in what {
@@ -136,10 +101,10 @@ fn download(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> Result<Snap
         let names: Vec<_> = names.collect();
         match names.iter().find(|name| there(name)) {
             Some(name) => {
-                fetch(&api, &remote, &dir, name, hub)?;
+                blob::fetch(&client, hub, repo, &info.sha, name)?;
                 if name.ends_with(".index.json") {
                     for shard in shard_names(&dir.join(name))? {
-                        fetch(&api, &remote, &dir, &shard, hub)?;
+                        blob::fetch(&client, hub, repo, &info.sha, &shard)?;
                     }
                 }
             }
@@ -151,42 +116,10 @@ fn download(repo: &str, revision: &str, what: &[&str], hub: &Hub) -> Result<Snap
         }
     }
     if revision != info.sha {
-        write_new(&folder.join("refs").join(revision), &info.sha)?;
+        write_whole(&folder.join("refs").join(revision), &info.sha)?;
     }
     fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     Ok(Snapshot { dir, revision: Some(info.sha) })
-}
-
-/// Downloads one file unless it is there, and checks its length and (for large files, whose etag it is) its SHA-256.
-fn fetch(api: &Api, remote: &ApiRepo, dir: &Path, name: &str, hub: &Hub) -> Result<()> {
-    const ATTEMPTS: usize = 3;
-    let path = dir.join(name);
-    if path.exists() {
-        return Ok(());
-    }
-    let url = remote.url(name);
-    let expected = api.metadata(&url).map_err(|e| hub_error(e, &url, hub))?;
-    let mut attempt = 1;
-    // What arrived before a connection broke is kept by hf-hub and continued.
-    while let Err(e) = remote.download(name) {
-        if attempt == ATTEMPTS || status(&e).is_some() {
-            return Err(hub_error(e, &url, hub));
-        }
-        tracing::warn!("{url}: {e}; trying again");
-        attempt += 1;
-    }
-    let found = fs::metadata(&path).with_context(|| path.display().to_string())?.len();
-    let intact = found == expected.size() as u64 && (expected.etag().len() != 64 || sha256(&path)? == expected.etag());
-    if !intact {
-        // The link first: a link to nothing would be taken for damage by other tools.
-        let blob = fs::canonicalize(&path);
-        fs::remove_file(&path).with_context(|| path.display().to_string())?;
-        if let Ok(blob) = blob {
-            fs::remove_file(&blob).or_else(ignore_absent).with_context(|| blob.display().to_string())?;
-        }
-        bail!("{url} arrived damaged ({found} bytes, expected {})", expected.size(); "run the same command again");
-    }
-    Ok(())
 }
 
 fn ignore_absent(e: std::io::Error) -> std::io::Result<()> {
@@ -206,35 +139,30 @@ fn sha256(path: &Path) -> Result<String> {
 }
 
 fn note_absent(folder: &Path, commit: &str, name: &str) -> Result<()> {
-    write_new(&folder.join(".no_exist").join(commit).join(name), "")
+    write_whole(&folder.join(".no_exist").join(commit).join(name), "")
 }
 
-fn write_new(path: &Path, text: &str) -> Result<()> {
+/// Tells the files that one process writes apart.
+static WRITTEN: AtomicU64 = AtomicU64::new(0);
+
+/// Writes a small file so that other processes see all of it or nothing.
+fn write_whole(path: &Path, text: &str) -> Result<()> {
     let parent = path.parent().unwrap_or(path);
-    fs::create_dir_all(parent)
-        .and_then(|()| fs::write(path, text))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The HTTP status an error is about.
-fn status(e: &ApiError) -> Option<u16> {
-    let ApiError::RequestError(e) = e else { return None };
-    e.to_string().strip_prefix("http status: ")?.parse().ok()
-}
-
-fn hub_error(e: ApiError, what: &str, hub: &Hub) -> Error {
-    let status = status(&e);
-    let error = Error::new(format!("cannot get {what} from {}", hub.endpoint)).source(e);
-    let token =
-        if hub.token.is_some() { "the token in use may not read it" } else { "set HF_TOKEN if it is private or gated" };
-    match status {
-        Some(401 | 403) => {
-            error.hint(format!("is the name right? {token}; gated models also need their licence accepted"))
+    let write = || {
+        fs::create_dir_all(parent)?;
+        if fs::read_to_string(path).is_ok_and(|found| found == text) {
+            return Ok(());
         }
-        Some(404) => error.hint(format!("no such repository, revision or file; {token}")),
-        _ => error.hint("is there a network (HF_ENDPOINT names a mirror)? A local folder works as `source` as well"),
-    }
+        // Of this thread alone, and readable by whom the user lets read.
+        let (name, process) = (path.file_name().unwrap_or_default().display(), std::process::id());
+        let new = parent.join(format!(".{name}.{process}.{}", WRITTEN.fetch_add(1, Ordering::Relaxed)));
+        fs::write(&new, text)?;
+        fs::rename(&new, path)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
 }
 
+#[cfg(test)]
+mod network_tests;
 #[cfg(test)]
 mod tests;

@@ -13,11 +13,25 @@ pub const MODEL: &[&str] = &[
     "?generation_config.json",
 ];
 /// A tokenizer; its template may be in a file of its own.
-pub const TOKENIZER: &[&str] =
-    &["tokenizer.json", "?tokenizer_config.json", "?special_tokens_map.json", "?chat_template.jinja"];
+pub const TOKENIZER: &[&str] = &[
+    "tokenizer.json",
+    "?tokenizer_config.json",
+    "?special_tokens_map.json",
+    "?added_tokens.json",
+    "?generation_config.json",
+    "?chat_template.jinja",
+    "?chat_template.json",
+];
 /// As [`TOKENIZER`], where there may be none.
-pub const OPTIONAL_TOKENIZER: &[&str] =
-    &["?tokenizer.json", "?tokenizer_config.json", "?special_tokens_map.json", "?chat_template.jinja"];
+pub const OPTIONAL_TOKENIZER: &[&str] = &[
+    "?tokenizer.json",
+    "?tokenizer_config.json",
+    "?special_tokens_map.json",
+    "?added_tokens.json",
+    "?generation_config.json",
+    "?chat_template.jinja",
+    "?chat_template.json",
+];
 /// How pictures are prepared.
 pub const IMAGE_PROCESSOR: &[&str] = &["?preprocessor_config.json", "?processor_config.json"];
 /// A projector alone or in a whole model, and what its configuration says of it.
