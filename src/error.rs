@@ -31,6 +31,12 @@ impl Error {
         self
     }
 
+    /// Adds what the user can do, unless the error says it already.
+    pub fn or_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
     /// Adds the underlying error.
     pub fn source(mut self, e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(e.into());
