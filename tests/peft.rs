@@ -232,7 +232,7 @@ fn saved_again_they_are_the_same_files() {
         let (theirs, ours) = (golden("lora").join(folder), dir.path().join(folder));
         match peft::load(&theirs, "x").unwrap() {
             peft::Loaded::Lora(a) => a.save(&ours, peft::Base::Llava, None).unwrap(),
-            peft::Loaded::Prompt(t) => peft::save_prompt(&ours, &t, &language().language.config).unwrap(),
+            peft::Loaded::Prompt(t) => peft::save_prompt(&ours, &t, &language().language.config, None).unwrap(),
         }
         assert!(bytes(&theirs) == bytes(&ours), "{folder}");
         let (theirs, ours) = (words(&theirs), words(&ours));
@@ -273,7 +273,7 @@ fn written_for_peft() {
     nudge(&mut vlm, &base);
     told.insert("prompt", logps(&vlm, &batch(&vlm, 0)));
     let soft = vlm.prefixes[0].embeddings.value.to_dtype(DType::F32).unwrap();
-    peft::save_prompt(&out.join("prompt"), &soft, &vlm.language.config).unwrap();
+    peft::save_prompt(&out.join("prompt"), &soft, &vlm.language.config, None).unwrap();
     std::fs::write(out.join("told.json"), serde_json::to_string(&told).unwrap()).unwrap();
 }
 

@@ -9,7 +9,7 @@ use super::{atomic, safetensors};
 pub use crate::adapters::lora::LoraAdapter;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::model::weights::{Tensors, names};
+use crate::model::weights::{Tensors, names, source};
 use candle_core::{Device, Tensor};
 pub use prompt::save_prompt;
 use serde_json::{Value, json};
@@ -37,18 +37,31 @@ pub enum Loaded {
 /// Reads a PEFT folder; `name` is what the adapter is called from now on. Tensors are as stored, on the CPU.
 pub fn load(dir: &Path, name: &str) -> Result<Loaded> {
     let config = read_config(dir)?;
-    if config.get("peft_type").and_then(Value::as_str) == Some(prompt::TYPE) {
-        return prompt::load(dir, &config).map(Loaded::Prompt);
+    let read = || match config.get("peft_type").and_then(Value::as_str) {
+        Some(prompt::TYPE) => prompt::load(dir, &config).map(Loaded::Prompt),
+        _ => LoraAdapter::load(dir, name).map(Loaded::Lora),
+    };
+    read().map_err(|e| e.or_hint(AGAIN))
+}
+
+/// What to do with a folder whose files contradict each other.
+const AGAIN: &str =
+    "its files are damaged or do not belong together: copy the folder again from where the adapter comes from";
+
+/// `base_model_name_or_path` and `revision` for a source: a repository by its name, a folder as it was given.
+fn named(base_model: Option<&str>) -> (Option<&str>, Option<&str>) {
+    match base_model.and_then(source::on_hub) {
+        Some((repository, "main")) => (Some(repository), None),
+        Some((repository, revision)) => (Some(repository), Some(revision)),
+        None => (base_model, None),
     }
-    LoraAdapter::load(dir, name).map(Loaded::Lora)
 }
 
 fn read_config(dir: &Path) -> Result<Value> {
     let path = dir.join("adapter_config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| {
-        Error::new(format!("cannot read {}", path.display())).source(e).hint("a PEFT folder holds this file")
-    })?;
-    serde_json::from_str(&text).map_err(Error::from).with_context(|| path.display().to_string())
+    let text = source::read_text(&path).map_err(|e| e.or_hint("a PEFT folder holds this file"))?;
+    let damaged = |e: serde_json::Error| Error::new(format!("{} is damaged", path.display())).source(e);
+    serde_json::from_str(&text).map_err(|e| damaged(e).hint(AGAIN))
 }
 
 /// What the tensors of a folder are to one module.
@@ -100,7 +113,8 @@ impl LoraAdapter {
         Ok(Self { name: name.into(), rank, alpha, alphas, rslora, dropout, tensors, magnitudes })
     }
 
-    /// Writes the folder `dir` as a whole. `base_model` is the path or repository that PEFT loads the model from.
+    /// Writes the folder `dir` as a whole. `base_model` is the path or repository (`owner/name[@revision]`) that PEFT loads the
+    /// model from.
     pub fn save(&self, dir: &Path, base: Base, base_model: Option<&str>) -> Result<()> {
         atomic::directory(dir, |dir| self.write_files(dir, base, base_model))
     }
@@ -135,10 +149,12 @@ impl LoraAdapter {
         }
         // PEFT writes whole alphas as integers.
         let alpha = if self.alpha.fract() == 0.0 { json!(self.alpha as i64) } else { json!(self.alpha) };
+        let (base_model, revision) = named(base_model);
         Ok(json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
+            "revision": revision,
             "inference_mode": true,
             "r": self.rank,
             "lora_alpha": alpha,
@@ -208,7 +224,7 @@ impl Config {
         let text =
             |key: &str, default: &'static str| get(key).map_or(default, |v| v.as_str().unwrap_or("?")).to_string();
         if text("peft_type", "LORA") != "LORA" {
-            bail!("`peft_type` is {}", text("peft_type", ""); "only LORA and PROMPT_TUNING are supported");
+            bail!("`peft_type` is {}", text("peft_type", ""); "only LORA and PROMPT_TUNING are built: merge the adapter into its model with PEFT (merge_and_unload), if its kind can be, and start from that");
         }
         if text("bias", "none") != "none" {
             bail!("`bias` is {}, so the adapter changes biases too", text("bias", ""); "only bias = \"none\" is supported");
@@ -276,15 +292,23 @@ fn pattern_value(pattern: &Pattern, path: &str) -> Option<f64> {
 /// Canonical module → its path in PEFT, A, B, DoRA's magnitude if there is one.
 type Modules = BTreeMap<String, (String, Tensor, Tensor, Option<Tensor>)>;
 
+/// What to do with an adapter that changes more than is built.
+const BEYOND: &str = "a LoRA is built for the linear layers of tower and language model, not for `lm_head`, embeddings, biases or the projector: merge the adapter into its model with PEFT (merge_and_unload) and start from that";
+
 fn load_modules(tensors: &Tensors) -> Result<Modules> {
     let mut found: BTreeMap<String, Triple> = BTreeMap::new();
+    let built = |module: &str| module.contains(".layers.");
     for key in tensors.names() {
         let Some((path, part)) = split_key(key) else {
-            bail!("`{key}` is no part of a LoRA on a linear layer"; "embeddings and biases are not supported");
+            bail!("`{key}` is no part of a LoRA on a linear layer"; "{BEYOND}");
         };
         let Some(module) = names::module(path) else {
-            bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model");
+            bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model";
+                "the adapter belongs to another model");
         };
+        if !built(&module) {
+            bail!("`{key}` adapts `{path}`"; "{BEYOND}");
+        }
         let of = found.entry(module.clone()).or_insert_with(|| Triple { path: path.to_string(), ..Triple::default() });
         let slot = match part {
             Part::A => &mut of.a,

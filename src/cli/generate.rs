@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::pipeline::signals::{End, Signals};
 use crate::report::Reporter;
 use crate::train::collate::collate;
-use crate::train::generate::{Sampling, generate};
+use crate::train::generate::{Sampling, fits, generate, positions};
 use clap::builder::RangedU64ValueParser;
 use std::io::Write;
 use std::path::PathBuf;
@@ -59,6 +59,12 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let how = args.pictures.of(&m, reporter)?;
     let pictures: Vec<Picture> = args.image.iter().map(|p| Picture::new(p.clone(), &how)).collect();
     let (ids, images) = encoder.prompt(&args.prompt, &pictures, m.template)?;
+    fits(&m.vlm, ids.len())?;
+    m.assembly.generation.not_built.iter().for_each(|what| {
+        reporter.warn(&format!(
+            "generation_config.json says {what}, which is not built: transformers' text may be another"
+        ));
+    });
     let labels = vec![crate::data::IGNORE; ids.len()];
     let item = Item::Sample(Sample { id: "--image".into(), ids, labels, images, category: None, absent: Vec::new() });
     let pixels = load_pixels([&item], m.assembly.images.as_ref())?;
@@ -92,5 +98,9 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     result?;
     let text = encoder.decode(&so_far)?;
     writeln!(out, "{}", text.strip_prefix(&shown).unwrap_or(""))?;
+    let (positions, taken) = positions(&m.vlm, batch.ids.len());
+    if so_far.len() < args.max_new_tokens && taken + so_far.len() > positions {
+        reporter.warn(&format!("the answer ends here because the language model has {positions} positions"));
+    }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::bail;
 use crate::error::Result;
 use crate::model::init::Place;
 use crate::model::vlm::Vlm;
-use crate::model::weights::{is_llava, source};
+use crate::model::weights::{is_whole, source};
 use crate::pipeline::assemble::{Assembly, assemble, sight};
 use crate::pipeline::{Opened, newline, open_run};
 use crate::recipe::schema::{Alpha, Data, Recipe, Resize, Template};
@@ -204,7 +204,7 @@ impl Args {
 
 /// A recipe without stages around one model.
 fn bare(model: &str, adapter: Option<&str>) -> Result<Recipe> {
-    let llava = is_llava(&source::resolve(model, &["config.json"])?.dir);
+    let llava = is_whole(&source::resolve(model, &["config.json"])?.dir);
     let mut m = if llava {
         serde_json::json!({ "source": model })
     } else {

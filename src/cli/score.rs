@@ -6,6 +6,7 @@ use crate::data::{Dataset, Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Mode;
 use crate::pipeline::pictures::Pictures;
+use crate::pipeline::positions;
 use crate::pipeline::signals::{End, Signals};
 use crate::pipeline::steps::also;
 use crate::recipe::schema::Data;
@@ -63,6 +64,7 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
     m.assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
+    positions::warning(&args.data.display().to_string(), &m.vlm, &set.items).iter().for_each(|w| reporter.warn(w));
     let (mut pictures, owner) = (Pictures::default(), args.data.display().to_string());
     pictures.add_all(&owner, &set);
     pictures.prove(&BTreeSet::from([owner]), m.assembly.images.as_ref(), reporter)?;

@@ -64,31 +64,52 @@ pub struct ImageProcessor {
 }
 
 impl ImageProcessor {
-    /// Reads `preprocessor_config.json`, or the `image_processor` part of `processor_config.json`, of an HF folder.
+    /// Reads the `image_processor` part of `processor_config.json`, or `preprocessor_config.json`, of an HF folder: in this order,
+    /// as transformers 5 does.
     ///
     /// # Errors
     /// If there is no such file, or it asks for something that this processor does not do.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        let [part, file] = Self::said(dir)?;
+        let Some((path, value)) = part.or(file) else {
+            bail!("{} has no preprocessor_config.json", dir.display();
+                "copy the file from the repository that the vision tower comes from")
+        };
+        Self::from_json(&value).with_context(|| path.display())
+    }
+
+    /// What to say of a folder whose two files do not ask for the same.
+    pub fn remark(dir: &Path) -> Option<String> {
+        let [Some((used, one)), Some((other, two))] = Self::said(dir).ok()? else { return None };
+        let same = matches!((Self::from_json(&one), Self::from_json(&two)), (Ok(a), Ok(b)) if a == b);
+        (!same).then(|| {
+            format!(
+                "{} and {} ask for different pictures: the `image_processor` of the former is used, as transformers 5 does",
+                used.display(),
+                other.display()
+            )
+        })
+    }
+
+    /// What processor_config.json and preprocessor_config.json say of pictures.
+    fn said(dir: &Path) -> Result<[Option<(PathBuf, Value)>; 2]> {
         let read = |name: &str| -> Result<Option<(PathBuf, Value)>> {
             let path = dir.join(name);
             if !path.is_file() {
                 return Ok(None);
             }
-            let bytes = std::fs::read(&path).with_context(|| path.display())?;
-            let value = serde_json::from_slice(&bytes).with_context(|| path.display())?;
+            let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let damaged = |e: serde_json::Error| {
+                Error::new(format!("{} is damaged", path.display()))
+                    .source(e)
+                    .hint("get the file again from where the vision tower comes from")
+            };
+            let value = serde_json::from_slice(&bytes).map_err(damaged)?;
             Ok(Some((path, value)))
         };
-        if let Some((path, value)) = read("preprocessor_config.json")? {
-            return Self::from_json(&value).with_context(|| path.display());
-        }
-        if let Some((path, value)) = read("processor_config.json")?
-            && let Some(part) = value.get("image_processor")
-        {
-            return Self::from_json(part).with_context(|| path.display());
-        }
-        let dir = dir.display();
-        bail!("{dir} has no preprocessor_config.json";
-            "copy the file from the repository that the vision tower comes from")
+        let whole = read("processor_config.json")?;
+        let part = whole.and_then(|(path, mut value)| Some((path, value.get_mut("image_processor")?.take())));
+        Ok([part.filter(|(_, v)| !v.is_null()), read("preprocessor_config.json")?])
     }
 
     /// CLIP's own way, at a tower's picture size.

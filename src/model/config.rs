@@ -5,13 +5,22 @@
 //! the computation and is not built is an error, never ignored.
 
 mod fields;
+mod generation;
+mod llava;
+mod others;
+mod rope;
 #[cfg(test)]
 mod tests;
 
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::recipe::schema::{Activation, SelectFeature};
+use crate::model::weights::source::read_text;
+use crate::recipe::schema::Activation;
 use fields::Fields;
+pub use generation::{GENERATION, Generation};
+pub use llava::{LlavaConfig, is_original};
+pub use others::remarks;
+use others::{code_of_its_own, whole_of_another_kind};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -40,6 +49,7 @@ impl VisionConfig {
     /// From a `config.json` of `CLIPVisionModel` or of `CLIPModel` (its `vision_config`).
     pub fn from_json(config: &Value) -> Result<Self> {
         let fields = Fields::new(config, "")?;
+        code_of_its_own(&fields, &["CLIP"])?;
         match fields.text("model_type")? {
             None | Some("clip_vision_model") => Self::from_fields(&fields),
             // The dictionary of the oldest files wins where both are given, as in transformers.
@@ -52,7 +62,8 @@ impl VisionConfig {
                 }
                 Self::from_fields(&Fields::new(&Value::Object(vision), "vision_config.")?)
             }
-            Some(other) => Err(unsupported("", "model_type", other, "clip_vision_model, clip")),
+            Some(other) => Err(whole_of_another_kind(&fields)
+                .unwrap_or_else(|| unsupported("", "model_type", other, "clip_vision_model, clip"))),
         }
     }
 
@@ -131,6 +142,9 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u32>,
 }
 
+/// What the language model's folder may call itself: LLaMA, or the original LLaVA code's whole model, whose language model is one.
+const LANGUAGE_TYPES: [&str; 2] = ["llama", "llava_llama"];
+
 /// How rotary frequencies are stretched beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
@@ -140,9 +154,11 @@ pub enum RopeScaling {
 }
 
 impl LlamaConfig {
-    /// From a `config.json` of `LlamaForCausalLM`.
+    /// From a `config.json` of `LlamaForCausalLM`, or of the original LLaVA code, whose language model has its fields at the top.
     pub fn from_json(config: &Value) -> Result<Self> {
-        Self::from_fields(&Fields::new(config, "")?)
+        let fields = Fields::new(config, "")?;
+        code_of_its_own(&fields, &["Llama", "LlavaLlama"])?;
+        Self::from_fields(&fields)
     }
 
     /// From a table the user wrote: as [`Self::from_json`], and an unknown key is an error.
@@ -158,8 +174,8 @@ impl LlamaConfig {
     }
 
     fn from_fields(f: &Fields) -> Result<Self> {
-        if let Some(other) = f.text("model_type")?.filter(|t| *t != "llama") {
-            return Err(unsupported(f.path(), "model_type", other, "llama"));
+        if let Some(other) = f.text("model_type")?.filter(|t| !LANGUAGE_TYPES.contains(t)) {
+            return Err(whole_of_another_kind(f).unwrap_or_else(|| unsupported(f.path(), "model_type", other, "llama")));
         }
         if let Some(other) = f.text("hidden_act")?.filter(|a| !matches!(*a, "silu" | "swish")) {
             return Err(unsupported(f.path(), "hidden_act", other, "silu"));
@@ -179,7 +195,8 @@ impl LlamaConfig {
         };
         divides(f, "num_key_value_heads", kv_heads, "num_attention_heads", heads)?;
         divides(f, "2", 2, "head_dim", head_dim)?;
-        let (rope_theta, rope_scaling) = rope(f)?;
+        let max_position_embeddings = f.count("max_position_embeddings")?.unwrap_or(2048);
+        let (rope_theta, rope_scaling) = rope::read(f, max_position_embeddings)?;
         Ok(Self {
             vocab_size: f.count("vocab_size")?.unwrap_or(32000),
             hidden_size,
@@ -191,7 +208,7 @@ impl LlamaConfig {
             rms_norm_eps: f.not_negative("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
-            max_position_embeddings: f.count("max_position_embeddings")?.unwrap_or(2048),
+            max_position_embeddings,
             attention_bias: f.flag("attention_bias")?.unwrap_or(false),
             mlp_bias: f.flag("mlp_bias")?.unwrap_or(false),
             tie_word_embeddings: f.flag("tie_word_embeddings")?.unwrap_or(false),
@@ -247,123 +264,12 @@ impl LlamaConfig {
     }
 }
 
-/// A whole LLaVA model (HF `LlavaConfig`).
-#[derive(Debug, Clone, PartialEq)]
-pub struct LlavaConfig {
-    pub vision: VisionConfig,
-    pub text: LlamaConfig,
-    pub image_token_index: u32,
-    pub select_layer: i64,
-    pub select_feature: SelectFeature,
-    pub projector_act: Activation,
-    pub projector_bias: bool,
-    /// LLaVA-NeXT: pictures are cut into tiles, whose rows end with a trained token.
-    pub newline: bool,
-}
-
-impl LlavaConfig {
-    /// From a `config.json` of `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
-    pub fn from_json(config: &Value) -> Result<Self> {
-        let f = Fields::new(config, "")?;
-        match f.text("model_type")? {
-            Some("llava" | "llava_next") => {}
-            Some("llava_llama") => bail!("`model_type` is \"llava_llama\", the layout of the original LLaVA code";
-                "use its conversion for transformers (model_type \"llava\", e.g. llava-hf/llava-1.5-7b-hf), or give `vision`, \
-                 `projector` and `language` their own `source`"),
-            other => return Err(unsupported("", "model_type", other.unwrap_or("absent"), "llava, llava_next")),
-        }
-        let vision = match f.object("vision_config")? {
-            Some(v) => match v.text("model_type")? {
-                None | Some("clip_vision_model") => VisionConfig::from_fields(&v)?,
-                Some(other) => return Err(unsupported(v.path(), "model_type", other, "clip_vision_model")),
-            },
-            None => Self::default_vision(),
-        };
-        let empty = json!({});
-        let text = f.object("text_config")?.map_or_else(|| Fields::new(&empty, "text_config."), Ok)?;
-        let mut text = LlamaConfig::from_fields(&text)?;
-        text.tie_word_embeddings |= f.flag("tie_word_embeddings")?.unwrap_or(false);
-        let image_token = match f.token("image_token_index")? {
-            Some(id) => id,
-            None => f.token("image_token_id")?.unwrap_or(32000),
-        };
-        Ok(Self {
-            vision,
-            text,
-            image_token_index: image_token,
-            select_layer: select_layer(&f)?,
-            select_feature: match f.text("vision_feature_select_strategy")? {
-                None | Some("default") => SelectFeature::Patch,
-                Some("full") => SelectFeature::Full,
-                Some(other) => {
-                    return Err(unsupported("", "vision_feature_select_strategy", other, "default, full"));
-                }
-            },
-            projector_act: activation(&f, "projector_hidden_act")?.unwrap_or(Activation::Gelu),
-            projector_bias: f.flag("multimodal_projector_bias")?.unwrap_or(true),
-            newline: f.text("model_type")? == Some("llava_next"),
-        })
-    }
-
-    /// Reads `DIR/config.json`.
-    pub fn from_dir(dir: &Path) -> Result<Self> {
-        from_file(dir, Self::from_json)
-    }
-
-    /// What an absent `vision_config` means: CLIP ViT-L/14 at 336 pixels.
-    fn default_vision() -> VisionConfig {
-        VisionConfig {
-            hidden_size: 1024,
-            intermediate_size: 4096,
-            num_hidden_layers: 24,
-            num_attention_heads: 16,
-            num_channels: 3,
-            image_size: 336,
-            patch_size: 14,
-            hidden_act: Activation::QuickGelu,
-            layer_norm_eps: 1e-5,
-        }
-    }
-
-    /// Tokens that one picture becomes.
-    pub fn tokens_per_image(&self) -> usize {
-        self.vision.num_patches() + usize::from(self.select_feature == SelectFeature::Full)
-    }
-
-    /// A `config.json` that `LlavaForConditionalGeneration` of transformers 4 and 5 reads.
-    pub fn to_json(&self) -> Value {
-        json!({
-            "architectures": [if self.newline { "LlavaNextForConditionalGeneration" } else { "LlavaForConditionalGeneration" }],
-            "model_type": if self.newline { "llava_next" } else { "llava" },
-            "ignore_index": -100,
-            "image_token_index": self.image_token_index,
-            "image_seq_length": self.tokens_per_image(),
-            "projector_hidden_act": activation_name(self.projector_act),
-            "multimodal_projector_bias": self.projector_bias,
-            "vision_feature_layer": self.select_layer,
-            "vision_feature_select_strategy": match self.select_feature {
-                SelectFeature::Patch => "default",
-                SelectFeature::Full => "full",
-            },
-            "tie_word_embeddings": self.text.tie_word_embeddings,
-            "text_config": self.text.to_json(),
-            "vision_config": self.vision.to_json(),
-        })
-    }
-}
-
 fn from_file<T>(dir: &Path, parse: impl Fn(&Value) -> Result<T>) -> Result<T> {
     let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| {
-        Error::new(format!("cannot read {}", path.display())).source(e).hint("a model folder holds a `config.json`")
-    })?;
+    let text = read_text(&path).map_err(|e| e.or_hint("a model folder holds a `config.json`"))?;
     let read = || parse(&serde_json::from_str(&text)?);
-    read().map_err(|e| match e.hint_text() {
-        Some(_) => e.context(path.display()),
-        None => e
-            .context(path.display())
-            .hint("the file is damaged or was edited: get it again from where the model comes from"),
-    })
+    let again = "the file is damaged or was edited: get it again from where the model comes from";
+    read().map_err(|e| e.context(path.display()).or_hint(again))
 }
 
 fn unsupported(path: &str, key: &str, found: &str, supported: &str) -> Error {
@@ -385,20 +291,7 @@ fn no_dropout(f: &Fields) -> Result<()> {
     }
 }
 
-/// transformers takes one layer or a list; we take one.
-fn select_layer(f: &Fields) -> Result<i64> {
-    match f.get("vision_feature_layer") {
-        None => Ok(-2),
-        Some(Value::Array(list)) => match list.as_slice() {
-            [one] if one.is_i64() => Ok(one.as_i64().unwrap_or(-2)),
-            _ => Err(unsupported("", "vision_feature_layer", "a list", "one layer")),
-        },
-        Some(_) => Ok(f.integer("vision_feature_layer")?.unwrap_or(-2)),
-    }
-}
-
-/// Names as in transformers' `ACT2FN`.
-/// Activations by the names that transformers has for them.
+/// Activations by the names that transformers' `ACT2FN` has for them.
 pub(super) const ACTIVATIONS: [(&str, Activation); 6] = [
     ("gelu", Activation::Gelu),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
@@ -418,31 +311,4 @@ fn activation(f: &Fields, key: &'static str) -> Result<Option<Activation>> {
 
 fn activation_name(act: Activation) -> &'static str {
     ACTIVATIONS.iter().find(|(_, a)| *a == act).map_or("gelu", |(n, _)| n)
-}
-
-/// Base and scaling of the rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
-/// (transformers 4; `type` instead of `rope_type` in older files).
-fn rope(f: &Fields) -> Result<(f64, RopeScaling)> {
-    let (new, old) = (f.object("rope_parameters")?, f.object("rope_scaling")?);
-    let flat_theta = f.positive("rope_theta")?;
-    let Some(r) = new.or(old) else { return Ok((flat_theta.unwrap_or(10000.0), RopeScaling::None)) };
-    let theta = r.positive("rope_theta")?.or(flat_theta).unwrap_or(10000.0);
-    if let Some(p) = r.number("partial_rotary_factor")?.filter(|p| *p != 1.0) {
-        return Err(unsupported(r.path(), "partial_rotary_factor", &p.to_string(), "1"));
-    }
-    let need = |key| r.number(key)?.ok_or_else(|| Error::new(format!("`{}{key}` is missing", r.path())));
-    let rope_type = r.text("rope_type")?;
-    let old_type = r.text("type")?;
-    let scaling = match rope_type.or(old_type).unwrap_or("default") {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: need("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor")?,
-            low_freq_factor: need("low_freq_factor")?,
-            high_freq_factor: need("high_freq_factor")?,
-            original_max_position_embeddings: need("original_max_position_embeddings")?,
-        },
-        other => return Err(unsupported(r.path(), "rope_type", other, "default, linear, llama3")),
-    };
-    Ok((theta, scaling))
 }

@@ -1,20 +1,22 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
+use super::state::is_adapter;
 use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
 use crate::data::{GRIDS, ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
-use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
+use crate::model::config::{GENERATION, Generation, LlamaConfig, LlavaConfig, VisionConfig, remarks};
 use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
 use crate::model::language::Language;
-use crate::model::params::Param;
+use crate::model::params::{Module, Param};
 use crate::model::projector::{Projector, published};
 use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
-use crate::model::weights::{Weights, source};
+use crate::model::weights::{BESIDE_LORA, Weights, source};
 use crate::ops::random::Key;
 use crate::recipe::schema::{self, MlpProjector, Recipe, START_ADAPTER};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A model ready to train, and how its inputs are prepared.
@@ -43,6 +45,8 @@ pub struct Assembly {
     pub newline_is_random: bool,
     /// Heights and widths that tiles may fill, as a LLaVA-NeXT folder says them of itself.
     pub grids: Option<Vec<[usize; 2]>>,
+    /// How the language model's folder says answers are made.
+    pub generation: Generation,
 }
 
 /// Where a tower alone is read, counted as in HF's `hidden_states`, unless the recipe says otherwise: LLaVA's choice.
@@ -85,14 +89,16 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     }
     let mut vlm = Vlm::new(tower, projector, language.model, encoder.image_token_id());
     (vlm.deliver, vlm.newline) = (recipe.model.deliver, newline);
-    let mut start_adapter = None;
+    let (mut start_adapter, mut beside_adapter) = (None, None);
     if let Some(adapter) = &recipe.model.adapter {
         let dir = parts.find("model.adapter", adapter, source::ADAPTER)?;
         parts.note(&dir, &["adapter_config.json"]);
         parts.files.push(peft::weight_file(&dir)?);
+        beside_adapter = Some(dir.clone());
         start_adapter = Some(match peft::load(&dir, START_ADAPTER)? {
             peft::Loaded::Lora(loaded) => {
                 adapters::lora::attach_loaded(&mut vlm, &loaded)?;
+                parts.begins.extend(never_computed(&vlm, &loaded));
                 schema::Adapter::Lora(described(&loaded))
             }
             peft::Loaded::Prompt(embeddings) => {
@@ -106,6 +112,9 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
                 })
             }
         });
+    }
+    if let Some(dir) = &beside_adapter {
+        parts.beside_lora(dir, recipe, &mut vlm).context("model.adapter")?;
     }
     let Parts { place, files, sources, warnings, begins, newline_is_random, .. } = parts;
     Ok(Assembly {
@@ -122,6 +131,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         begins,
         newline_is_random,
         grids: whole.and_then(|w| w.grids),
+        generation: language.generation,
     })
 }
 
@@ -177,6 +187,25 @@ fn part_name(prefix: &str) -> &str {
     prefix.trim_start_matches("projector.").trim_end_matches('.')
 }
 
+/// The end tokens of config.json, then those that only generation_config.json names.
+fn end_tokens(config: &LlamaConfig, generation: &Generation) -> Vec<u32> {
+    let mut all = config.eos_token_ids.clone();
+    all.extend(generation.eos_token_ids.iter().filter(|id| !config.eos_token_ids.contains(id)));
+    all
+}
+
+/// What to say of a loaded adapter's layers that lie above the one whose features are taken: they never change.
+fn never_computed(vlm: &Vlm, adapter: &LoraAdapter) -> Option<String> {
+    let tower = vlm.vision.as_ref()?;
+    let above: Vec<&String> = adapter.tensors.keys().filter(|m| !tower.computes(m)).collect();
+    let first = above.first()?;
+    Some(format!(
+        "model.adapter: {} of its {} modules ({first}, …) lie above the layer whose features are taken (select_layer) and are never computed: they stay as they are",
+        above.len(),
+        adapter.tensors.len()
+    ))
+}
+
 struct Whole {
     dir: PathBuf,
     config: LlavaConfig,
@@ -192,6 +221,7 @@ struct LanguagePart {
     model: Language,
     tokenizer: PathBuf,
     image_token: Option<u32>,
+    generation: Generation,
 }
 
 struct Parts {
@@ -231,13 +261,19 @@ impl Parts {
         self.files.extend(names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()));
     }
 
+    /// Notes a model's `config.json` as read, and what is to be said of it.
+    fn config(&mut self, dir: &Path) {
+        self.note(dir, &["config.json"]);
+        self.warnings.extend(remarks(dir));
+    }
+
     fn llava(&mut self, source: &str, recipe: &Recipe) -> Result<Whole> {
         let dir = self.find(
             "model.source",
             source,
             &[source::MODEL, source::OPTIONAL_TOKENIZER, source::IMAGE_PROCESSOR].concat(),
         )?;
-        self.note(&dir, &["config.json"]);
+        self.config(&dir);
         let config = LlavaConfig::from_dir(&dir)?;
         let grids = if config.newline { grids(&dir.join("config.json"))? } else { None };
         if let Some(own) = grids.as_deref().filter(|_| recipe.has_tiles_of_usual_grids()) {
@@ -276,6 +312,7 @@ impl Parts {
         build: impl FnOnce(&mut dyn Source) -> Result<T>,
     ) -> Result<T> {
         self.files.extend(weights.files().map(Path::to_path_buf));
+        self.warnings.extend(weights.remarks().iter().cloned());
         prefixes.iter().for_each(|p| weights.skip(p));
         let fresh = self.fresh();
         let weights_of = FromWeights { weights: &mut weights, place: &self.place };
@@ -292,7 +329,7 @@ impl Parts {
         match (source, init, whole) {
             (Some(source), None, _) => {
                 let dir = self.find("model.vision", source, &[source::MODEL, source::IMAGE_PROCESSOR].concat())?;
-                self.note(&dir, &["config.json"]);
+                self.config(&dir);
                 let (config, weights) = Weights::vision(&dir)?;
                 let tower =
                     self.load(weights, |src| Tower::new(config, layer, feature, src)).context("model.vision")?;
@@ -322,7 +359,7 @@ impl Parts {
         let (model, dir, image_token) = match (source, init, whole) {
             (Some(source), None, _) => {
                 let dir = self.find("model.language", source, &[source::MODEL, source::OPTIONAL_TOKENIZER].concat())?;
-                self.note(&dir, &["config.json"]);
+                self.config(&dir);
                 let (config, weights) = Weights::language(&dir)?;
                 let model = self.load(weights, |src| Language::new(config, src)).context("model.language")?;
                 (model, Some(dir), None)
@@ -341,6 +378,10 @@ impl Parts {
             }
             _ => return Err(either("model.language")),
         };
+        let generation = dir.as_deref().map_or(Ok(Generation::default()), Generation::from_dir)?;
+        if let Some(dir) = &dir {
+            self.note(dir, &[GENERATION]);
+        }
         let tokenizer = match (l.and_then(|l| l.tokenizer.as_ref()), dir) {
             (Some(t), _) => self.find("model.language.tokenizer", t, source::TOKENIZER)?,
             (None, Some(dir)) => dir,
@@ -348,7 +389,7 @@ impl Parts {
                 bail!("model.language.init needs a tokenizer"; "set model.language.tokenizer to a folder with tokenizer.json")
             }
         };
-        Ok(LanguagePart { model, tokenizer, image_token })
+        Ok(LanguagePart { model, tokenizer, image_token, generation })
     }
 
     /// The projector, and the newline of tiles where the recipe has pictures in tiles or the whole model is one that sees them.
@@ -405,6 +446,39 @@ impl Parts {
         self.load_but(&fresh, weights, build).context("model.projector")
     }
 
+    /// Takes the projector that the original LLaVA code trained beside a LoRA, if there is one in the adapter's folder.
+    fn beside_lora(&mut self, dir: &Path, recipe: &Recipe, vlm: &mut Vlm) -> Result<()> {
+        let file = dir.join(BESIDE_LORA);
+        if !file.is_file() {
+            return Ok(());
+        }
+        let mut weights = Weights::beside_lora(&file)?;
+        let mut params = vlm.params();
+        params.retain(|name, _| name.starts_with("projector.") && !is_adapter(name));
+        if params.is_empty() {
+            bail!("{} holds a projector, but the model has none", file.display();
+                "give the model a vision tower and a projector, or remove the file from a copy of the adapter's folder")
+        }
+        // A model that shows no tiles has no newline; one that does keeps its own where the file has none.
+        match (params.contains_key(NEWLINE), weights.info(NEWLINE).is_some()) {
+            (false, _) => weights.skip(NEWLINE),
+            (true, false) => _ = params.remove(NEWLINE),
+            (true, true) => self.newline_is_random = false,
+        }
+        let mut values = BTreeMap::new();
+        for (name, old) in &params {
+            values.insert(name.clone(), weights.take(name, old.dims(), old.dtype(), old.device())?);
+        }
+        weights.finish()?;
+        vlm.assign(&values)?;
+        if recipe.model.projector.as_ref().is_some_and(|p| p.source().is_some()) {
+            self.warnings.push(format!("model.projector names a source, but the adapter's {} brings a projector of its own, which takes its place", file.display()));
+        }
+        self.sources.push(("model.adapter, projector".to_string(), file.display().to_string()));
+        self.files.push(file);
+        Ok(())
+    }
+
     /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.
     fn published(&mut self, cfg: &schema::Projector, dir: &Path) -> Result<()> {
         let file = dir.join("config.json");
@@ -432,7 +506,7 @@ impl Parts {
             vocab_size: c.vocab_size,
             sight,
             bos: c.bos_token_id,
-            eos: c.eos_token_ids.clone(),
+            eos: end_tokens(c, &language.generation),
             system: m.system.clone(),
             max_seq_len: m.max_seq_len,
             truncate: m.truncate,
@@ -445,9 +519,11 @@ impl Parts {
     fn processor(&mut self, vision: &Part) -> Result<ImageProcessor> {
         let size = vision.tower.config.image_size;
         let Some(dir) = &vision.dir else { return Ok(ImageProcessor::clip(size)) };
-        let files = ["preprocessor_config.json", "processor_config.json"].map(|name| dir.join(name));
-        if let Some(file) = files.into_iter().find(|f| f.is_file()) {
-            self.files.push(file);
+        let files = ["processor_config.json", "preprocessor_config.json"].map(|name| dir.join(name));
+        let there: Vec<_> = files.into_iter().filter(|f| f.is_file()).collect();
+        if !there.is_empty() {
+            self.files.extend(there);
+            self.warnings.extend(ImageProcessor::remark(dir));
             return ImageProcessor::from_dir(dir);
         }
         self.warnings.push(format!(

@@ -8,6 +8,7 @@ use super::components::{self, Training};
 use super::freeze::thousands;
 use super::memory;
 use super::pictures::{self, Looked, Pictures, together};
+use super::positions;
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, make_data, newline};
@@ -153,6 +154,7 @@ impl<'a> Check<'a> {
         self.sights.extend(stage.eval.iter().map(|e| (e.as_str(), sight)));
         let data = dataset(self.recipe, stage, &self.assembly.encoder.seeing(sight))?;
         check_reachable(&mut state, &data)?;
+        self.warnings.extend(positions::warning(&format!("stage.{name}"), &state.vlm, &data.items));
         align::samples(stage, &mut state, &data)?;
         let (total, epoch) = step_counts(stage, data.items.len());
         let optimizer = optimizer(stage, name, &mut state, total)?;

@@ -8,7 +8,8 @@ use crate::checkpoint::{hf, peft, safetensors};
 use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
 use crate::model::params::{Module, adapter_of};
-use crate::recipe::schema::{Adapter, PrefixPlace};
+use crate::model::weights::source;
+use crate::recipe::schema::{Adapter, PrefixPlace, Recipe};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,12 +22,41 @@ fn save_insert(dir: &Path, cfg: &Adapter, params: &BTreeMap<String, Tensor>) -> 
     })
 }
 
+/// The source that a recipe's adapters sit on, as it names it: that of the whole model, or of the language model where there is no
+/// tower. A model put together from parts has none.
+pub fn base_model(recipe: &Recipe) -> Option<&str> {
+    let m = &recipe.model;
+    match (&m.source, &m.vision) {
+        (Some(whole), _) => Some(whole),
+        (None, None) => m.language.as_ref()?.source.as_deref(),
+        (None, Some(_)) => None,
+    }
+}
+
+/// What to say of adapters that name a folder of this disk.
+pub fn only_here(base_model: Option<&str>, state: &State) -> Option<String> {
+    let folder = base_model.filter(|s| source::on_hub(s).is_none())?;
+    let peft = |a: &Adapter| match a {
+        Adapter::Lora(_) => true,
+        Adapter::Prefix(p) => p.before == PrefixPlace::Text,
+        Adapter::Bottleneck(_) | Adapter::CrossAttention(_) => false,
+    };
+    state.adapters.values().any(peft).then(|| {
+        format!(
+            "the adapters' base_model_name_or_path is the folder {folder}: before you publish them, put the repository that it comes from into adapter_config.json"
+        )
+    })
+}
+
 /// Writes `dir`: `trained.safetensors`; `projector.safetensors` if there is a projector; `adapters/NAME/` in PEFT's
 /// format where it has one; `vision/` and `language/` in HF's layout if their own weights have changed, with what prepares their inputs: the
 /// pictures' preparation as it was used, the tokenizer's files from `tokenizer_dir`.
+///
+/// `base_model`: where the model comes from, see [`base_model`]; adapters name it unless the weights below them have changed.
 pub fn write_final(
     state: &mut State,
     dir: &Path,
+    base_model: Option<&str>,
     tokenizer_dir: &Path,
     images: Option<&ImageProcessor>,
     encoder: &TextEncoder,
@@ -46,14 +76,16 @@ pub fn write_final(
         if !projector.is_empty() {
             hf::save_projector(&dir.join("projector.safetensors"), &projector)?;
         }
+        let moved = state.changed.iter().any(|n| n.starts_with("vision.") || n.starts_with("language."));
+        let base_model = base_model.filter(|_| !moved);
         for (name, cfg) in state.adapters.clone() {
             let own = params.iter().filter(|(n, _)| adapter_of(n) == Some(name.as_str()));
             let own: BTreeMap<_, _> = own.map(|(n, t)| (n.clone(), t.clone())).collect();
             let dir = dir.join("adapters").join(&name);
             match &cfg {
-                Adapter::Lora(cfg) => lora::export(&mut state.vlm, &name, cfg)?.save(&dir, base, None)?,
+                Adapter::Lora(cfg) => lora::export(&mut state.vlm, &name, cfg)?.save(&dir, base, base_model)?,
                 Adapter::Prefix(cfg) if cfg.before == PrefixPlace::Text => {
-                    own.values().try_for_each(|t| peft::save_prompt(&dir, t, &state.vlm.language.config))?
+                    own.values().try_for_each(|t| peft::save_prompt(&dir, t, &state.vlm.language.config, base_model))?
                 }
                 Adapter::Prefix(_) | Adapter::Bottleneck(_) | Adapter::CrossAttention(_) => {
                     save_insert(&dir, &cfg, &own)?

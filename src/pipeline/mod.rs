@@ -17,6 +17,7 @@ pub mod memory;
 pub mod merge;
 pub mod newline;
 pub mod pictures;
+pub mod positions;
 pub mod reference;
 pub mod rescue;
 pub mod run_dir;

@@ -4,10 +4,11 @@ use super::align::{self, Alignment};
 use super::checkpoints;
 use super::components::{self, Training};
 use super::evaluation::{Evaluations, Kept};
-use super::export::write_final;
+use super::export::{base_model, only_here, write_final};
 use super::freeze;
 use super::health::{self, Sizes};
 use super::memory;
+use super::positions;
 use super::reference;
 use super::rescue;
 use super::run_dir::{Done, RunDir, sha256_file};
@@ -73,6 +74,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     tidy(&dir)?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
     check_reachable(state, &data).with_context(|| format!("stage.{name}"))?;
+    positions::warning(&format!("stage.{name}"), &state.vlm, &data.items).iter().for_each(|w| run.reporter.warn(w));
     masters(stage, state)?;
     let frozen = freeze::frozen_checksums(state)?;
 
@@ -160,7 +162,11 @@ impl Ended<'_> {
             run.reporter.warn(&format!("{}: {}", last(), health::told(&grown)));
         }
         let last = dir.join("final");
-        write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
+        let base_model = base_model(run.recipe);
+        write_final(state, &last, base_model, run.tokenizer, run.images, run.encoder)?;
+        if run.recipe.stages.last().is_some_and(|last| last == name) {
+            only_here(base_model, state).iter().for_each(|w| run.reporter.warn(w));
+        }
         run.dir.add_results(name, serde_json::to_value(&figures)?)?;
         let trained_sha256 = sha256_file(&last.join(TRAINED))?;
         let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };

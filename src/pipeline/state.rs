@@ -138,9 +138,13 @@ impl State {
             own.into_iter().filter(|n| patterns.matches(n)).collect()
         };
         let adapters: Vec<&String> = continued.iter().chain(declared).collect();
-        out.extend(
-            self.vlm.params().into_keys().filter(|n| adapter_of(n).is_some_and(|a| adapters.iter().any(|b| *b == a))),
-        );
+        let names = self.vlm.params().into_keys();
+        // An adapter that was loaded may lie on layers that are never computed; these stay as they are. (Of those that the recipe
+        // declares it is an error.)
+        let dormant =
+            |n: &str, a: &str| a == START_ADAPTER && self.vlm.vision.as_ref().is_some_and(|tower| !tower.computes(n));
+        let chosen = |n: &String| adapter_of(n).is_some_and(|a| adapters.iter().any(|b| *b == a) && !dormant(n, a));
+        out.extend(names.filter(chosen));
         if out.is_empty() {
             bail!("nothing trains in this stage"; "list patterns under `train`, or declare an adapter under `adapters`")
         }

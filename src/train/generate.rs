@@ -25,8 +25,23 @@ impl Sampling {
     }
 }
 
-/// Continues one prompt (a batch of one sequence) until an end token; calls `emit` with each new token.
-/// The end token is not among those returned.
+/// Positions of the language model, and how many of them a prompt of `tokens` takes, soft tokens included.
+pub fn positions(vlm: &Vlm, tokens: usize) -> (usize, usize) {
+    (vlm.language.config.max_position_embeddings, tokens + vlm.prefix_rows()[0])
+}
+
+/// A prompt of `tokens` must leave room for an answer.
+pub fn fits(vlm: &Vlm, tokens: usize) -> Result<()> {
+    let (positions, taken) = positions(vlm, tokens);
+    if taken >= positions {
+        bail!("the prompt takes {taken} positions, and the language model has {positions} (max_position_embeddings in its config.json)";
+            "shorten the prompt, or show fewer pictures or fewer tiles of them")
+    }
+    Ok(())
+}
+
+/// Continues one prompt (a batch of one sequence) until an end token, or until the language model has no position left; calls
+/// `emit` with each new token. The end token is not among those returned.
 pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit: impl FnMut(u32)) -> Result<Vec<u32>> {
     if prompt.lengths.len() != 1 || prompt.ids.is_empty() {
         bail!("generation takes one prompt of at least one token")
@@ -34,6 +49,7 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
     let key = Key::new(how.seed, "generate");
     let mut cache = vlm.language.cache();
     let (x, [here, after]) = vlm.prompt(prompt)?;
+    let (positions, mut taken) = positions(vlm, prompt.ids.len());
     let mut logits = vlm.language.extend(x, here.as_ref(), &mut cache)?;
     let mut out = Vec::new();
     while out.len() < how.max_new_tokens {
@@ -44,6 +60,10 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
         }
         emit(next);
         out.push(next);
+        if taken >= positions {
+            break;
+        }
+        taken += 1;
         if out.len() < how.max_new_tokens {
             logits = vlm.language.extend(vlm.language.embed(&[next])?, after.as_ref(), &mut cache)?;
         }

@@ -1,6 +1,6 @@
 //! Soft tokens in PEFT's format of prompt tuning (Lester et al. 2021): `prompt_embeddings` `[tokens, D]` and their configuration.
 
-use super::{atomic, safetensors, weight_file};
+use super::{atomic, named, safetensors, weight_file};
 use crate::bail;
 use crate::error::{Context, Result};
 use crate::model::config::LlamaConfig;
@@ -16,13 +16,15 @@ pub(super) const TYPE: &str = "PROMPT_TUNING";
 /// Name of the only tensor.
 const EMBEDDINGS: &str = "prompt_embeddings";
 
-/// Writes soft tokens `[tokens, D]` of a model as the folder `dir`.
-pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LlamaConfig) -> Result<()> {
+/// Writes soft tokens `[tokens, D]` of a model as the folder `dir`; `base_model` as in [`super::LoraAdapter::save`].
+pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LlamaConfig, base_model: Option<&str>) -> Result<()> {
+    let (base_model, revision) = named(base_model);
     let (tokens, width) = embeddings.dims2()?;
     let config = json!({
         "peft_type": TYPE,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": null,
+        "base_model_name_or_path": base_model,
+        "revision": revision,
         "inference_mode": true,
         "num_virtual_tokens": tokens,
         "token_dim": width,

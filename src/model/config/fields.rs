@@ -21,6 +21,16 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Is there nothing in it?
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// The first entry that is an object.
+    pub fn first_object(&self) -> Option<(&'a str, &'a Value)> {
+        self.map.iter().find(|(_, v)| v.is_object()).map(|(k, v)| (k.as_str(), v))
+    }
+
     /// The value under `key`; `null` counts as absent.
     pub fn get(&self, key: &'static str) -> Option<&'a Value> {
         self.read.borrow_mut().insert(key);
@@ -30,6 +40,11 @@ impl<'a> Fields<'a> {
     /// Whether `key` is there at all; for token ids `null` ("none") differs from a field left out (the default).
     pub fn has(&self, key: &'static str) -> bool {
         self.map.contains_key(key)
+    }
+
+    /// The first of `architectures`.
+    pub fn class(&self) -> Option<&'a str> {
+        self.get("architectures")?.get(0)?.as_str()
     }
 
     /// The object under `key`.
@@ -72,6 +87,11 @@ impl<'a> Fields<'a> {
 
     pub fn number(&self, key: &'static str) -> Result<Option<f64>> {
         self.typed(key, "a number", |v| v.as_f64())
+    }
+
+    /// A number above 0.
+    pub fn positive(&self, key: &'static str) -> Result<Option<f64>> {
+        self.typed(key, "a number above 0", |v| v.as_f64().filter(|n| *n > 0.0))
     }
 
     pub fn flag(&self, key: &'static str) -> Result<Option<bool>> {

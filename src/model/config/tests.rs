@@ -63,6 +63,39 @@ fn old_clip_and_llama_files() {
     assert_eq!((llama.pad_token_id, llama.eos_token_ids), (None, vec![2, 3]));
 }
 
+/// Values of `LlamaConfig.from_dict` of transformers 5.23.
+#[test]
+fn rope_in_both_spellings() {
+    let read = |v: Value| LlamaConfig::from_json(&v).map(|c| (c.rope_theta, c.rope_scaling));
+    let new = json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5 });
+    let old = json!({ "rope_type": "linear", "factor": 4.0 });
+    let linear = |factor| RopeScaling::Linear { factor };
+    assert_eq!(read(json!({ "rope_parameters": new, "rope_scaling": old })).unwrap(), (1e4, linear(4.0)));
+    assert_eq!(
+        read(json!({ "rope_parameters": new, "rope_scaling": old, "rope_theta": 7 })).unwrap(),
+        (7.0, linear(4.0))
+    );
+    assert_eq!(read(json!({ "rope_parameters": new, "rope_scaling": {} })).unwrap(), (5e5, linear(2.0)));
+    assert_eq!(
+        read(json!({ "rope_parameters": new, "rope_scaling": null, "rope_theta": 3 })).unwrap(),
+        (5e5, linear(2.0))
+    );
+    let llama3 = json!({ "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0 });
+    let (_, scaling) = read(json!({ "rope_scaling": llama3, "max_position_embeddings": 512 })).unwrap();
+    assert!(
+        matches!(scaling, RopeScaling::Llama3 { original_max_position_embeddings, .. } if original_max_position_embeddings == 512.0)
+    );
+    // A part of a head is turned only where there is scaling; layers with parameters of their own are another architecture's.
+    assert!(read(json!({ "partial_rotary_factor": 0.5 })).is_ok());
+    let fails = |v: Value| read(v).unwrap_err().report();
+    assert!(
+        fails(json!({ "rope_scaling": old, "partial_rotary_factor": 0.5 }))
+            .contains("`rope_scaling.partial_rotary_factor` is 0.5")
+    );
+    let nested = fails(json!({ "rope_parameters": { "full_attention": old } }));
+    assert!(nested.contains("`rope_parameters.full_attention` is {"), "{nested}");
+}
+
 #[test]
 fn what_is_not_built_is_an_error_that_names_the_key() {
     let llama = |v: Value| LlamaConfig::from_json(&v).unwrap_err().report();

@@ -161,6 +161,12 @@ impl Tower {
         self.depth
     }
 
+    /// Is the module or parameter of this name ever computed? Layers above the selected one are not.
+    pub fn computes(&self, name: &str) -> bool {
+        let layer = name.strip_prefix("vision.encoder.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        layer.is_none_or(|layer: usize| layer < self.depth)
+    }
+
     /// How the features of one picture lie.
     pub fn grid(&self) -> Grid {
         let (image_size, patch_size) = (self.size, self.config.patch_size);

@@ -2,6 +2,7 @@
 
 pub mod hub;
 pub mod names;
+mod pickle;
 pub mod shapes;
 pub mod source;
 pub mod tensors;
@@ -10,9 +11,10 @@ mod tests;
 
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
+use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig, is_original};
 use candle_core::{DType, Device, Tensor};
 use names::{Family, Name};
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 pub use tensors::{Info, Tensors};
@@ -26,7 +28,15 @@ pub struct Weights {
     /// Canonical name → name in the file. A name without a canonical form stands for itself and is found by `finish`.
     names: BTreeMap<String, String>,
     taken: BTreeSet<String>,
+    /// What is to be said although everything can be read.
+    remarks: Vec<String>,
 }
+
+/// The file in which the original LLaVA code leaves what it trained beside a LoRA.
+pub const BESIDE_LORA: &str = "non_lora_trainables.bin";
+
+const HEAD: &str = "language.lm_head.weight";
+const EMBEDDINGS: &str = "language.embed_tokens.weight";
 
 impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -38,34 +48,33 @@ impl Weights {
     /// The vision tower in a folder of `CLIPVisionModel`, `CLIPModel` or `LlavaForConditionalGeneration`.
     pub fn vision(dir: &Path) -> Result<(VisionConfig, Self)> {
         if is_llava(dir) {
-            let (config, weights) = Self::llava(dir)?;
-            return Ok((config.vision, weights.only("vision.")));
+            return Ok((LlavaConfig::from_dir(dir)?.vision, Self::open(dir, Family::Llava)?.only("vision.")));
         }
-        Ok((VisionConfig::from_dir(dir)?, Self::open(dir, Family::Clip, false)?))
+        Ok((VisionConfig::from_dir(dir)?, Self::open(dir, Family::Clip)?))
     }
 
-    /// The language model in a folder of `LlamaForCausalLM` or `LlavaForConditionalGeneration`.
+    /// The language model in a folder of `LlamaForCausalLM`, `LlavaForConditionalGeneration` or the original LLaVA code.
     pub fn language(dir: &Path) -> Result<(LlamaConfig, Self)> {
-        if is_llava(dir) {
-            let (config, weights) = Self::llava(dir)?;
-            return Ok((config.text, weights.only("language.")));
-        }
-        let config = LlamaConfig::from_dir(dir)?;
-        let weights = Self::open(dir, Family::Llama, config.tie_word_embeddings)?;
+        let (mut config, mut weights) = if is_llava(dir) {
+            (LlavaConfig::from_dir(dir)?.text, Self::open(dir, Family::Llava)?.only("language."))
+        } else {
+            (LlamaConfig::from_dir(dir)?, Self::open(dir, Family::Llama)?)
+        };
+        weights.tie(&mut config.tie_word_embeddings)?;
         Ok((config, weights))
     }
 
     /// A whole `LlavaForConditionalGeneration` folder.
     pub fn llava(dir: &Path) -> Result<(LlavaConfig, Self)> {
-        let config = LlavaConfig::from_dir(dir)?;
-        let weights = Self::open(dir, Family::Llava, config.text.tie_word_embeddings)?;
+        let (mut config, mut weights) = (LlavaConfig::from_dir(dir)?, Self::open(dir, Family::Llava)?);
+        weights.tie(&mut config.text.tie_word_embeddings)?;
         Ok((config, weights))
     }
 
-    /// A projector: a file of ours (`projector.safetensors`) or of the original LLaVA code (`mm_projector.bin`), a folder
-    /// that holds one of them, a whole LLaVA, Idefics2 or BLIP-2, the connector or Q-Former of one.
+    /// A projector: a file of ours (`projector.safetensors`) or of the original LLaVA code (`mm_projector.bin`,
+    /// `non_lora_trainables.bin`), a folder that holds one of them, a whole LLaVA, Idefics2 or BLIP-2, the connector or Q-Former of one.
     pub fn projector(path: &Path) -> Result<Self> {
-        let inside = ["projector.safetensors", "mm_projector.bin"].map(|name| path.join(name));
+        let inside = ["projector.safetensors", "mm_projector.bin", BESIDE_LORA].map(|name| path.join(name));
         let tensors = match inside.iter().find(|p| p.exists()) {
             Some(file) => Tensors::open_file(file)?,
             None if path.is_dir() => Tensors::open(path)?,
@@ -80,11 +89,43 @@ impl Weights {
         Ok(weights)
     }
 
-    fn open(dir: &Path, family: Family, tied: bool) -> Result<Self> {
-        Self::new(Tensors::open(dir)?, dir, |name| match names::canonical(family, name) {
-            Name::Known(name) if tied && name == "language.lm_head.weight" => Name::Ignored,
-            other => other,
-        })
+    /// What the original LLaVA code trained beside a LoRA: the projector, and nothing else that is known.
+    pub fn beside_lora(file: &Path) -> Result<Self> {
+        let named = |name: &str| names::projector(name).map_or(Name::Unknown, Name::Known);
+        let weights = Self::new(Tensors::open_file(file)?, file, named)?;
+        if let Some(other) = weights.names().find(|n| !n.starts_with("projector.")) {
+            bail!("{}: `{other}` was trained beside the LoRA and is no part of a projector", file.display();
+                "merge the folder with LLaVA's own scripts/merge_lora_weights.py and start from what that writes")
+        }
+        Ok(weights)
+    }
+
+    fn open(dir: &Path, family: Family) -> Result<Self> {
+        Self::new(Tensors::open(dir)?, dir, |name| names::canonical(family, name))
+    }
+
+    /// Holds what config.json says of the head (`tied`: it is the embeddings) to the files, as `tie_weights` of transformers 5
+    /// does: a head that differs from the embeddings stays, and `tied` becomes false; the head alone is the embeddings, too.
+    fn tie(&mut self, tied: &mut bool) -> Result<()> {
+        let Some(head) = self.names.get(HEAD).filter(|_| *tied).cloned() else { return Ok(()) };
+        if let Some(embeddings) = self.names.get(EMBEDDINGS)
+            && !self.tensors.same(&head, embeddings)?
+        {
+            *tied = false;
+            self.remarks.push(format!(
+                "{}: `tie_word_embeddings` is true in config.json, but the weights hold a head of their own (`{head}`) that differs from the embeddings: it is used, and exported with `tie_word_embeddings` = false",
+                self.source.display()
+            ));
+            return Ok(());
+        }
+        self.names.remove(HEAD);
+        self.names.entry(EMBEDDINGS.into()).or_insert(head);
+        Ok(())
+    }
+
+    /// What is to be said of the files although everything can be read.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     fn new(tensors: Tensors, source: &Path, meaning: impl Fn(&str) -> Name) -> Result<Self> {
@@ -96,10 +137,11 @@ impl Weights {
                 Name::Ignored => continue,
             };
             if let Some(other) = names.insert(key.clone(), name.to_string()) {
-                bail!("`{other}` and `{name}` in {} are both `{key}`", source.display());
+                bail!("`{other}` and `{name}` in {} are both `{key}`", source.display();
+                    "a model has one spelling of names: copy or convert the weights again");
             }
         }
-        Ok(Self { tensors, source: source.to_path_buf(), names, taken: BTreeSet::new() })
+        Ok(Self { tensors, source: source.to_path_buf(), names, taken: BTreeSet::new(), remarks: Vec::new() })
     }
 
     /// Keeps the tensors whose canonical name begins with `prefix`.
@@ -169,6 +211,12 @@ impl Weights {
 
     fn missing(&self, name: &str) -> Error {
         let error = Error::new(format!("tensor `{name}` is missing in {}", self.source.display()));
+        if name == HEAD {
+            return error.hint(
+                "a model without a head (LlamaModel, a classifier) writes no text; if the head is to be the embeddings, set \
+                 `tie_word_embeddings` to true in a copy of its config.json",
+            );
+        }
         let free = self.names.keys().filter(|n| !self.taken.contains(*n));
         match free.max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name))) {
             Some(near) => {
@@ -182,7 +230,15 @@ impl Weights {
 /// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`; any
 /// problem with the file is reported by its reader.
 pub fn is_llava(dir: &Path) -> bool {
-    let json =
-        std::fs::read(dir.join("config.json")).ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
-    json.is_some_and(|c| matches!(c.get("model_type").and_then(|t| t.as_str()), Some("llava" | "llava_next")))
+    let llava = |c: &Value| matches!(c.get("model_type").and_then(Value::as_str), Some("llava" | "llava_next"));
+    config(dir).is_some_and(|c| llava(&c) && !is_original(&c))
+}
+
+/// Whether `config.json` in `dir` describes a whole LLaVA, be it in the layout of the original code.
+pub fn is_whole(dir: &Path) -> bool {
+    is_llava(dir) || config(dir).is_some_and(|c| is_original(&c))
+}
+
+fn config(dir: &Path) -> Option<Value> {
+    source::read_text(&dir.join("config.json")).ok().and_then(|t| serde_json::from_str(&t).ok())
 }

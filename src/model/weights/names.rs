@@ -10,7 +10,7 @@
 //! | LLaVA, transformers 5 | `vision_tower.encoder…`, else as above |
 //! | LLaVA inside transformers 5 (and PEFT keys) | `model.vision_tower.encoder…`, `model.language_model.layers…`, `lm_head.weight` |
 //! | LLaVA-NeXT | as LLaVA, and `image_newline` (`model.image_newline`) |
-//! | projector of the original LLaVA code | `model.mm_projector.0.weight`, `model.mm_projector.2.weight` |
+//! | projector of the original LLaVA code | `model.mm_projector.0.weight`, `model.mm_projector.2.weight`; beside a LoRA `base_model.model.model.mm_projector…` |
 //! | connector of Idefics2 | `model.connector.modality_projection…`, `model.connector.perceiver_resampler…`; alone, without `connector.` |
 //! | resampler of OpenFlamingo | `perceiver.latents`, `perceiver.layers…` |
 //! | Q-Former of BLIP-2 | `query_tokens`, `qformer…`, `language_projection…`; see [`bare_qformer`] |
@@ -44,6 +44,7 @@ pub fn canonical(family: Family, name: &str) -> Name {
     }
     let known = match family {
         Family::Clip => return clip(name),
+        Family::Llama if sees(name) => return Name::Ignored,
         Family::Llama => language(name),
         Family::Llava => llava(name),
     };
@@ -69,6 +70,7 @@ pub fn for_file(family: Family, canonical: &str) -> Option<String> {
 
 /// The canonical name of a projector tensor in any file that may hold one; `None` for everything else.
 pub fn projector(name: &str) -> Option<String> {
+    let name = name.strip_prefix("base_model.model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("multi_modal_projector.").or_else(|| name.strip_prefix("projector.")) {
         return Some(format!("projector.{rest}"));
@@ -130,6 +132,12 @@ fn clip(name: &str) -> Name {
         return Name::Ignored;
     }
     Name::Known(format!("vision.{}", name.strip_prefix("vision_model.").unwrap_or(name)))
+}
+
+/// Is this a part of the original LLaVA code's whole model that is not its language model?
+fn sees(name: &str) -> bool {
+    const PARTS: [&str; 3] = ["model.mm_projector.", "model.vision_tower.", "model.vision_resampler."];
+    name == "model.image_newline" || PARTS.iter().any(|part| name.starts_with(part))
 }
 
 fn language(name: &str) -> Option<String> {
@@ -206,7 +214,12 @@ mod tests {
     fn projectors_of_the_original_code() {
         assert_eq!(projector("model.mm_projector.0.bias").unwrap(), "projector.linear_1.bias");
         assert_eq!(projector("model.mm_projector.2.weight").unwrap(), "projector.linear_2.weight");
+        assert_eq!(projector("base_model.model.model.mm_projector.2.bias").unwrap(), "projector.linear_2.bias");
         assert_eq!(projector("mm_projector.weight").unwrap(), "projector.linear_1.weight");
+        // Beside them, the language model of a whole folder.
+        assert_eq!(canonical(Family::Llama, "model.mm_projector.0.bias"), Name::Ignored);
+        assert_eq!(canonical(Family::Llama, "model.image_newline"), Name::Ignored);
+        assert_eq!(canonical(Family::Llama, "model.norm.weight"), known("language.norm.weight"));
         assert_eq!(projector("mm_projector.1.weight"), None);
         let down = "modality_projection.down_proj.weight";
         for name in [down.to_string(), format!("connector.{down}"), format!("model.connector.{down}")] {

@@ -3,7 +3,7 @@
 use super::hub::{self, Hub};
 use super::tensors::shard_names;
 use crate::bail;
-use crate::error::Result;
+use crate::error::{Context, Result};
 use std::path::{Path, PathBuf};
 
 /// A folder of a model and its weights, single or sharded, safetensors before PyTorch.
@@ -35,10 +35,13 @@ pub const OPTIONAL_TOKENIZER: &[&str] = &[
 /// How pictures are prepared.
 pub const IMAGE_PROCESSOR: &[&str] = &["?preprocessor_config.json", "?processor_config.json"];
 /// A projector alone or in a whole model, and what its configuration says of it.
-pub const PROJECTOR: &[&str] =
-    &["projector.safetensors|mm_projector.bin|model.safetensors|model.safetensors.index.json", "?config.json"];
-/// A PEFT adapter.
-pub const ADAPTER: &[&str] = &["adapter_config.json", "adapter_model.safetensors|adapter_model.bin"];
+pub const PROJECTOR: &[&str] = &[
+    "projector.safetensors|mm_projector.bin|non_lora_trainables.bin|model.safetensors|model.safetensors.index.json|pytorch_model.bin|pytorch_model.bin.index.json",
+    "?config.json",
+];
+/// A PEFT adapter, and what the original LLaVA code trains beside it.
+pub const ADAPTER: &[&str] =
+    &["adapter_config.json", "adapter_model.safetensors|adapter_model.bin", "?non_lora_trainables.bin"];
 
 /// Where the files of a source are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +83,11 @@ pub fn resolve_with(source: &str, what: &[&str], hub: &Hub) -> Result<Snapshot> 
     }
 }
 
+/// `owner/name` and revision of a source on the hub; `None` if it is, or can only be, a path.
+pub fn on_hub(source: &str) -> Option<(&str, &str)> {
+    if Path::new(source).exists() { None } else { repository(source) }
+}
+
 /// `owner/name` and revision, if `source` has that form.
 fn repository(source: &str) -> Option<(&str, &str)> {
     let (repo, revision) = source.split_once('@').unwrap_or((source, "main"));
@@ -104,6 +112,29 @@ pub(super) struct Gap {
 pub(super) fn alternatives(entry: &str) -> (bool, impl Iterator<Item = &str>) {
     let (optional, names) = entry.strip_prefix('?').map_or((false, entry), |names| (true, names));
     (optional, names.split('|'))
+}
+
+/// Largest file of settings (config.json, an index of shards) that is read, in bytes; those of the largest models have about 10 MB.
+const MAX_TEXT: u64 = 256 << 20;
+
+/// An error unless `path` is a file: reading a pipe or a device may never end.
+pub fn must_be_file(path: &Path) -> Result<std::fs::Metadata> {
+    let data = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+    if !data.is_file() {
+        let kind = if data.is_dir() { "a folder" } else { "a pipe or a device" };
+        bail!("{} is {kind}, not a file", path.display(); "copy the file from where the model comes from");
+    }
+    Ok(data)
+}
+
+/// The text of a file of settings.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = must_be_file(path)?.len();
+    if bytes > MAX_TEXT {
+        bail!("{} has {bytes} bytes, more than the {MAX_TEXT} that a file of settings may have", path.display();
+            "copy the file from where the model comes from");
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// What of `what` is not in `dir`, shards included.

@@ -2,6 +2,8 @@
 //!
 //! Opening reads names, shapes and types only; data is read when a tensor is loaded.
 
+use super::pickle;
+use super::source::{must_be_file, read_text};
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use candle_core::pickle::PthTensors;
@@ -69,6 +71,7 @@ impl Tensors {
     fn open_files(paths: &[PathBuf]) -> Result<Self> {
         let mut tensors = Self { index: None, files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
         for path in paths {
+            must_be_file(path).map_err(|e| e.or_hint("it must be there, and you must be allowed to read it"))?;
             match path.extension().and_then(|e| e.to_str()) {
                 Some("safetensors") => tensors.add_safetensors(path)?,
                 Some("bin" | "pt" | "pth") => tensors.add_pickle(path)?,
@@ -102,11 +105,15 @@ impl Tensors {
 
     fn add_pickle(&mut self, path: &Path) -> Result<()> {
         let bytes = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?.len();
-        let pickle = PthTensors::new(path, None).map_err(|e| {
+        let pickle = pickle::open(path).map_err(|e| {
             Error::from(e)
                 .context(format!("{} ({bytes} bytes) cannot be read as a PyTorch file", path.display()))
-                .hint(format!("{}; PyTorch before 1.6 wrote another format: save it again with a newer one", AGAIN))
+                .hint(format!("{AGAIN}; PyTorch before 1.6 wrote another format: save it again with a newer one"))
         })?;
+        if pickle.tensor_infos().is_empty() {
+            bail!("{} holds no tensors by name", path.display();
+                "what is read is a dictionary of tensors, e.g. torch.save(model.state_dict(), path)")
+        }
         let infos: BTreeMap<_, _> = pickle.tensor_infos().iter().collect();
         for (name, info) in infos {
             let info = Info { shape: info.layout.dims().to_vec(), dtype: Some(info.dtype) };
@@ -119,7 +126,8 @@ impl Tensors {
     fn add(&mut self, name: String, entry: Entry, path: &Path) -> Result<()> {
         if let Some(old) = self.entries.get(&name) {
             let other = self.files.get(old.file).map_or(path, |(p, _)| p);
-            bail!("tensor `{name}` is both in {} and in {}", other.display(), path.display());
+            bail!("tensor `{name}` is both in {} and in {}", other.display(), path.display();
+                "shards of two downloads may be mixed: copy or download all of them again");
         }
         self.entries.insert(name, entry);
         Ok(())
@@ -155,18 +163,35 @@ impl Tensors {
         let found = self.entries.get(name).and_then(|e| Some((e, self.files.get(e.file)?)));
         let Some((entry, (path, store))) = found else { bail!("there is no tensor `{name}`") };
         let loaded = match (store, entry.info.dtype) {
-            (Store::Safetensors(_), None) => bail!("`{name}` in {} is of a type that is not supported", path.display()),
+            (Store::Safetensors(_), None) => bail!("`{name}` in {} is of a type that is not supported", path.display();
+                "there are F64, F32, F16 and BF16: convert the weights, or copy them again if they should be of one of these"),
             (Store::Safetensors(map), Some(dtype)) => {
                 let bytes = map.get(entry.bytes.clone()).unwrap_or_default();
-                Tensor::from_raw_buffer(bytes, dtype, &entry.info.shape, device)
+                Tensor::from_raw_buffer(bytes, dtype, &entry.info.shape, device).map_err(Error::from)
             }
-            (Store::Pickle(pickle), _) => match pickle.get(name) {
-                Ok(Some(tensor)) => tensor.contiguous().and_then(|t| t.to_device(device)),
-                Ok(None) => bail!("there is no tensor `{name}` in {}", path.display()),
-                Err(e) => Err(e),
+            (Store::Pickle(pickle), _) => match pickle.tensor_infos().get(name) {
+                Some(info) => pickle::load(path, info).and_then(|t| Ok(t.to_device(device)?)),
+                None => bail!("there is no tensor `{name}` in {}", path.display()),
             },
         };
-        loaded.map_err(|e| Error::from(e).context(format!("cannot load `{name}` from {}", path.display())).hint(AGAIN))
+        loaded.map_err(|e| e.context(format!("cannot load `{name}` from {}", path.display())).hint(AGAIN))
+    }
+
+    /// Do two tensors hold the same numbers?
+    pub fn same(&self, a: &str, b: &str) -> Result<bool> {
+        let of = |name: &str| self.entries.get(name).and_then(|e| Some((e, self.files.get(e.file)?)));
+        let (Some((a_entry, (_, a_store))), Some((b_entry, (_, b_store)))) = (of(a), of(b)) else { return Ok(false) };
+        if a_entry.info.shape != b_entry.info.shape {
+            return Ok(false);
+        }
+        // As they are mapped, without room for copies.
+        if let (Store::Safetensors(x), Store::Safetensors(y)) = (a_store, b_store)
+            && a_entry.info.dtype == b_entry.info.dtype
+        {
+            return Ok(x.get(a_entry.bytes.clone()) == y.get(b_entry.bytes.clone()));
+        }
+        let load = |name: &str| Ok::<_, Error>(self.load(name, &Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?);
+        Ok(load(a)?.to_vec1::<f32>()? == load(b)?.to_vec1::<f32>()?)
     }
 }
 
@@ -185,8 +210,9 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>> {
 
 /// The names of the files in the `weight_map` of an index, sorted.
 pub(super) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
-    let text = std::fs::read_to_string(index).with_context(|| format!("cannot read {}", index.display()))?;
-    let json: serde_json::Value = serde_json::from_str(&text).with_context(|| index.display().to_string())?;
+    let text = read_text(index)?;
+    let damaged = |e: serde_json::Error| Error::new(format!("{} is damaged", index.display())).source(e).hint(AGAIN);
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(damaged)?;
     let files = json.get("weight_map").and_then(|m| m.as_object()).map(|map| {
         map.values().map(|f| f.as_str().filter(|f| is_plain_name(f)).map(String::from)).collect::<Option<BTreeSet<_>>>()
     });
