@@ -77,7 +77,8 @@ fn filled(path: &Path, file: File, fill: impl FnOnce(&mut dyn Write) -> Result<(
     if let Some(reason) = sink.failed {
         return Err(storage_error(path, reason));
     }
-    filled.with_context(|| format!("cannot write {}", path.display()))?;
+    // What failed otherwise is no matter of writing.
+    filled?;
     sink.inner.into_inner().map_err(|e| storage_error(path, e.into_error()))
 }
 

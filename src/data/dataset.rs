@@ -1,12 +1,14 @@
 //! All samples of a stage, encoded and checked.
 
 use super::encode::{Sample, TextEncoder, Unwritten};
+use super::file;
 use super::image::ImageRef;
 use super::source;
 use crate::error::{Error, Result};
 use crate::recipe::schema::{Data, Template};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 /// Problems named in one error.
 const NAMED: usize = 20;
@@ -169,11 +171,26 @@ fn missing_images(items: &[Item]) -> Vec<Error> {
             }
         }
     }
-    let check = |&(path, id): &(&std::path::PathBuf, &str)| {
-        let hint = "check the sample's `image` and the `images` folder of its data entry";
-        (!path.is_file()).then(|| Error::new(format!("sample {id}: there is no image {}", path.display())).hint(hint))
-    };
-    first.par_iter().filter_map(check).collect()
+    first.par_iter().filter_map(|(path, id)| Some(no_image(path)?.context(format!("sample {id}")))).collect()
+}
+
+/// Why there is no picture at a path.
+fn no_image(path: &Path) -> Option<Error> {
+    let shown = file::shown(path);
+    let hint = "check the sample's `image` and the `images` folder of its data entry";
+    match std::fs::metadata(path) {
+        Ok(found) => {
+            let kind = file::no_file(&found)?;
+            Some(Error::new(format!("the image {shown} is {kind}, not a file")).hint(hint))
+        }
+        Err(_) => Some(match path.ancestors().skip(1).find(|a| a.is_file()) {
+            Some(archive) => {
+                Error::new(format!("there is no image {shown}: {} is a file, not a folder", file::shown(archive)))
+                    .hint("unpack it, and name the folder with the pictures in `images` of the data entry")
+            }
+            None => Error::new(format!("there is no image {shown}")).hint(hint),
+        }),
+    }
 }
 
 /// One error out of several.
@@ -200,7 +217,7 @@ mod tests {
     use crate::data::encode::TextSettings;
     use crate::data::sight::Sight;
     use crate::recipe::schema::Deliver;
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     fn golden(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/a").join(name)

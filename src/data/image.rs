@@ -1,24 +1,16 @@
-//! Pictures: PNG and JPEG files to normalised pixel values, as Pillow and HF's CLIP image processor give them.
-//!
-//! Colours are those of Pillow's `convert("RGB")`: 16-bit gray saturates at 255, other 16-bit modes keep the high byte,
-//! alpha is dropped (or composited on white with Pillow's `alpha_composite` arithmetic). The EXIF orientation is applied.
-//! PNG is equal to the bit; JPEG decoders differ from each other by a few levels.
+//! Pictures: what stands in PNG and JPEG files to normalised pixel values, as HF's CLIP image processor gives them.
 
+use super::decode::load_held;
+pub use super::decode::{decode, load_rgb};
+use super::processor::shortest_f64;
 pub use super::resize::Rgb;
 use super::resize::{Filter, resize};
 use super::tiles::{Tiles, fitted};
 use crate::bail;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::recipe::schema::{Alpha, Resize};
-use image::codecs::{jpeg::JpegDecoder, png::PngDecoder};
-use image::{DynamicImage, ImageDecoder, ImageFormat};
-use serde_json::{Value, json};
-use std::io::Cursor;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
-
-/// Mean and standard deviation that OpenAI's CLIP was trained with.
-const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// Pillow refuses larger pictures as decompression bombs.
 pub(super) const MAX_PIXELS: u64 = 178_956_970;
@@ -61,6 +53,8 @@ pub struct ImageProcessor {
     /// Factor on the 8-bit values, normally 1/255.
     pub rescale: f64,
     pub filter: Filter,
+    /// Put the picture into a square of the mean colour first, whatever the data say (`LlavaImageProcessor` with `do_pad`).
+    pub pad: bool,
 }
 
 impl ImageProcessor {
@@ -112,71 +106,6 @@ impl ImageProcessor {
         Ok([part.filter(|(_, v)| !v.is_null()), read("preprocessor_config.json")?])
     }
 
-    /// CLIP's own way, at a tower's picture size.
-    pub fn clip(image_size: usize) -> Self {
-        Self {
-            size: image_size,
-            square: false,
-            crop: image_size,
-            mean: CLIP_MEAN,
-            std: CLIP_STD,
-            rescale: 1.0 / 255.0,
-            filter: Filter::Bicubic,
-        }
-    }
-
-    fn from_json(v: &Value) -> Result<Self> {
-        let on = |key: &str| v.get(key).and_then(Value::as_bool).unwrap_or(true);
-        if !on("do_resize") {
-            bail!("do_resize = false is not supported"; "pictures of one size are needed: set do_resize to true")
-        }
-        let (size, square) = edge(v, "size", 224)?;
-        let crop = if on("do_center_crop") { edge(v, "crop_size", size)?.0 } else { size };
-        if !on("do_center_crop") && !square {
-            bail!("do_center_crop = false with a shortest edge gives pictures of different sizes";
-                "set do_center_crop to true, or size to {{\"height\": {size}, \"width\": {size}}}")
-        }
-        let (mean, std) = if on("do_normalize") {
-            (triple(v, "image_mean", CLIP_MEAN)?, triple(v, "image_std", CLIP_STD)?)
-        } else {
-            ([0.0; 3], [1.0; 3])
-        };
-        if !std.iter().all(|s| *s > 0.0 && s.is_finite()) || !mean.iter().all(|m| m.is_finite()) {
-            bail!("image_mean = {mean:?} and image_std = {std:?} make no picture of finite numbers";
-                "image_std holds three numbers above 0, e.g. {CLIP_STD:?}")
-        }
-        let rescale = match on("do_rescale") {
-            true => v.get("rescale_factor").and_then(Value::as_f64).unwrap_or(1.0 / 255.0),
-            false => 1.0,
-        };
-        let filter = match v.get("resample").and_then(Value::as_u64) {
-            None | Some(3) => Filter::Bicubic,
-            Some(2) => Filter::Bilinear,
-            Some(1) => Filter::Lanczos,
-            Some(n) => bail!("resample = {n} is not supported"; "use 1 (Lanczos), 2 (bilinear) or 3 (bicubic)"),
-        };
-        Ok(Self { size, square, crop, mean, std, rescale, filter })
-    }
-
-    /// The processor as `preprocessor_config.json`.
-    pub fn to_json(&self) -> Value {
-        let both = |n: usize| json!({ "height": n, "width": n });
-        json!({
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": true,
-            "do_resize": true,
-            "size": if self.square { both(self.size) } else { json!({ "shortest_edge": self.size }) },
-            "resample": match self.filter { Filter::Lanczos => 1, Filter::Bilinear => 2, Filter::Bicubic => 3 },
-            "do_center_crop": true,
-            "crop_size": both(self.crop),
-            "do_rescale": true,
-            "rescale_factor": self.rescale,
-            "do_normalize": true,
-            "image_mean": self.mean.map(shortest_f64),
-            "image_std": self.std.map(shortest_f64),
-        })
-    }
-
     /// The same processor for results of `edge` pixels; a shortest edge that is larger than what is cut out stays so in proportion.
     pub fn at(&self, edge: usize) -> Self {
         let size = (self.size as f64 * edge as f64 / self.crop as f64).round() as usize;
@@ -188,12 +117,18 @@ impl ImageProcessor {
     /// # Errors
     /// A missing, corrupt or unsupported file; the error names it.
     pub fn load(&self, image: &ImageRef) -> Result<Vec<f32>> {
-        let rgb = load_rgb(&image.path, image.alpha)?;
-        let edge = rgb.width.max(rgb.height) as u64;
-        if image.resize == Resize::Pad && edge * edge > MAX_PIXELS {
-            bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", image.path.display();
-                "scale the picture down, or use resize = \"crop\"")
-        }
+        let pads = image.resize == Resize::Pad || self.pad && image.tiles.is_none();
+        let (rgb, _held) = load_held(&image.path, image.alpha, |width, height| {
+            let edge = width.max(height) as u64;
+            if pads && edge * edge > MAX_PIXELS {
+                bail!("the image {}, padded to a square, has {edge} × {edge} pixels, more than the {MAX_PIXELS} that are allowed", image.path.display();
+                    "scale the picture down, or use resize = \"crop\"")
+            }
+            let (across, down) = self.resized(width, height);
+            // The square, and the picture after the first of the two passes of resampling.
+            let square = if pads && width != height { 3 * edge * edge } else { 0 };
+            Ok(square + 3 * (across.min(image.size) * height).max(width * down.min(image.size)) as u64)
+        })?;
         let processor = self.at(image.size);
         match &image.tiles {
             None => Ok(processor.process(rgb, image.resize)),
@@ -225,8 +160,8 @@ impl ImageProcessor {
     pub fn process(&self, picture: Rgb, resize: Resize) -> Vec<f32> {
         let picture = match resize {
             // A tile is a square already.
-            Resize::Crop | Resize::Anyres => picture,
-            Resize::Pad => self.pad_to_square(picture),
+            Resize::Crop | Resize::Anyres if !self.pad => picture,
+            _ => self.pad_to_square(picture),
         };
         self.normalise(&self.resize_and_crop(&picture))
     }
@@ -280,157 +215,6 @@ impl ImageProcessor {
         }
         out
     }
-}
-
-/// The shortest decimal that reads back as this f32, as f64: what stood in the configuration file.
-fn shortest_f64(x: f32) -> f64 {
-    x.to_string().parse().unwrap_or(f64::from(x))
-}
-
-/// Of what a processor may make; a recipe's `image_size` has the same bound.
-const MAX_EDGE: usize = 8192;
-
-/// `size` or `crop_size`: a number, `{shortest_edge}`, or equal `{height, width}` (then the second value is true).
-fn edge(v: &Value, key: &str, default: usize) -> Result<(usize, bool)> {
-    let number = |v: &Value| v.as_u64().map(|n| n as usize).filter(|&n| n > 0);
-    let found = match v.get(key) {
-        None | Some(Value::Null) => Some((default, false)),
-        Some(v @ Value::Number(_)) => number(v).map(|n| (n, false)),
-        Some(v) => match (v.get("shortest_edge"), v.get("height"), v.get("width")) {
-            (Some(s), None, None) => number(s).map(|n| (n, false)),
-            (None, Some(h), Some(w)) if h == w => number(h).map(|n| (n, true)),
-            _ => None,
-        },
-    };
-    if let Some((n, _)) = found.filter(|(n, _)| *n > MAX_EDGE) {
-        bail!("{key} = {n}: a picture of {n} × {n} pixels takes {:.1} GB", (n as f64).powi(2) * 12.0 / 1e9;
-            "at most {MAX_EDGE} pixels along an edge; towers see 224 to 1024")
-    }
-    found.ok_or_else(|| {
-        Error::new(format!("{key} is not supported: {}", v[key]))
-            .hint(format!("write {key} as a number, {{\"shortest_edge\": n}}, or equal \"height\" and \"width\""))
-    })
-}
-
-fn triple(v: &Value, key: &str, default: [f32; 3]) -> Result<[f32; 3]> {
-    match v.get(key) {
-        None => Ok(default),
-        Some(v) => serde_json::from_value(v.clone()).with_context(|| format!("{key} must hold three numbers")),
-    }
-}
-
-/// Decodes a PNG or JPEG file into 8-bit RGB, upright.
-///
-/// # Errors
-/// A missing, corrupt or unsupported file; the error names it.
-pub fn load_rgb(path: &Path, alpha: Alpha) -> Result<Rgb> {
-    let name = path.display();
-    let bytes = std::fs::read(path).map_err(|e| {
-        Error::new(format!("cannot read the image {name}: {e}"))
-            .hint("check the sample's `image` and the `images` folder of its data entry")
-    })?;
-    decode(&bytes, alpha).map_err(|e| {
-        let hint = e.hint_text().unwrap_or("replace the file, or take its samples out of the data").to_string();
-        Error::new(format!("cannot decode the image {name}: {e}")).hint(hint)
-    })
-}
-
-/// Decodes the bytes of a PNG or JPEG file into 8-bit RGB, upright.
-///
-/// # Errors
-/// Corrupt or unsupported bytes, and a JPEG that ends before its end marker, as Pillow refuses it: the decoder would
-/// fill what is missing with gray.
-pub fn decode(bytes: &[u8], alpha: Alpha) -> Result<Rgb> {
-    match image::guess_format(bytes) {
-        Ok(ImageFormat::Png) => upright(PngDecoder::new(Cursor::new(bytes)).map_err(broken)?, bytes, alpha),
-        Ok(ImageFormat::Jpeg) if !jpeg_ends(bytes) => {
-            bail!("it is cut off: no end marker (EOI) follows its picture data";
-                "copy or download the file again, or take its samples out of the data")
-        }
-        Ok(ImageFormat::Jpeg) => upright(JpegDecoder::new(Cursor::new(bytes)).map_err(broken)?, bytes, alpha),
-        Ok(other) => {
-            bail!("the format is {other:?}"; "convert it to PNG or JPEG")
-        }
-        Err(_) => bail!("neither PNG nor JPEG"; "convert it to PNG or JPEG, or replace it if it is damaged"),
-    }
-}
-
-/// Whether a JPEG's end marker comes after its last scan; what follows the marker does not matter.
-fn jpeg_ends(bytes: &[u8]) -> bool {
-    const SOS: u8 = 0xda;
-    const EOI: u8 = 0xd9;
-    let (mut at, mut scanned) = (2, false);
-    // Markers are FF and a code; FF 00 is a byte of data, FF FF is filling, and data may stand between any two.
-    while let Some(found) = bytes.get(at..).and_then(|rest| rest.iter().position(|&b| b == 0xff)) {
-        at += found + 1;
-        match bytes.get(at) {
-            None => return false,
-            Some(&EOI) if scanned => return true,
-            Some(0xff) => {}
-            // These stand alone: data, TEM, restart markers, a start or an end without a picture.
-            Some(0x00 | 0x01 | 0xd0..=0xd9) => at += 1,
-            Some(&code) => {
-                let Some(&[high, low]) = bytes.get(at + 1..at + 3) else { return false };
-                scanned |= code == SOS;
-                at += 1 + usize::from(u16::from_be_bytes([high, low]));
-            }
-        }
-    }
-    false
-}
-
-fn broken(e: image::ImageError) -> Error {
-    Error::new(e.to_string())
-}
-
-fn upright<D: ImageDecoder>(mut decoder: D, bytes: &[u8], alpha: Alpha) -> Result<Rgb> {
-    let (w, h) = decoder.dimensions();
-    if u64::from(w) * u64::from(h) > MAX_PIXELS {
-        bail!("{w} × {h} pixels are more than the {MAX_PIXELS} that are allowed"; "scale the picture down")
-    }
-    let orientation = decoder.orientation().map_err(broken)?;
-    let decoded = DynamicImage::from_decoder(decoder).map_err(broken)?;
-    let mut rgb = DynamicImage::ImageRgb8(to_rgb(&decoded, is_gray16_png(bytes), alpha)?);
-    rgb.apply_orientation(orientation);
-    let rgb = rgb.into_rgb8();
-    Ok(Rgb { width: rgb.width() as usize, height: rgb.height() as usize, data: rgb.into_raw() })
-}
-
-/// Whether IHDR says 16-bit gray without an alpha channel (transparency may still come from tRNS).
-fn is_gray16_png(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"\x89PNG") && bytes.get(24..26) == Some(&[16, 0])
-}
-
-/// 8-bit RGB as Pillow converts it. `gray16`: Pillow's mode `I;16`, whose values saturate.
-fn to_rgb(decoded: &DynamicImage, gray16: bool, alpha: Alpha) -> Result<image::RgbImage> {
-    let high = |v: u16| (v >> 8) as u8;
-    let gray = |v: u16| if gray16 { v.min(255) as u8 } else { high(v) };
-    let pixels: Vec<[u8; 4]> = match decoded {
-        DynamicImage::ImageLuma8(p) => p.pixels().map(|p| [p[0], p[0], p[0], 255]).collect(),
-        DynamicImage::ImageLumaA8(p) => p.pixels().map(|p| [p[0], p[0], p[0], p[1]]).collect(),
-        DynamicImage::ImageRgb8(p) => return Ok(p.clone()),
-        DynamicImage::ImageRgba8(p) => p.pixels().map(|p| p.0).collect(),
-        DynamicImage::ImageLuma16(p) => p.pixels().map(|p| [gray(p[0]); 3]).map(|[r, g, b]| [r, g, b, 255]).collect(),
-        DynamicImage::ImageLumaA16(p) => p.pixels().map(|p| [gray(p[0]), gray(p[0]), gray(p[0]), high(p[1])]).collect(),
-        DynamicImage::ImageRgb16(p) => p.pixels().map(|p| [high(p[0]), high(p[1]), high(p[2]), 255]).collect(),
-        DynamicImage::ImageRgba16(p) => p.pixels().map(|p| p.0.map(high)).collect(),
-        other => bail!("the colour type {:?} is not supported", other.color(); "convert it to 8-bit RGB"),
-    };
-    let flat = match alpha {
-        Alpha::Drop => pixels.iter().flat_map(|p| [p[0], p[1], p[2]]).collect(),
-        Alpha::White => pixels.iter().flat_map(|&p| on_white(p)).collect(),
-    };
-    image::RgbImage::from_raw(decoded.width(), decoded.height(), flat)
-        .ok_or_else(|| Error::new("the decoder gave fewer pixels than the header promised"))
-}
-
-/// Pillow's `alpha_composite` over opaque white, in its integer arithmetic.
-fn on_white([r, g, b, a]: [u8; 4]) -> [u8; 3] {
-    let (over, under) = (u32::from(a) << 7, (255 - u32::from(a)) << 7);
-    [r, g, b].map(|v| {
-        let sum = u32::from(v) * over + 255 * under + (0x80 << 7);
-        ((((sum >> 8) + sum) >> 8) >> 7) as u8
-    })
 }
 
 #[cfg(test)]

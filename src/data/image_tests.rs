@@ -1,5 +1,6 @@
 use super::*;
 use safetensors::SafeTensors;
+use serde_json::json;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/a");
 

@@ -117,11 +117,10 @@ fn taps(from: usize, to: usize, window: Range<usize>, filter: Filter) -> Vec<Tap
     window.map(one).collect()
 }
 
-/// The inputs that some outputs are made of; the taps then count from its beginning.
-fn needed(taps: &mut [Taps]) -> Range<usize> {
+/// The inputs that some outputs are made of.
+fn needed(taps: &[Taps]) -> Range<usize> {
     let start = taps.iter().map(|t| t.start).min().unwrap_or(0);
     let end = taps.iter().map(|t| t.start + t.weights.len()).max().unwrap_or(0);
-    taps.iter_mut().for_each(|t| t.start -= start);
     start..end
 }
 
@@ -135,13 +134,18 @@ fn clip(sum: i32) -> u8 {
 ///
 /// Every pixel is the one that the whole result would have there.
 pub fn resize(src: &Rgb, width: usize, height: usize, x: Range<usize>, y: Range<usize>, filter: Filter) -> Rgb {
-    let mut across = taps(src.width, width, x, filter);
-    let mut down = taps(src.height, height, y, filter);
-    let part = src.part(needed(&mut across), needed(&mut down));
+    let across = taps(src.width, width, x, filter);
+    let down = taps(src.height, height, y, filter);
+    // The first pass reads of the source, which may fill the memory, only what the second needs, and copies nothing.
     if columns_first(src, width, height) {
-        horizontal(&vertical(&part, &down), &across)
+        let columns = needed(&across);
+        horizontal(&vertical(src, &down, columns.clone()), &across, columns.start, 0..down.len())
     } else {
-        vertical(&horizontal(&part, &across), &down)
+        let rows = needed(&down);
+        let shifted: Vec<Taps> = down.into_iter().map(|t| Taps { start: t.start - rows.start, ..t }).collect();
+        let part = horizontal(src, &across, 0, rows);
+        let columns = 0..part.width;
+        vertical(&part, &shifted, columns)
     }
 }
 
@@ -151,14 +155,16 @@ fn columns_first(src: &Rgb, width: usize, height: usize) -> bool {
     height < src.height && src.height - height > 2 * src.width.saturating_sub(width)
 }
 
-fn horizontal(src: &Rgb, taps: &[Taps]) -> Rgb {
-    let mut data = vec![0; taps.len() * src.height * 3];
+/// Resamples `rows`; the taps count from column `first` of the whole picture.
+fn horizontal(src: &Rgb, taps: &[Taps], first: usize, rows: Range<usize>) -> Rgb {
+    let height = rows.len();
+    let mut data = vec![0; taps.len() * height * 3];
     let mut outputs = data.chunks_exact_mut(3);
-    for y in 0..src.height {
+    for y in rows {
         let row = src.row(y);
         for (t, out) in taps.iter().zip(&mut outputs) {
             let mut sum = [HALF; 3];
-            for (p, &w) in row[t.start * 3..].chunks_exact(3).zip(&t.weights) {
+            for (p, &w) in row[(t.start - first) * 3..].chunks_exact(3).zip(&t.weights) {
                 sum[0] += i32::from(p[0]) * w;
                 sum[1] += i32::from(p[1]) * w;
                 sum[2] += i32::from(p[2]) * w;
@@ -166,23 +172,24 @@ fn horizontal(src: &Rgb, taps: &[Taps]) -> Rgb {
             out.copy_from_slice(&sum.map(clip));
         }
     }
-    Rgb { width: taps.len(), height: src.height, data }
+    Rgb { width: taps.len(), height, data }
 }
 
-fn vertical(src: &Rgb, taps: &[Taps]) -> Rgb {
-    let row_len = src.width * 3;
+/// Resamples `columns`.
+fn vertical(src: &Rgb, taps: &[Taps], columns: Range<usize>) -> Rgb {
+    let row_len = columns.len() * 3;
     let mut data = vec![0; row_len * taps.len()];
     let mut sums = vec![0i32; row_len];
     for (t, out) in taps.iter().zip(data.chunks_exact_mut(row_len.max(1))) {
         sums.fill(HALF);
         for (k, &weight) in t.weights.iter().enumerate() {
-            for (sum, &v) in sums.iter_mut().zip(src.row(t.start + k)) {
+            for (sum, &v) in sums.iter_mut().zip(&src.row(t.start + k)[columns.start * 3..columns.end * 3]) {
                 *sum += i32::from(v) * weight;
             }
         }
         out.iter_mut().zip(&sums).for_each(|(o, &s)| *o = clip(s));
     }
-    Rgb { width: src.width, height: taps.len(), data }
+    Rgb { width: columns.len(), height: taps.len(), data }
 }
 
 #[cfg(test)]

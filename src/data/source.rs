@@ -1,10 +1,13 @@
 //! Samples from files: LLaVA conversations (JSON or JSON lines) and preference pairs.
 
+use super::file::{self, shown};
+use super::forms::{self, Form};
+use super::raw::{Id, Paths, RawConversation, RawPreference, RawTurn, Unread};
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::recipe::schema::{Alpha, Data, Resize};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, SeqAccess, Visitor};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -61,21 +64,24 @@ pub struct Conversation {
 pub struct Preference {
     pub id: String,
     pub images: Vec<Picture>,
+    pub system: Option<String>,
     pub prompt: String,
     pub chosen: String,
     pub rejected: String,
 }
 
 impl Preference {
-    /// The pair as two conversations of one turn each: chosen, rejected.
+    /// The pair as two conversations of one question and answer each: chosen, rejected.
     pub fn conversations(&self) -> (Conversation, Conversation) {
         let with = |answer: &str| Conversation {
             id: self.id.clone(),
             images: self.images.clone(),
-            turns: vec![
-                Turn { role: Role::User, text: self.prompt.clone() },
-                Turn { role: Role::Assistant, text: answer.into() },
-            ],
+            turns: (self.system.iter().map(|s| Turn { role: Role::System, text: s.clone() }))
+                .chain([
+                    Turn { role: Role::User, text: self.prompt.clone() },
+                    Turn { role: Role::Assistant, text: answer.into() },
+                ])
+                .collect(),
             category: None,
             absent: vec![],
         };
@@ -83,136 +89,113 @@ impl Preference {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Id {
-    Text(String),
-    Number(serde_json::Number),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(PathBuf),
-    Many(Vec<PathBuf>),
-}
-
-impl OneOrMany {
-    fn list(v: Option<Self>) -> Vec<PathBuf> {
-        match v {
-            None => vec![],
-            Some(Self::One(p)) => vec![p],
-            Some(Self::Many(p)) => p,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct RawTurn {
-    from: String,
-    value: String,
-}
-
-/// Other keys (`model`, `source`, …) are allowed: published files are full of them.
-#[derive(Deserialize)]
-struct RawConversation {
-    id: Option<Id>,
-    #[serde(alias = "images")]
-    image: Option<OneOrMany>,
-    conversations: Vec<RawTurn>,
-    category: Option<String>,
-    #[serde(default)]
-    absent: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct RawPreference {
-    id: Option<Id>,
-    #[serde(alias = "images")]
-    image: Option<OneOrMany>,
-    prompt: String,
-    chosen: String,
-    rejected: String,
-}
-
-/// Reads LLaVA conversations: `[{id?, image?, conversations: [{from, value}], category?, absent?}]`, or one such object a line.
+/// Reads LLaVA conversations: `[{id?, image?, conversations: [{from, value}], system?, category?, absent?}]`, or one such object a
+/// line; `messages` of `role` and `content` are the same.
 ///
 /// A first turn of the assistant is dropped. A missing id becomes `path:index`.
 ///
 /// # Errors
-/// An unreadable file, a missing key, an unknown speaker, turns that do not alternate, or images that do not match the
-/// `<image>` marks; the error names file and sample.
+/// An unreadable file, a missing key, an unknown speaker, turns that do not alternate, images that do not match the
+/// `<image>` marks, or a key with something to be learned that is not read; the error names file and sample.
 pub fn conversations(data: &Data) -> Result<Vec<Conversation>> {
-    let hint =
-        "a sample looks like {\"id\": …, \"image\": …, \"conversations\": [{\"from\": \"human\", \"value\": …}, …]}";
-    let raw: Vec<RawConversation> = read(data, hint)?;
+    let raw: Vec<RawConversation> = read(data, Form::Conversations)?;
     let convert = |(i, raw): (usize, RawConversation)| {
-        let id = sample_id(raw.id, data, i);
-        let images = pictures(raw.image, data);
-        let turns = turns(raw.conversations).and_then(|turns| {
+        let id = sample_id(&raw.id, data, i);
+        let named = || format!("{}: sample {id}", data.path.display());
+        all_read(&raw).with_context(named)?;
+        let images = pictures(raw.image, data).with_context(named)?;
+        let turns = turns(raw.system, raw.conversations).and_then(|turns| {
             let texts = turns.iter().filter(|t| t.role == Role::User).map(|t| t.text.as_str());
             count_images(texts, images.len()).map(|()| turns)
         });
-        let turns = turns.with_context(|| format!("{}: sample {id}", data.path.display()))?;
+        let turns = turns.with_context(named)?;
         Ok(Conversation { id, images, turns, category: raw.category, absent: raw.absent })
     };
     raw.into_iter().enumerate().map(convert).collect()
 }
 
-/// Reads preference pairs: `{id?, image?, prompt, chosen, rejected}`, as JSON array or one object a line.
+/// Reads preference pairs: `{id?, image?, system?, prompt, chosen, rejected}`, as JSON array or one object a line.
 ///
 /// # Errors
 /// As [`conversations`].
 pub fn preferences(data: &Data) -> Result<Vec<Preference>> {
-    let hint = "a pair looks like {\"id\": …, \"image\": …, \"prompt\": …, \"chosen\": …, \"rejected\": …}, the answers as text";
-    let raw: Vec<RawPreference> = read(data, hint)?;
+    let raw: Vec<RawPreference> = read(data, Form::Pairs)?;
     let convert = |(i, raw): (usize, RawPreference)| {
-        let id = sample_id(raw.id, data, i);
-        let images = pictures(raw.image, data);
-        count_images(std::iter::once(raw.prompt.as_str()), images.len())
-            .with_context(|| format!("{}: sample {id}", data.path.display()))?;
-        Ok(Preference { id, images, prompt: raw.prompt, chosen: raw.chosen, rejected: raw.rejected })
+        let id = sample_id(&raw.id, data, i);
+        let named = || format!("{}: sample {id}", data.path.display());
+        all_read(&raw).with_context(named)?;
+        let images = pictures(raw.image, data).with_context(named)?;
+        count_images(std::iter::once(raw.prompt.as_str()), images.len()).with_context(named)?;
+        let system = raw.system.filter(|s| !s.is_empty());
+        Ok(Preference { id, images, system, prompt: raw.prompt, chosen: raw.chosen, rejected: raw.rejected })
     };
     raw.into_iter().enumerate().map(convert).collect()
 }
 
-fn sample_id(id: Option<Id>, data: &Data, index: usize) -> String {
-    match id {
-        Some(Id::Text(s)) => s,
-        Some(Id::Number(n)) => n.to_string(),
-        None => format!("{}:{index}", data.path.display()),
+fn sample_id(id: &Option<Id>, data: &Data, index: usize) -> String {
+    id.as_ref().map_or_else(|| format!("{}:{index}", data.path.display()), |id| id.0.clone())
+}
+
+/// Nothing that a sample says is left out in silence.
+fn all_read(sample: &impl Unread) -> Result<()> {
+    match sample.unread() {
+        None => Ok(()),
+        Some((key, hint)) => bail!("`{key}` is not read"; "{hint}"),
     }
 }
 
-fn pictures(paths: Option<OneOrMany>, data: &Data) -> Vec<Picture> {
+fn pictures(paths: Paths, data: &Data) -> Result<Vec<Picture>> {
     let root = data.images.as_deref().or_else(|| data.path.parent()).unwrap_or(Path::new(""));
-    let with = |p: PathBuf| Picture::new(root.join(p), data);
-    OneOrMany::list(paths).into_iter().map(with).collect()
+    let with = |path: String| {
+        if path.starts_with("http://") || path.starts_with("https://") {
+            bail!("the image {} is an address, not a file", file::short(&path, 100);
+                "download the pictures first, and name the files")
+        }
+        if path.starts_with("data:") {
+            bail!("the image {} is the picture itself, not a file", file::short(&path, 40);
+                "write each picture to a file of its own, and name that")
+        }
+        Ok(Picture::new(root.join(path), data))
+    };
+    paths.0.into_iter().map(with).collect()
 }
 
-fn turns(raw: Vec<RawTurn>) -> Result<Vec<Turn>> {
-    let mut out: Vec<Turn> = Vec::with_capacity(raw.len());
-    let (mut dropped, mut before) = (false, String::new());
+fn turns(system: Option<String>, raw: Vec<RawTurn>) -> Result<Vec<Turn>> {
+    let mut out: Vec<Turn> = Vec::with_capacity(raw.len() + 1);
+    out.extend(system.filter(|s| !s.is_empty()).map(|text| Turn { role: Role::System, text }));
+    let (mut dropped, mut before): (bool, Option<String>) = (false, None);
     for (i, t) in raw.into_iter().enumerate() {
         let role = match t.from.as_str() {
             "human" | "user" => Role::User,
             "gpt" | "assistant" => Role::Assistant,
             "system" => Role::System,
-            other => bail!("turn {i} is from {other:?}"; "speakers are \"human\", \"gpt\" and \"system\""),
+            other => {
+                bail!("turn {i} is from {:?}", file::short(other, 40); "speakers are \"human\", \"gpt\" and \"system\"")
+            }
         };
+        if role == Role::Assistant && !t.weight.0 {
+            bail!("turn {i} is an answer that is not to be learned (its weight, train or loss says so)";
+                "take the key out to learn every answer, or split the conversation before it")
+        }
         let last = out.last().map(|t| t.role);
         match (role, last) {
             (Role::Assistant, None | Some(Role::System)) if !dropped => {
-                (dropped, before) = (true, t.from);
+                (dropped, before) = (true, Some(t.from));
                 continue;
+            }
+            (Role::System, Some(Role::System)) => {
+                bail!("turn {i} is a system turn beside `system`"; "write the instruction once")
             }
             (Role::System, None) | (Role::User, None | Some(Role::System | Role::Assistant)) => {}
             (Role::Assistant, Some(Role::User)) => {}
-            _ => bail!("turn {i} is out of order: {} after {before}", t.from;
-                "a system turn may come first; then human and gpt take turns"),
+            _ => {
+                let after = before.map_or(String::new(), |b| format!(" after {b}"));
+                bail!("turn {i} is out of order: {}{after}", t.from;
+                    "a system turn may come first; then human and gpt take turns: join texts of one speaker that follow each other")
+            }
         }
+        before = Some(t.from);
         out.push(Turn { role, text: t.value });
-        before = t.from;
     }
     Ok(out)
 }
@@ -226,23 +209,37 @@ fn count_images<'a>(user_texts: impl Iterator<Item = &'a str>, images: usize) ->
     Ok(())
 }
 
+/// Bytes of a JSON list, which is read as a whole, and of a line: far beyond what samples take, and what a machine can hold.
+const LONGEST_LIST: u64 = 8 << 30;
+const LONGEST_LINE: u64 = 64 << 20;
+
 /// The first `limit` samples of a JSON array, or of a file with one object a line.
-fn read<T: DeserializeOwned>(data: &Data, hint: &str) -> Result<Vec<T>> {
-    let path = data.path.display();
-    let bytes = std::fs::read(&data.path).map_err(|e| {
+fn read<T: DeserializeOwned>(data: &Data, form: Form) -> Result<Vec<T>> {
+    let path = shown(&data.path);
+    let (file, metadata) =
+        file::open(&data.path, "the data file", "check `path` of the data entry: it names a JSON or JSON lines file")?;
+    let mut file = BufReader::with_capacity(1 << 16, file);
+    let cannot = |e: std::io::Error| {
         Error::new(format!("cannot read the data file {path}: {e}")).hint("check `path` of the data entry")
-    })?;
+    };
+    let mut begin = file::head(&mut file).map_err(cannot)?;
+    is_text(&begin, &path, form)?;
+    const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+    if begin.starts_with(BYTE_ORDER_MARK) {
+        begin.drain(..BYTE_ORDER_MARK.len());
+    }
     let limit = data.limit.unwrap_or(usize::MAX);
-    let is_array = bytes.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
-    let mut samples = if is_array {
-        parse::<Vec<T>>(&bytes).map_err(|e| Error::new(format!("{path}: {e}")).hint(hint))?
+    let mut samples = if begin.trim_ascii_start().first() == Some(&b'[') {
+        if metadata.len() > LONGEST_LIST {
+            bail!("{path} has {} GiB, and a list is read as a whole", metadata.len() >> 30;
+                "write it as JSON lines, one sample a line, or split it into several data entries")
+        }
+        let mut bytes = begin;
+        bytes.reserve(metadata.len() as usize);
+        file.read_to_end(&mut bytes).map_err(cannot)?;
+        list(&bytes, &path, form)?
     } else {
-        let lines = bytes.split(|&b| b == b'\n').enumerate();
-        let filled = lines.filter(|(_, line)| !line.trim_ascii().is_empty()).take(limit);
-        let one = |(i, line): (usize, &[u8])| {
-            parse::<T>(line).map_err(|e| Error::new(format!("{path}, line {}: {e}", i + 1)).hint(hint))
-        };
-        filled.map(one).collect::<Result<Vec<T>>>()?
+        lines(begin.chain(file), limit, &path, form)?
     };
     samples.truncate(limit);
     if samples.is_empty() {
@@ -250,12 +247,151 @@ fn read<T: DeserializeOwned>(data: &Data, hint: &str) -> Result<Vec<T>> {
     }
     Ok(samples)
 }
+/// Refuses what is no text in UTF-8 by its first bytes, and says what it is.
+fn is_text(begin: &[u8], path: &str, form: Form) -> Result<()> {
+    let wide = match begin {
+        [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16"),
+        // Without a mark: every other byte of English text is zero.
+        [0, b'[' | b'{', ..] | [b'[' | b'{', 0, ..] => Some("UTF-16"),
+        _ => None,
+    };
+    if let Some(encoding) = wide {
+        bail!("{path} is text in {encoding}, and UTF-8 is read"; "write it in UTF-8: iconv -f {encoding} -t UTF-8 {path} > new.json")
+    }
+    let Some(name) = file::format(begin) else {
+        if begin.contains(&0) {
+            bail!("{path} is no text: it has zero bytes"; "{}", form.wanted())
+        }
+        return Ok(());
+    };
+    let hint = match name {
+        n if n.ends_with("compressed") => {
+            "unpack it first (gunzip, zstd -d, xz -d, bunzip2), and name the JSON file".into()
+        }
+        n if n.ends_with("archive") => {
+            format!("unpack it first, pictures to files beside a JSON file; there {}", form.wanted())
+        }
+        n if n.ends_with("table")
+            || n.ends_with("stream")
+            || n.ends_with("database")
+            || n.ends_with("array")
+            || n.ends_with("pickle") =>
+        {
+            format!(
+                "write its rows as JSON lines (pandas: to_json(\"new.jsonl\", orient=\"records\", lines=True)) and its pictures to files; {}",
+                form.wanted()
+            )
+        }
+        n if n.contains("HTML") => {
+            "a download saved a web page, an error or a log-in, in the file's place: download it again".into()
+        }
+        n if n.contains("LFS") => "fetch what it points to: git lfs pull".into(),
+        _ => form.wanted().to_string(),
+    };
+    Err(Error::new(format!("{path} is {name}, not JSON")).hint(hint))
+}
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+/// A JSON array of samples.
+fn list<T: DeserializeOwned>(bytes: &[u8], path: &str, form: Form) -> Result<Vec<T>> {
+    parse::<Vec<T>>(bytes).map_err(|(cause, index)| {
+        let sample = index.and_then(|i| nth(bytes, i));
+        Error::new(format!("{path}: {cause}")).hint(form.hint(sample.as_ref()))
+    })
+}
+
+/// Samples one a line, up to `limit`; empty lines do not count.
+fn lines<T: DeserializeOwned>(mut text: impl BufRead, limit: usize, path: &str, form: Form) -> Result<Vec<T>> {
+    let (mut samples, mut line, mut number) = (vec![], vec![], 0);
+    while samples.len() < limit {
+        line.clear();
+        number += 1;
+        let read = text.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line);
+        let read = read.map_err(|e| {
+            Error::new(format!("cannot read the data file {path}: {e}")).hint("check the disk, or copy the file again")
+        })?;
+        if read == 0 {
+            break;
+        }
+        if read as u64 == LONGEST_LINE && line.last() != Some(&b'\n') {
+            bail!("{path}, line {number} is longer than {} MiB", LONGEST_LINE >> 20; "a line holds one sample: {}", form.wanted())
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        match parse::<T>(&line) {
+            Ok(sample) => samples.push(sample),
+            Err((cause, _)) => {
+                let cause = cause.replace(" at line 1 column ", ", column ");
+                return Err(no_sample(&line, &cause, number, samples.is_empty(), text, path, form));
+            }
+        }
+    }
+    Ok(samples)
+}
+
+/// A line that is no sample: of another form, of a table or a list of captions, or of an object over several lines.
+fn no_sample(
+    line: &[u8],
+    cause: &str,
+    number: usize,
+    is_first: bool,
+    mut rest: impl BufRead,
+    path: &str,
+    form: Form,
+) -> Error {
+    let told = Error::new(format!("{path}, line {number}: {cause}"));
+    if let Ok(sample) = serde_json::from_slice::<serde_json::Value>(line) {
+        return told.hint(form.hint(Some(&sample)));
+    }
+    if line.trim_ascii().starts_with(b"{") {
+        return told.hint(
+            "each line holds one sample, a whole object {…}; objects over several lines stand in one list: [{…}, {…}]",
+        );
+    }
+    let mut second = vec![];
+    // Without one the list of captions has one line.
+    let _ = rest.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut second);
+    let text = [line, &second].map(|l| String::from_utf8_lossy(l).into_owned()).concat();
+    match forms::of_lines(&text).filter(|_| is_first) {
+        Some((name, row)) => Error::new(format!("{path} is {name}, not JSON")).hint(form.hint(Some(&row))),
+        None => told.hint(form.wanted()),
+    }
+}
+
+/// A value, or what is wrong and in which element of the list.
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (String, Option<usize>)> {
+    use serde_path_to_error::Segment;
     let mut de = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut de).map_err(|e| e.to_string())?;
-    de.end().map_err(|e| e.to_string())?;
+    let value = serde_path_to_error::deserialize(&mut de).map_err(|e| {
+        let index =
+            e.path().iter().next().and_then(|s| if let Segment::Seq { index } = s { Some(*index) } else { None });
+        (e.to_string(), index)
+    })?;
+    de.end().map_err(|e| (e.to_string(), None))?;
     Ok(value)
+}
+
+/// One element of a list.
+fn nth(bytes: &[u8], index: usize) -> Option<serde_json::Value> {
+    struct Nth(usize);
+    impl<'de> Visitor<'de> for Nth {
+        type Value = Option<serde_json::Value>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("a list")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            for _ in 0..self.0 {
+                list.next_element::<IgnoredAny>()?;
+            }
+            let found = list.next_element()?;
+            while list.next_element::<IgnoredAny>()?.is_some() {}
+            Ok(found)
+        }
+    }
+    serde_json::Deserializer::from_slice(bytes).deserialize_seq(Nth(index)).ok().flatten()
 }
 
 #[cfg(test)]
