@@ -7,7 +7,7 @@ pub use super::resize::Rgb;
 use super::resize::{Filter, resize};
 use super::tiles::{Tiles, fitted};
 use crate::bail;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::recipe::schema::{Alpha, Resize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -89,11 +89,6 @@ impl<'a> Fields<'a> {
         self.typed(key, "a number", |v| v.as_f64())
     }
 
-    /// A number above 0.
-    pub fn positive(&self, key: &'static str) -> Result<Option<f64>> {
-        self.typed(key, "a number above 0", |v| v.as_f64().filter(|n| *n > 0.0))
-    }
-
     pub fn flag(&self, key: &'static str) -> Result<Option<bool>> {
         self.typed(key, "true or false", |v| v.as_bool())
     }
