@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod child;
+mod data;
 mod device;
 mod flags;
 mod generate;
@@ -80,6 +81,8 @@ results.json (held-out figures), and the trained projector and adapters in NN-ST
     Generate(generate::Args),
     /// Loss and log-probabilities of every sample of a data file.
     Score(score::Args),
+    /// See what is trained: tokens and labels of samples.
+    Data(data::Args),
     /// Make the built-in data.
     Synth(synth::Args),
     /// Compute every op and a tiny training on this machine and compare them with f64.
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Check(a) => check::run(&a, reporter).map(done),
         Command::Generate(a) => generate::run(&a, reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
         Command::Score(a) => score::run(&a, reporter).map_err(|e| hints::of_command(e, a.of_run())),
+        Command::Data(a) => data::run(&a, reporter).map(done),
         Command::Synth(a) => synth::run(&a, reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, reporter),
         Command::Bench(a) => bench::run(&a, reporter).map(done),

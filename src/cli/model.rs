@@ -33,6 +33,42 @@ pub struct Args {
     template: Option<TemplateArg>,
 }
 
+/// The same where a recipe may stand instead.
+#[derive(Debug, clap::Args)]
+pub struct Optional {
+    /// A run directory; its last finished stage is used.
+    #[arg(long, conflicts_with_all = ["model", "recipe"])]
+    run: Option<PathBuf>,
+    /// Of a recipe, another stage than the first; with --run, another finished stage.
+    #[arg(long)]
+    stage: Option<String>,
+    /// A whole LLaVA folder or repository, or a language model alone.
+    #[arg(long, conflicts_with = "recipe")]
+    model: Option<String>,
+    /// With --model or --run: plain, vicuna_v1 or chat; default: the run's template, vicuna_v1 for a model.
+    #[arg(long, value_enum, conflicts_with = "recipe")]
+    template: Option<TemplateArg>,
+}
+
+impl Optional {
+    /// A stage, if one is named.
+    pub fn stage(&self) -> Option<&str> {
+        self.stage.as_deref()
+    }
+
+    /// What is named, as [`Args`].
+    ///
+    /// # Errors
+    /// If nothing is.
+    pub fn given(&self) -> Result<Args> {
+        if self.run.is_none() && self.model.is_none() {
+            bail!("--data needs the model whose tokenizer reads it"; "add --model FOLDER or --run FOLDER")
+        }
+        let (run, stage, model) = (self.run.clone(), self.stage.clone(), self.model.clone());
+        Ok(Args { run, stage, model, adapter: None, template: self.template })
+    }
+}
+
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum TemplateArg {
     Plain,

@@ -61,6 +61,7 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let m = args.model.load(&args.compute, reporter)?;
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
+    m.assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     let (mut pictures, owner) = (Pictures::default(), args.data.display().to_string());
     pictures.add_all(&owner, &set);
     pictures.prove(&BTreeSet::from([owner]), m.assembly.images.as_ref(), reporter)?;

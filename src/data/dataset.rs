@@ -1,6 +1,6 @@
 //! All samples of a stage, encoded and checked.
 
-use super::encode::{Sample, TextEncoder};
+use super::encode::{Sample, TextEncoder, Unwritten};
 use super::image::ImageRef;
 use super::source;
 use crate::error::{Error, Result};
@@ -82,8 +82,8 @@ impl Dataset {
     /// # Errors
     /// All problems of samples and image files together, the first twenty by name.
     pub fn conversations(data: &[Data], encoder: &TextEncoder, template: Template) -> Result<Self> {
-        Self::read(data, template, source::conversations, |c, template| {
-            encoder.conversation(c, template).map(Item::Sample)
+        Self::read(data, encoder, template, source::conversations, |c, template| {
+            encoder.counted(c, template).map(|(sample, unwritten)| (Item::Sample(sample), unwritten))
         })
     }
 
@@ -92,28 +92,44 @@ impl Dataset {
     /// # Errors
     /// As [`Self::conversations`].
     pub fn preferences(data: &[Data], encoder: &TextEncoder, template: Template) -> Result<Self> {
-        Self::read(data, template, source::preferences, |p, template| {
-            encoder.preference(p, template).map(|(chosen, rejected)| Item::Pair(chosen, rejected))
+        Self::read(data, encoder, template, source::preferences, |p, template| {
+            let (chosen, rejected) = encoder.preference(p, template)?;
+            let unknown = |s: &Sample| encoder.unknown().is_some_and(|unknown| s.ids.contains(&unknown));
+            let mut unwritten = Unwritten::default();
+            if unknown(&chosen) || unknown(&rejected) {
+                let (a, b) = p.conversations();
+                for c in [a, b] {
+                    unwritten += encoder.unwritten(&c, template)?;
+                }
+            }
+            Ok((Item::Pair(chosen, rejected), unwritten))
         })
     }
 
     fn read<T: Sync>(
         data: &[Data],
+        encoder: &TextEncoder,
         template: Template,
         read: impl Fn(&Data) -> Result<Vec<T>>,
-        encode: impl Fn(&T, Template) -> Result<Item> + Sync,
+        encode: impl Fn(&T, Template) -> Result<(Item, Unwritten)> + Sync,
     ) -> Result<Self> {
         let mut items = vec![];
         let mut problems = vec![];
         for entry in data {
             let template = entry.template.unwrap_or(template);
             let encoded: Vec<_> = read(entry)?.par_iter().map(|raw| encode(raw, template)).collect();
+            let (mut samples, mut unwritten) = (0, Unwritten::default());
             for item in encoded {
                 match item {
-                    Ok(item) => items.push(item),
+                    Ok((item, words)) => {
+                        samples += usize::from(words.unknown > 0);
+                        unwritten += words;
+                        items.push(item);
+                    }
                     Err(e) => problems.push(e.context(entry.path.display())),
                 }
             }
+            encoder.notice(&entry.path, template, samples, unwritten);
         }
         problems.extend(missing_images(&items));
         together(problems)?;
@@ -201,6 +217,7 @@ mod tests {
             system: None,
             max_seq_len,
             truncate: false,
+            date: None,
         };
         TextEncoder::load(&golden("model"), settings).unwrap()
     }

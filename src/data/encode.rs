@@ -7,13 +7,16 @@
 use super::image::ImageRef;
 use super::sight::Sight;
 use super::source::{Conversation, IMAGE_PLACEHOLDER, Picture, Preference, Role, Turn};
-use super::template::{self, ChatTemplate, Marks, Rendered, VICUNA_OPENING, VICUNA_SYSTEM};
+use super::template::{self, ChatTemplate, Marks, Rendered, Source, VICUNA_OPENING, VICUNA_SYSTEM};
 use super::tokenizer::TokenizerFiles;
+use super::tokenizer::guard::{self, Growth};
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use crate::recipe::schema::{Deliver, Template};
+use jiff::civil::Date;
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 /// The label of a position that is no target.
@@ -58,7 +61,44 @@ pub struct TextSettings {
     pub system: Option<String>,
     pub max_seq_len: usize,
     pub truncate: bool,
+    /// The date that chat templates are told; `None` is today's.
+    pub date: Option<Date>,
 }
+
+/// A chat template that is compiled when it is first used, so that one that is not used does no harm.
+struct Chat {
+    source: Source,
+    compiled: OnceLock<Result<ChatTemplate>>,
+}
+
+/// Ids and labels of a text.
+struct Encoded {
+    ids: Vec<u32>,
+    labels: Vec<i32>,
+    /// Is a part of the text written as an unknown token?
+    lossy: bool,
+}
+
+/// Text that the tokenizer cannot write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Unwritten {
+    /// Words with an unknown token.
+    pub unknown: usize,
+    /// All words.
+    pub words: usize,
+}
+
+impl std::ops::AddAssign for Unwritten {
+    fn add_assign(&mut self, other: Self) {
+        self.unknown += other.unknown;
+        self.words += other.words;
+    }
+}
+
+/// Bytes of text for each token of `max_seq_len`, beyond which a text cannot fit however it is encoded.
+const BYTES_PER_TOKEN: usize = 1024;
+/// What is encoded in any case, in bytes.
+const ALWAYS_ENCODED: usize = 1 << 20;
 
 /// Renders and encodes conversations for one model; a clone shares the tokenizer.
 #[derive(Clone)]
@@ -71,8 +111,12 @@ pub struct TextEncoder {
     /// `None`: the model takes no pictures.
     image_token_id: Option<u32>,
     image_token_added: bool,
+    unknown: Option<u32>,
+    growth: Growth,
     marks: Marks,
-    chat: Option<Arc<Result<ChatTemplate>>>,
+    chat: Option<Arc<Chat>>,
+    /// What was odd about texts that were encoded, shared by all clones.
+    notices: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl TextEncoder {
@@ -94,15 +138,10 @@ impl TextEncoder {
                 (Some(id), added)
             }
         };
+        let bos = files.leading;
         let text_of = |id: &u32| files.tokenizer.id_to_token(*id);
-        let bos_text = files.bos.clone().or_else(|| settings.bos.as_ref().and_then(text_of));
-        let bos_id = bos_text.as_deref().and_then(|t| files.tokenizer.token_to_id(t));
-        let bos = match files.add_bos {
-            Some(true) => bos_id,
-            Some(false) => None,
-            None => files.leading,
-        };
-        let Some(eos_text) = files.eos.clone().or_else(|| settings.eos.first().and_then(text_of)) else {
+        let own = files.names.get("eos_token").cloned();
+        let Some(eos_text) = own.or_else(|| settings.eos.first().and_then(text_of)) else {
             bail!("{here} names no end token"; "set eos_token in tokenizer_config.json, or eos_token_id in config.json");
         };
         let Some(eos) = files.tokenizer.token_to_id(&eos_text) else {
@@ -110,14 +149,29 @@ impl TextEncoder {
         };
         let mut eos_ids = vec![eos];
         eos_ids.extend(settings.eos.iter().filter(|&&id| id != eos));
-        let bos_text = bos.as_ref().and_then(text_of).or(bos_text).unwrap_or_default();
-        let marks = Marks { bos: bos_text, eos: eos_text, image: settings.image_token.clone() };
-        let special = files.special_texts();
-        let chat =
-            files.chat_template.as_deref().map(|source| Arc::new(ChatTemplate::new(source, marks.clone(), special)));
-        let TokenizerFiles { tokenizer, post_processor, .. } = files;
+        let marks = Marks { eos: eos_text, image: settings.image_token.clone() };
+        let (special, unknown) = (files.special_texts(), files.unknown());
+        let TokenizerFiles { tokenizer, post_processor, names, growth, chat_template, .. } = files;
+        let chat = chat_template.map(|template| {
+            let image = marks.image.clone();
+            let date = settings.date.unwrap_or_else(|| jiff::Zoned::now().date());
+            Arc::new(Chat { source: Source { template, names, special, image, date }, compiled: OnceLock::new() })
+        });
         let tokenizer = Arc::new(tokenizer);
-        Ok(Self { tokenizer, post_processor, settings, bos, eos_ids, image_token_id, image_token_added, marks, chat })
+        Ok(Self {
+            tokenizer,
+            post_processor,
+            settings,
+            bos,
+            eos_ids,
+            image_token_id,
+            image_token_added,
+            unknown,
+            growth,
+            marks,
+            chat,
+            notices: Arc::default(),
+        })
     }
 
     /// The end tokens of an answer; the first is the tokenizer's own.
@@ -143,6 +197,67 @@ impl TextEncoder {
     pub fn seeing(&self, sight: Option<Sight>) -> Self {
         let settings = TextSettings { sight, ..self.settings.clone() };
         Self { settings, ..self.clone() }
+    }
+
+    /// Does the chat template ask for the date?
+    pub fn asks_the_date(&self) -> bool {
+        self.chat.as_ref().is_some_and(|c| c.source.template.contains("strftime_now"))
+    }
+
+    /// The date that the chat template is told.
+    pub fn date(&self) -> Option<Date> {
+        self.chat.as_ref().map(|c| c.source.date)
+    }
+
+    /// The same encoder on another day.
+    pub fn on(&self, date: Date) -> Self {
+        let chat = self
+            .chat
+            .as_ref()
+            .map(|c| Arc::new(Chat { source: Source { date, ..c.source.clone() }, compiled: OnceLock::new() }));
+        Self { chat, settings: TextSettings { date: Some(date), ..self.settings.clone() }, ..self.clone() }
+    }
+
+    /// Keeps what is odd about an entry's texts, although they can be encoded: about its template, and that `unwritten` of the words
+    /// in `samples` of its samples cannot be written.
+    pub fn notice(&self, path: &Path, template: Template, samples: usize, unwritten: Unwritten) {
+        let mut all = self.warnings(template);
+        if let Some(token) = self.unknown_token().filter(|_| unwritten.unknown > 0) {
+            all.push(format!(
+                "{}: the tokenizer cannot write {} of {} words in {samples} sample(s): they become {token}, and nothing of them \
+                 is learnt; use a tokenizer that knows this language, or look at `adfreeze data show`",
+                path.display(),
+                unwritten.unknown,
+                unwritten.words,
+            ));
+        }
+        if let Ok(mut notices) = self.notices.lock() {
+            notices.extend(all);
+        }
+    }
+
+    /// Takes out what was kept.
+    pub fn notices(&self) -> Vec<String> {
+        self.notices.lock().map(|mut all| std::mem::take(&mut *all).into_iter().collect()).unwrap_or_default()
+    }
+
+    /// What is odd about a template, although it can be used.
+    pub fn warnings(&self, template: Template) -> Vec<String> {
+        let Some(chat) = (template == Template::Chat).then(|| self.chat().ok()).flatten() else { return Vec::new() };
+        let mut out = chat.warnings();
+        let (eos, id) = (&self.marks.eos, chat.end_token().map(|t| (t, self.tokenizer.token_to_id(t))));
+        match id {
+            None => out.push(format!(
+                "the chat template ends answers with no special token: the model is not taught to stop; write {eos} behind \
+                 each answer in chat_template.jinja, or use the template `vicuna_v1`"
+            )),
+            Some((token, id)) if !id.is_some_and(|id| self.eos_ids.contains(&id)) => out.push(format!(
+                "the chat template ends answers with {token}, but generation stops at {eos}; add the id of {token} to \
+                 eos_token_id in generation_config.json or config.json"
+            )),
+            Some(_) => {}
+        }
+        out
     }
 
     /// Pictures as the model sees them; an error if it sees none.
@@ -180,7 +295,19 @@ impl TextEncoder {
     /// A sample without label tokens, one longer than `max_seq_len` (unless `truncate`), or one that its template
     /// cannot render; the error names the sample.
     pub fn conversation(&self, c: &Conversation, template: Template) -> Result<Sample> {
-        self.sample(c, template).with_context(|| format!("sample {}", c.id))
+        self.sample(c, template).map(|(sample, _)| sample).with_context(|| format!("sample {}", c.id))
+    }
+
+    /// Encodes one conversation, and counts its words if the tokenizer cannot write all of them.
+    ///
+    /// # Errors
+    /// As [`Self::conversation`].
+    pub fn counted(&self, c: &Conversation, template: Template) -> Result<(Sample, Unwritten)> {
+        let encode = || -> Result<_> {
+            let (sample, lossy) = self.sample(c, template)?;
+            Ok((sample, if lossy { self.unwritten(c, template)? } else { Unwritten::default() }))
+        };
+        encode().with_context(|| format!("sample {}", c.id))
     }
 
     /// Encodes both answers: chosen, rejected.
@@ -189,16 +316,18 @@ impl TextEncoder {
     /// As [`Self::conversation`].
     pub fn preference(&self, p: &Preference, template: Template) -> Result<(Sample, Sample)> {
         let (chosen, rejected) = p.conversations();
-        let encode =
-            |c, which: &str| self.sample(c, template).with_context(|| format!("sample {}, {which} answer", p.id));
+        let encode = |c, which: &str| {
+            self.sample(c, template).map(|s| s.0).with_context(|| format!("sample {}, {which} answer", p.id))
+        };
         Ok((encode(&chosen, "chosen")?, encode(&rejected, "rejected")?))
     }
 
-    fn sample(&self, c: &Conversation, template: Template) -> Result<Sample> {
+    /// A sample, and whether a part of it is written as unknown tokens.
+    fn sample(&self, c: &Conversation, template: Template) -> Result<(Sample, bool)> {
         let rendered = self.render(c, template)?;
         let mut images = self.images(&c.images)?;
         let tokens = self.image_tokens(&images);
-        let (mut ids, mut labels) = self.encode(&rendered, &tokens)?;
+        let Encoded { mut ids, mut labels, lossy } = self.encode(&rendered, &tokens, template)?;
         let max = self.settings.max_seq_len;
         if ids.len() > max {
             let len = ids.len();
@@ -214,7 +343,7 @@ impl TextEncoder {
         if sample.targets() == 0 {
             bail!("no label token is left"; "give the sample an answer that begins within max_seq_len = {max} tokens");
         }
-        Ok(sample)
+        Ok((sample, lossy))
     }
 
     /// Cuts to `max` tokens, or before a picture that would be cut in two; returns how many pictures are left. `tokens`: of each
@@ -259,15 +388,15 @@ impl TextEncoder {
         };
         let turns = vec![Turn { role: Role::User, text }];
         let rendered = match template {
-            Template::Plain => self.marks.image.repeat(n_images),
+            Template::Plain => self.marks.image.repeat(n_images) + turns[0].text.replace(IMAGE_PLACEHOLDER, "").trim(),
             Template::VicunaV1 => {
                 let c = Conversation { id: String::new(), images: vec![], turns, category: None, absent: vec![] };
                 template::vicuna_v1(&c, self.system(), &self.marks).text + VICUNA_OPENING
             }
-            Template::Chat => self.chat()?.render(&turns, true)?,
+            Template::Chat => self.chat()?.prompt(&turns)?,
         };
-        let rendered = Rendered { text: rendered, trained: vec![], images: n_images };
-        Ok((self.encode(&rendered, &self.image_tokens(&images))?.0, images))
+        let rendered = Rendered { text: rendered, trained: vec![], overlapping: false, images: n_images };
+        Ok((self.encode(&rendered, &self.image_tokens(&images), template)?.ids, images))
     }
 
     /// The text of some tokens, special ones left out.
@@ -281,26 +410,43 @@ impl TextEncoder {
 
     fn chat(&self) -> Result<&ChatTemplate> {
         let hint = "use the template `vicuna_v1`, or a tokenizer with chat_template.jinja";
-        match self.chat.as_deref() {
-            Some(Ok(template)) => Ok(template),
-            Some(Err(e)) => Err(Error::new(e.to_string()).hint(e.hint_text().unwrap_or(hint))),
-            None => bail!("the tokenizer has no chat template"; "{hint}"),
-        }
+        let Some(chat) = &self.chat else { bail!("the tokenizer has no chat template"; "{hint}") };
+        let compiled = chat.compiled.get_or_init(|| ChatTemplate::new(chat.source.clone()));
+        compiled.as_ref().map_err(|e| Error::new(e.to_string()).hint(e.hint_text().unwrap_or(hint)))
+    }
+
+    /// bos, where transformers puts it in front: a tokenizer alone renders chat templates without one, a processor, which a model
+    /// with pictures has, adds it.
+    fn front(&self, template: Template) -> Option<u32> {
+        self.bos.filter(|_| template != Template::Chat || self.settings.sight.is_some())
+    }
+
+    /// As much of a text as `max_seq_len` can need.
+    fn bounded<'a>(&self, text: &'a str) -> Result<&'a str> {
+        let most = self.settings.max_seq_len.saturating_mul(BYTES_PER_TOKEN).max(ALWAYS_ENCODED);
+        let text = if text.len() <= most {
+            text
+        } else if self.settings.truncate {
+            &text[..(0..=most).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)]
+        } else {
+            bail!("{} bytes of text are more than max_seq_len = {} tokens can hold", text.len(), self.settings.max_seq_len;
+                "raise model.max_seq_len, set model.truncate = true, or shorten the sample");
+        };
+        self.growth.check(text, most.saturating_mul(64))?;
+        Ok(text)
     }
 
     /// Ids and labels of a rendered text; its pictures take `image_tokens`.
-    fn encode(&self, r: &Rendered, image_tokens: &[usize]) -> Result<(Vec<u32>, Vec<i32>)> {
-        let encoding = self
-            .tokenizer
-            .encode(r.text.as_str(), false)
-            .map_err(|e| Error::new(format!("the tokenizer cannot encode the text: {e}")))?;
+    fn encode(&self, r: &Rendered, image_tokens: &[usize], template: Template) -> Result<Encoded> {
+        let text = self.bounded(&r.text)?;
+        let encoding = guard::encode(&self.tokenizer, text, false)?;
         let tokens = encoding.get_ids();
         let mut ids = Vec::with_capacity(tokens.len() + 1 + image_tokens.iter().sum::<usize>());
         // A chat template may write bos itself.
-        ids.extend(self.bos.filter(|bos| tokens.first() != Some(bos)));
+        ids.extend(self.front(template).filter(|bos| tokens.first() != Some(bos)));
         let mut labels = vec![IGNORE; ids.len()];
-        let mut images = 0;
-        for (&id, &(start, _)) in tokens.iter().zip(encoding.get_offsets()) {
+        let (mut images, mut lossy) = (0, false);
+        for (&id, &(start, end)) in tokens.iter().zip(encoding.get_offsets()) {
             if Some(id) == self.image_token_id {
                 ids.extend(std::iter::repeat_n(id, image_tokens.get(images).copied().unwrap_or(0)));
                 images += 1;
@@ -312,16 +458,50 @@ impl TextEncoder {
                 bail!("the token {token:?} has the id {id}, but the embedding table has {} rows", self.settings.vocab_size;
                     "use the tokenizer that belongs to the language model");
             }
+            lossy |= Some(id) == self.unknown;
             let span = r.trained.get(r.trained.partition_point(|span| span.end <= start));
+            let inside = |span: &std::ops::Range<usize>| span.start <= start || r.overlapping && span.start < end;
             ids.push(id);
-            labels.push(if span.is_some_and(|span| span.start <= start) { id as i32 } else { IGNORE });
+            labels.push(if span.is_some_and(inside) { id as i32 } else { IGNORE });
         }
-        if images != r.images {
+        if images != r.images && text.len() == r.text.len() {
             bail!("the text has {images} image token(s), but there are {} image(s)", r.images;
                 "an answer or system text must not contain {}; set model.image_token to a token that texts do not use",
                 self.marks.image);
         }
-        Ok((ids, labels))
+        Ok(Encoded { ids, labels, lossy })
+    }
+
+    /// How many words of a conversation the tokenizer writes as unknown tokens.
+    pub fn unwritten(&self, c: &Conversation, template: Template) -> Result<Unwritten> {
+        let rendered = self.render(c, template)?;
+        let text = self.bounded(&rendered.text)?;
+        let encoding = guard::encode(&self.tokenizer, text, false)?;
+        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let unknown: Vec<usize> = tokens.filter(|(id, _)| Some(**id) == self.unknown).map(|(_, at)| at.0).collect();
+        let mut out = Unwritten::default();
+        for word in text.split_whitespace() {
+            let start = word.as_ptr() as usize - text.as_ptr() as usize;
+            let first = unknown.partition_point(|at| *at < start);
+            out.words += 1;
+            out.unknown += usize::from(unknown.get(first).is_some_and(|at| *at < start + word.len()));
+        }
+        Ok(out)
+    }
+
+    /// What stands for text that the tokenizer cannot write.
+    pub fn unknown(&self) -> Option<u32> {
+        self.unknown
+    }
+
+    /// The text of the unknown token.
+    pub fn unknown_token(&self) -> Option<String> {
+        self.tokenizer.id_to_token(self.unknown?)
+    }
+
+    /// A token as the vocabulary writes it.
+    pub fn piece(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
     }
 }
 

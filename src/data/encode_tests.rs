@@ -34,6 +34,7 @@ fn settings() -> TextSettings {
         system: None,
         max_seq_len: 2048,
         truncate: false,
+        date: None,
     }
 }
 
@@ -105,6 +106,10 @@ fn a_prompt_is_what_comes_before_the_first_label() {
     let front = encoder.prompt("What is it?", &pictures(1), Template::VicunaV1).unwrap();
     assert_eq!(front, encoder.prompt("What is <image>it?", &pictures(1), Template::VicunaV1).unwrap());
     assert!(encoder.prompt("<image><image>", &pictures(1), Template::VicunaV1).is_err());
+    // The beginning of a caption.
+    let begun = encoder.prompt("A red", &pictures(1), Template::Plain).unwrap().0;
+    let bare = encoder.prompt("", &pictures(1), Template::Plain).unwrap().0;
+    assert!(begun.len() > bare.len() && begun.starts_with(&bare));
 }
 
 fn text_only(turns: &[(Role, &str)]) -> Conversation {
@@ -169,7 +174,7 @@ fn finds_a_place_for_the_image_token() {
     let free = TextEncoder::load(&dir, base.clone()).unwrap();
     assert!(free.image_token_added());
     assert!(free.tokenizer_json().unwrap().contains("<picture>"));
-    let ids: Vec<u32> = free.prompt("hello", &pictures(1), Template::Plain).unwrap().0;
+    let ids: Vec<u32> = free.prompt("", &pictures(1), Template::Plain).unwrap().0;
     assert_eq!(ids[1..], vec![free.image_token_id().unwrap(); free.sight().unwrap().tokens]);
     let full = TextSettings { vocab_size: free.image_token_id().unwrap() as usize, ..base.clone() };
     let no_tower = TextEncoder::load(&dir, TextSettings { sight: None, ..full.clone() }).unwrap();
@@ -180,7 +185,7 @@ fn finds_a_place_for_the_image_token() {
     );
     // Visual tokens take its place: it needs no row.
     let beyond = TextEncoder::load(&dir, full.clone()).unwrap();
-    assert_eq!(beyond.prompt("hello", &pictures(1), Template::Plain).unwrap().0, ids);
+    assert_eq!(beyond.prompt("", &pictures(1), Template::Plain).unwrap().0, ids);
     let beside = full.sight.map(|s| Sight { deliver: Deliver::CrossAttention, ..s });
     let e = TextEncoder::load(&dir, TextSettings { sight: beside, ..full }).err().unwrap();
     assert!(e.cause().contains("embedding table") && e.hint_text().unwrap().contains("model.image_token"), "{e}");

@@ -192,6 +192,7 @@ fn pictures(paths: Option<OneOrMany>, data: &Data) -> Vec<Picture> {
 
 fn turns(raw: Vec<RawTurn>) -> Result<Vec<Turn>> {
     let mut out: Vec<Turn> = Vec::with_capacity(raw.len());
+    let (mut dropped, mut before) = (false, String::new());
     for (i, t) in raw.into_iter().enumerate() {
         let role = match t.from.as_str() {
             "human" | "user" => Role::User,
@@ -201,13 +202,17 @@ fn turns(raw: Vec<RawTurn>) -> Result<Vec<Turn>> {
         };
         let last = out.last().map(|t| t.role);
         match (role, last) {
-            (Role::Assistant, None | Some(Role::System)) => continue,
+            (Role::Assistant, None | Some(Role::System)) if !dropped => {
+                (dropped, before) = (true, t.from);
+                continue;
+            }
             (Role::System, None) | (Role::User, None | Some(Role::System | Role::Assistant)) => {}
             (Role::Assistant, Some(Role::User)) => {}
-            _ => bail!("turn {i} is out of order: {role:?} after {last:?}";
+            _ => bail!("turn {i} is out of order: {} after {before}", t.from;
                 "a system turn may come first; then human and gpt take turns"),
         }
         out.push(Turn { role, text: t.value });
+        before = t.from;
     }
     Ok(out)
 }

@@ -1,7 +1,7 @@
 use super::*;
 
 fn marks() -> Marks {
-    Marks { bos: "<s>".into(), eos: "</s>".into(), image: "<image>".into() }
+    Marks { eos: "</s>".into(), image: "<image>".into() }
 }
 
 fn talk(turns: &[(Role, &str)]) -> Conversation {
@@ -37,7 +37,14 @@ const CHATML: &str = "{% for message in messages %}{% if loop.first and messages
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 fn chat(source: &str) -> Result<ChatTemplate> {
-    ChatTemplate::new(source, marks(), ["<|im_start|>", "<|im_end|>", "</s>"].map(String::from).to_vec())
+    let names = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(k, v)| (k.to_string(), v.to_string()));
+    ChatTemplate::new(Source {
+        template: source.into(),
+        names: names.into(),
+        special: ["<|im_start|>", "<|im_end|>", "</s>"].map(String::from).to_vec(),
+        image: "<image>".into(),
+        date: jiff::civil::date(2024, 7, 26),
+    })
 }
 
 #[test]

@@ -1,11 +1,15 @@
 //! A Hugging Face tokenizer folder: the tokenizer itself, its special tokens, its chat template.
 
+pub(super) mod guard;
+mod special;
+
 use crate::bail;
 use crate::error::{Context, Error, Result};
 use serde::de::IgnoredAny;
 use serde_json::Value;
-use std::panic::catch_unwind;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use tokenizers::models::ModelWrapper;
 use tokenizers::{AddedToken, PostProcessorWrapper, Tokenizer};
 
 /// What a tokenizer folder holds.
@@ -13,12 +17,13 @@ pub(super) struct TokenizerFiles {
     /// Without truncation, padding and post-processor: it encodes just the text, with untrimmed offsets.
     pub tokenizer: Tokenizer,
     pub post_processor: Option<PostProcessorWrapper>,
-    /// The special token that the tokenizer itself puts in front of a text.
+    /// The special token that the tokenizer itself puts in front of a text: what its post-processor says. As in transformers 5,
+    /// `add_bos_token` of `tokenizer_config.json` has no say beside a `tokenizer.json`.
     pub leading: Option<u32>,
-    /// `tokenizer_config.json`'s `add_bos_token`.
-    pub add_bos: Option<bool>,
-    pub bos: Option<String>,
-    pub eos: Option<String>,
+    /// Named special tokens (`bos_token`, `eos_token`, …): name → text.
+    pub names: BTreeMap<String, String>,
+    /// How much longer the normalizer can make a text.
+    pub growth: guard::Growth,
     pub chat_template: Option<String>,
 }
 
@@ -36,21 +41,14 @@ impl TokenizerFiles {
         let mut tokenizer = open(&file)?;
         tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
         tokenizer.with_padding(None);
-        let leading = leading_token(&tokenizer)?;
+        let growth = guard::Growth::of(&tokenizer).with_context(|| file.display())?;
+        let leading = leading_token(&tokenizer).with_context(|| file.display())?;
         let post_processor = tokenizer.get_post_processor().cloned();
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let map = read_json(&dir.join("special_tokens_map.json"))?;
-        let special = |key: &str| token_text(&config[key]).or_else(|| token_text(&map[key]));
-        Ok(Self {
-            leading,
-            add_bos: config["add_bos_token"].as_bool(),
-            bos: special("bos_token"),
-            eos: special("eos_token"),
-            chat_template: chat_template(&dir, &config)?,
-            tokenizer,
-            post_processor,
-        })
+        let names = special::add(&mut tokenizer, &config, &map)?;
+        Ok(Self { leading, names, growth, chat_template: chat_template(&dir, &config)?, tokenizer, post_processor })
     }
 
     /// The id of the image token, which is added if the tokenizer does not know it; the second value tells.
@@ -59,8 +57,11 @@ impl TokenizerFiles {
     /// there are any: where visual tokens take its place, none is ever read.
     pub fn image_token(&mut self, text: &str, expected: Option<u32>, rows: Option<usize>) -> Result<(u32, bool)> {
         let known = self.tokenizer.token_to_id(text);
-        let token = AddedToken::from(text, true);
-        self.tokenizer.add_special_tokens([token]).map_err(|e| Error::new(e.to_string()))?;
+        // A token that is there keeps its own `lstrip` and `rstrip`.
+        if !self.tokenizer.get_added_tokens_decoder().into_values().any(|t| t.content == text) {
+            let token = AddedToken::from(text, true);
+            self.tokenizer.add_special_tokens([token]).map_err(|e| Error::new(e.to_string()))?;
+        }
         let Some(id) = self.tokenizer.token_to_id(text) else {
             bail!("the tokenizer cannot take up the image token {text:?}"; "choose another model.image_token");
         };
@@ -100,6 +101,18 @@ impl TokenizerFiles {
         found.into_iter().filter(fits).take(5).map(|(_, t)| t.content).collect()
     }
 
+    /// What stands for a text that the tokenizer cannot write.
+    pub fn unknown(&self) -> Option<u32> {
+        let own = match self.tokenizer.get_model() {
+            ModelWrapper::BPE(m) => m.get_unk_token().as_deref(),
+            ModelWrapper::WordPiece(m) => Some(m.unk_token.as_str()),
+            ModelWrapper::WordLevel(m) => Some(m.unk_token.as_str()),
+            ModelWrapper::Unigram(_) => None,
+        };
+        let text = own.or(self.names.get("unk_token").map(String::as_str));
+        text.and_then(|t| self.tokenizer.token_to_id(t))
+    }
+
     /// The texts of all special tokens, by id.
     pub fn special_texts(&self) -> Vec<String> {
         let mut special: Vec<_> =
@@ -117,8 +130,8 @@ fn open(file: &Path) -> Result<Tokenizer> {
     let bytes = std::fs::read(file).map_err(|e| damaged(&e))?;
     // `tokenizers` panics on some files that are no JSON, or that have a part of another kind than it expects.
     serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| damaged(&e))?;
-    let read = catch_unwind(|| Tokenizer::from_bytes(&bytes));
-    read.map_err(|_| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e))
+    let read = guard::catch(|| Tokenizer::from_bytes(&bytes));
+    read.ok_or_else(|| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e))
 }
 
 fn missing(dir: &Path, file: &Path) -> Error {
@@ -134,7 +147,7 @@ fn missing(dir: &Path, file: &Path) -> Error {
 
 /// The id that encoding with special tokens puts in front.
 fn leading_token(tokenizer: &Tokenizer) -> Result<Option<u32>> {
-    let encode = |special| tokenizer.encode("a", special).map_err(|e| Error::new(e.to_string()));
+    let encode = |special| guard::encode(tokenizer, "a", special);
     let (with, without) = (encode(true)?, encode(false)?);
     let longer = with.get_ids().len() > without.get_ids().len();
     Ok(with.get_ids().first().filter(|id| longer && without.get_ids().first() != Some(id)).copied())
@@ -149,16 +162,13 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&bytes).with_context(|| path.display())
 }
 
-/// A token is written as text or as an object with `content`.
-fn token_text(v: &Value) -> Option<String> {
-    v.as_str().or_else(|| v["content"].as_str()).map(String::from)
-}
-
-/// `chat_template.jinja`, `chat_template.json`, or `tokenizer_config.json`'s entry (text, or a list of named ones).
+/// `chat_template.jinja`, `additional_chat_templates/default.jinja`, `chat_template.json`, or `tokenizer_config.json`'s entry (text, or a list of named ones).
 fn chat_template(dir: &Path, config: &Value) -> Result<Option<String>> {
-    let file = dir.join("chat_template.jinja");
-    if file.is_file() {
-        return std::fs::read_to_string(&file).map(Some).with_context(|| file.display());
+    for name in ["chat_template.jinja", "additional_chat_templates/default.jinja"] {
+        let file = dir.join(name);
+        if file.is_file() {
+            return std::fs::read_to_string(&file).map(Some).with_context(|| file.display());
+        }
     }
     let own = read_json(&dir.join("chat_template.json"))?;
     let entry = if own["chat_template"].is_null() { &config["chat_template"] } else { &own["chat_template"] };

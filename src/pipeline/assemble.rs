@@ -436,6 +436,7 @@ impl Parts {
             system: m.system.clone(),
             max_seq_len: m.max_seq_len,
             truncate: m.truncate,
+            date: m.template_date.as_deref().map(super::date::parse).transpose()?,
         };
         TextEncoder::load(&language.tokenizer, settings).context("model.language")
     }

@@ -97,6 +97,7 @@ pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write
     }
     writeln!(out)?;
     problems.extend(all.evaluations(out)?);
+    all.warnings.extend(all.assembly.encoder.notices());
     all.warnings.iter().for_each(|w| reporter.warn(w));
     together(problems)?;
     let (stages, steps) = (recipe.stages.len(), thousands(all.steps));

@@ -8,6 +8,7 @@ pub mod assemble;
 pub mod check;
 pub mod checkpoints;
 pub mod components;
+mod date;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
@@ -73,8 +74,10 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
+    let recipe = &date::kept(recipe, &mut assembly)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
     let (inputs, shown) = survey(recipe, &mut assembly)?;
+    assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }

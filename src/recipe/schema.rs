@@ -94,6 +94,10 @@ pub struct Model {
     /// System text of `vicuna_v1`; `None` is LLaVA's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
+    /// What `strftime_now` of a chat template says, e.g. "2024-07-26", at midnight. Default: the day on which the run began, which is
+    /// kept with the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
     /// Longest sample in tokens, image tokens included. A longer one is an error unless `truncate` says otherwise.
     #[serde(default = "default_max_seq_len")]
     pub max_seq_len: usize,
