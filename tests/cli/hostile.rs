@@ -78,7 +78,11 @@ mod templates {
         refused(&tokenizer(|t| t["normalizer"] = prepend), "vicuna_v1", &["tokenizer.json", "in front of every text"]);
         let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(1000)});
         let all = json!({"type": "Sequence", "normalizers": vec![replace; 4]});
-        refused(&tokenizer(|t| t["normalizer"] = all), "vicuna_v1", &["normalizer can make"]);
+        refused(
+            &tokenizer(|t| t["normalizer"] = all),
+            "vicuna_v1",
+            &["tokenizer.json", "normalizer can make a text 1000000000000 times as long"],
+        );
     }
 
     #[test]
