@@ -147,8 +147,8 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
     file.seek(SeekFrom::Start(8))?;
     let mut head: Option<[u8; 13]> = None;
     let (mut exif, mut xmp): (Option<Vec<u8>>, Option<Vec<u8>>) = (None, None);
+    let mut at = 8;
     loop {
-        let at = file.stream_position()?;
         // Pillow asks for no end mark either; whether the pixels are all there is the decoder's to say.
         let mut start = [0; 8];
         if end - at < 8 {
@@ -162,14 +162,14 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
         if kind == *b"CgBI" {
             bail!("it is written in Apple's own way for iPhones (CgBI)"; "convert it to a usual PNG")
         }
-        let whole = at + 12 + length;
+        let (whole, mut read) = (at + 12 + length, at + 8);
         let is_text = matches!(&kind, b"eXIf" | b"iTXt" | b"zTXt" | b"tEXt");
         if essence && matches!(&kind, b"IHDR" | b"PLTE" | b"tRNS" | b"IDAT" | b"IEND") {
             kept.extend(start);
-            file.by_ref().take(length + 4).read_to_end(&mut kept)?;
+            read += file.by_ref().take(length + 4).read_to_end(&mut kept)? as u64;
         } else if (kind == *b"IHDR" || is_text) && length <= LONGEST_TEXT {
             let mut body = vec![];
-            file.by_ref().take(length).read_to_end(&mut body)?;
+            read += file.by_ref().take(length).read_to_end(&mut body)? as u64;
             match &kind {
                 b"IHDR" => head = body.try_into().ok(),
                 b"eXIf" => exif = exif.or(Some(body)),
@@ -182,7 +182,9 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
         if kind == *b"IEND" || whole > end {
             break;
         }
-        file.seek(SeekFrom::Start(whole))?;
+        // Within what is buffered, if it can be.
+        file.seek_relative((whole - read) as i64)?;
+        at = whole;
     }
     let Some([w0, w1, w2, w3, h0, h1, h2, h3, bits, colour, ..]) = head else { bail!("it has no header (IHDR)") };
     let number = |b: [u8; 4]| u32::from_be_bytes(b) as usize;

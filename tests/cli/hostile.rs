@@ -292,7 +292,7 @@ mod data {
         sparse(&f.path("line"), &line, 20 << 30);
         refused(score(&f, &f.path("line"), &images), &["line, line 1 is longer than 64 MiB"]);
         for (name, text) in [("deep", "[".repeat(200_000)), ("deeper", format!("[{{\"x\":{}", "[".repeat(200_000)))] {
-            refused(score(&f, &f.write(name, &text), &images), &[name, "recursion limit"]);
+            refused(score(&f, &f.write(name, &text), &images), &[name, "a sample looks like"]);
         }
     }
 
@@ -336,13 +336,13 @@ mod data {
     }
 
     #[test]
-    fn texts_and_profiles_of_a_gigabyte_are_not_unpacked() {
+    fn texts_and_profiles_of_hundreds_of_megabytes_are_not_unpacked() {
         let f = Folder::new();
         let dir = f.path("images");
         fs::create_dir(&dir).unwrap();
         let mut packed = flate2::write::ZlibEncoder::new(vec![], flate2::Compression::fast());
         let part = vec![0; 1 << 20];
-        (0..1024).for_each(|_| packed.write_all(&part).unwrap());
+        (0..256).for_each(|_| packed.write_all(&part).unwrap());
         let packed = packed.finish().unwrap();
         let whole = fs::read(golden("images/exact0.png")).unwrap();
         for (kind, key) in [
