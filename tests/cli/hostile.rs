@@ -12,7 +12,7 @@ mod templates {
         let f = Folder::new();
         f.model("model", |_| ());
         f.write("model/chat_template.jinja", template);
-        let turn = |i: usize| json!({"from": ["human", "gpt"][i % 2], "value": "a".repeat(50)});
+        let turn = |i: usize| json!({"from": (["human", "gpt"][i % 2]), "value": "a".repeat(50)});
         let talk: Vec<Value> = (0..turns).map(turn).collect();
         f.write("d.json", &json!([{"conversations": talk}, {"conversations": talk}]).to_string());
         f
