@@ -48,7 +48,9 @@ impl TokenizerFiles {
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let map = read_json(&dir.join("special_tokens_map.json"))?;
         let names = special::add(&mut tokenizer, &config, &map)?;
-        Ok(Self { leading, names, growth, chat_template: chat_template(&dir, &config)?, tokenizer, post_processor })
+        let warnings = rebuilt(&tokenizer, &config, &file)?.into_iter().collect();
+        let chat_template = chat_template(&dir, &config)?;
+        Ok(Self { leading, names, growth, chat_template, warnings, tokenizer, post_processor })
     }
 
     /// The id of the image token, which is added if the tokenizer does not know it; the second value tells.

@@ -282,6 +282,8 @@ fn templates_that_write_the_past_otherwise() {
     let trimmed = PHI3.replace("m.content +", "m.content | trim +");
     trains(&trimmed, &talk, &["Ada.<|end|>", "Then.<|end|>"]);
     trains(&PHI3.replace("+ m.content", "+ (m.content | tojson)"), &[(U, "q"), (A, "a")], &["\"a\"<|end|>"]);
+    let quoted = PHI3.replace("+ m.content", "+ (m.content | tojson)");
+    trains(&quoted, &[(U, "q"), (A, " a \n"), (U, "r"), (A, "b")], &["\" a \\n\"<|end|>", "\"b\"<|end|>"]);
     trains(PHI3, &[(U, "q"), (A, "a"), (U, "r")], &["a<|end|>"]);
     // As Mistral: the system's text is left out where an answer follows.
     let mistral = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + ' ' if loop.last else '') + m.content + '[/INST]' }}\

@@ -62,11 +62,18 @@ impl Spans<'_> {
         let at = self.text.len() - here.len();
         let added = closing.iter().map(|c| common(c, here)).max().unwrap_or(0);
         let window = &here[..next.saturating_sub(at).min(here.len())];
-        let tokens = self.special.iter().filter_map(|s| Some((window.find(s.as_str())?, s.len())));
-        // The earliest; of those that begin together the longest.
-        let token = tokens.min_by_key(|&(at, len)| (at, std::cmp::Reverse(len)));
+        // The token that ends the last answer ends this one as well, if it is there.
+        let usual = closing.iter().find_map(|c| self.token(c).map(|(begin, len)| &c[begin..begin + len]));
+        let usual = usual.and_then(|t| Some((window.find(t)?, t.len())));
         let its_own = |&(begin, len): &(usize, usize)| begin < added || begin == 0 && window[..len] == *self.eos;
-        Some(at + token.filter(its_own).map_or(added, |(begin, len)| begin + len))
+        let token = usual.or_else(|| self.token(window).filter(its_own));
+        Some(at + token.map_or(added, |(begin, len)| begin + len))
+    }
+
+    /// The first special token: place and length. Of those that begin together the longest.
+    fn token(&self, text: &str) -> Option<(usize, usize)> {
+        let tokens = self.special.iter().filter_map(|s| Some((text.find(s.as_str())?, s.len())));
+        tokens.min_by_key(|&(at, len)| (at, std::cmp::Reverse(len)))
     }
 }
 
