@@ -38,6 +38,7 @@ pub(super) struct Jpeg {
     /// The colour transform that an Adobe segment states.
     adobe: Option<u8>,
     jfif: bool,
+    progressive: bool,
 }
 
 impl Jpeg {
@@ -54,15 +55,18 @@ impl Jpeg {
 }
 
 impl Header {
-    /// Bytes of a pixel once it is decoded, before it becomes RGB.
+    /// Bytes that a pixel takes until it is RGB, that included.
     pub fn pixel_bytes(&self) -> u64 {
         match &self.layout {
+            // These are decoded in place.
+            Layout::Png { bits: 8, colour: 2, .. } => 3,
             Layout::Png { bits, colour, .. } => {
-                let channels = [2, 1, 3, 4, 2, 1, 4][usize::from(*colour).min(6)];
-                channels * u64::from(bits.div_ceil(8))
+                let channels = [2, 1, 4, 4, 2, 1, 4][usize::from(*colour).min(6)];
+                channels * u64::from(bits.div_ceil(8)) + 3
             }
-            // Coefficients of progressive pictures are kept until the last scan.
-            Layout::Jpeg(j) => 3 + 2 * j.sampling.len() as u64,
+            // All coefficients are kept until the last scan.
+            Layout::Jpeg(j) if j.progressive => 3 + 2 * j.sampling.len() as u64,
+            Layout::Jpeg(j) => 3 + u64::from(j.sampling.len() == 1),
         }
     }
 }
@@ -294,6 +298,7 @@ fn frame(code: u8, frame: &[u8], jpeg: &mut Jpeg) -> Result<[usize; 2]> {
     if bits != 8 {
         bail!("it is a JPEG of {bits} bits a colour"; "{HINT}")
     }
+    jpeg.progressive = code == 0xc2;
     let size = [[h0, h1], [w0, w1]].map(|b| usize::from(u16::from_be_bytes(b)));
     if size[0] == 0 {
         bail!("it is a JPEG whose height stands behind its pixels (DNL)"; "{HINT}")
