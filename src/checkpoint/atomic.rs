@@ -1,11 +1,15 @@
 //! Files and folders that are there whole or not at all: written beside their place, synced, then renamed into it.
 //!
-//! Whatever goes wrong while writing (a full disk, a kill, a crash), what was there before stays as it was.
+//! Whatever goes wrong while writing (a full disk, a kill, a crash), what was there before stays as it was. A folder is
+//! replaced only if everything in it was written here: others' files are never removed.
 
+use super::sums::{self, Sums, hex};
+use crate::bail;
 use crate::error::{Context, Error, Result};
+use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{Builder, TempPath};
 
@@ -19,6 +23,30 @@ pub fn write_out(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -
             filled(path, stream, fill).map(drop)
         }
     }
+}
+
+/// Refuses a path for [`write_out`] where something stands that is not `what`, as `ours` knows it by its first line: a command
+/// that writes its results never replaces a user's file. An empty file, a device and a pipe are free.
+///
+/// # Errors
+/// Another file is there; it cannot be read; it is a folder.
+pub fn free_for(path: &Path, what: &str, ours: impl Fn(&str) -> bool) -> Result<()> {
+    let Place::File(file) = place(path).map_err(|e| storage_error(path, e))? else { return Ok(()) };
+    if file.is_dir() {
+        bail!("{} is a folder", path.display(); "name a file")
+    }
+    let mut first = Vec::new();
+    match File::open(&file) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        // A line of ours may be long, but no longer than this.
+        open => open.and_then(|f| BufReader::new(f.take(1 << 24)).read_until(b'\n', &mut first)),
+    }
+    .with_context(|| format!("cannot read {}, which would be replaced", path.display()))?;
+    if first.is_empty() || ours(&String::from_utf8_lossy(&first)) {
+        return Ok(());
+    }
+    bail!("{} is there already, and it holds no {what}: it is not replaced", path.display();
+        "choose another name, or move the file away")
 }
 
 /// Where the bytes for a path go.
@@ -54,6 +82,17 @@ fn place(path: &Path) -> std::io::Result<Place> {
 
 /// Writes a file through `fill`; it appears at `path`, in the place of what was there, when all of it is on the disk.
 pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    replace(path, fill)
+}
+
+/// As [`write()`]; returns the SHA-256 of what was written, in hex.
+pub fn write_summed(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<String> {
+    let mut hash = Sha256::new();
+    replace(path, |out| fill(&mut Hashed { inner: out, hash: &mut hash }))?;
+    Ok(hex(&hash.finalize()))
+}
+
+fn replace(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let dir = parent(path);
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
@@ -87,8 +126,39 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes a folder through `fill`, which gets an empty folder beside `path`; it takes the place of `path` when everything
-/// in it is on the disk. An older folder of that name is moved aside, replaced, then removed.
+/// in it is on the disk.
+///
+/// # Errors
+/// Something is there already, other than an empty folder.
 pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if path.is_dir() && entries(path).with_context(|| path.display().to_string())?.is_empty() {
+        fs::remove_dir(path).map_err(|e| storage_error(path, e))?;
+    }
+    if fs::symlink_metadata(path).is_ok() {
+        bail!("{} is there already", path.display(); "move it away, or choose another folder")
+    }
+    make(path, fill)
+}
+
+/// As [`directory`], with a list of checksums in the folder: that of the files that `fill` returns, completed by the others. An
+/// older folder of that name is moved aside, replaced, then removed, if it holds nothing but what was written by this function.
+///
+/// # Errors
+/// What is there holds files of others, or files that have changed since (the error names them).
+pub fn summed_directory(path: &Path, fill: impl FnOnce(&Path) -> Result<Sums>) -> Result<()> {
+    let foreign = sums::foreign(path)?;
+    if !foreign.is_empty() {
+        bail!("{} would be replaced, but it holds what adfreeze did not write, or not like this:\n  {}",
+            path.display(), sums::told(&foreign); "move these files away; the same command then goes on")
+    }
+    make(path, |dir| {
+        let mut sums = fill(dir)?;
+        sums.complete(dir)?;
+        sums.write(dir)
+    })
+}
+
+fn make(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let dir = parent(path);
     fs::create_dir_all(dir).map_err(|e| storage_error(path, e))?;
     let mut builder = Builder::new();
@@ -117,21 +187,24 @@ pub fn directory(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
 }
 
 /// Tidies up in `dir` after a process that was killed: removes what it had not finished, and puts back a folder that it had
-/// moved aside but not yet replaced. Nobody else may be writing there. Returns what was removed or put back.
-pub fn recover(dir: &Path) -> Result<Vec<PathBuf>> {
+/// moved aside but not yet replaced; `ours` tells by a name whether it may be of this program. Nobody else may be writing
+/// there. Returns what was removed or put back. What cannot be removed (a network file system may keep files that are open
+/// elsewhere) is a warning, and tried again the next time.
+pub fn recover(dir: &Path, ours: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut done = Vec::new();
     for path in entries(dir).with_context(|| dir.display().to_string())? {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let Some((target, kind)) = temporary_target(name) else { continue };
+        let Some((target, kind)) = temporary_target(name).filter(|(target, _)| ours(target)) else { continue };
         let target = dir.join(target);
-        let unreplaced = kind == OLD && !target.exists() && entries(&path).is_ok_and(|e| !e.is_empty());
-        let result = match () {
-            () if unreplaced => fs::rename(&path, &target),
-            () if path.is_dir() => fs::remove_dir_all(&path),
-            () => fs::remove_file(&path),
-        };
-        result.map_err(|e| storage_error(&path, e))?;
-        done.push(if unreplaced { target } else { path });
+        if kind == OLD && !target.exists() && entries(&path).is_ok_and(|e| !e.is_empty()) {
+            fs::rename(&path, &target).map_err(|e| storage_error(&path, e))?;
+            done.push(target);
+            continue;
+        }
+        match if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) } {
+            Ok(()) => done.push(path),
+            Err(e) => tracing::warn!("cannot remove {}, which a killed process left: {e}", path.display()),
+        }
     }
     Ok(done)
 }
@@ -155,6 +228,23 @@ fn lasting(path: &Path) -> &Path {
     let temporary = |dir: &Path| dir.iter().any(|c| c.to_str().is_some_and(|name| temporary_target(name).is_some()));
     let dir = path.ancestors().skip(1).find(|dir| !temporary(dir));
     dir.filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."))
+}
+
+/// A writer that hashes what goes through.
+struct Hashed<'a> {
+    inner: &'a mut dyn Write,
+    hash: &'a mut Sha256,
+}
+
+impl Write for Hashed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..n]);
+        Ok(n)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 /// A writer that remembers why the disk refused.
@@ -277,13 +367,55 @@ mod tests {
     fn a_folder_is_replaced_as_a_whole() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("adapter");
-        let fill = |name: &'static str| move |d: &Path| write_bytes(&d.join("sub").join(name), name.as_bytes());
-        directory(&path, fill("a")).unwrap();
-        let error = directory(&path, |d| fill("b")(d).and_then(|()| Err(Error::new("stopped"))));
+        let fill = |name: &'static str| {
+            move |d: &Path| write_bytes(&d.join("sub").join(name), name.as_bytes()).map(|()| Sums::default())
+        };
+        summed_directory(&path, fill("a")).unwrap();
+        let error = summed_directory(&path, |d| fill("b")(d).and_then(|_| Err(Error::new("stopped"))));
         assert_eq!(error.unwrap_err().cause(), format!("cannot write {}: stopped", path.display()));
         assert_eq!(names(&path.join("sub")), ["a"]);
-        directory(&path, fill("c")).unwrap();
+        summed_directory(&path, fill("c")).unwrap();
         assert_eq!((names(&path.join("sub")), names(dir.path())), (vec!["c".to_string()], vec!["adapter".to_string()]));
+        assert_eq!(Sums::read(&path).unwrap().unwrap().names().collect::<Vec<_>>(), ["sub/c"]);
+    }
+
+    #[test]
+    fn a_folder_with_files_of_others_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("final");
+        let fill = |d: &Path| write_bytes(&d.join("a"), b"a");
+        fs::create_dir(&path).unwrap();
+        directory(&path, fill).unwrap();
+        assert!(directory(&path, fill).unwrap_err().report().contains("final is there already"));
+        let summed = || summed_directory(&path, |d| fill(d).map(|()| Sums::default()));
+        assert!(summed().unwrap_err().report().contains("final/a"), "not listed");
+        fs::remove_dir_all(&path).unwrap();
+        summed().unwrap();
+        summed().unwrap();
+        for (name, text) in [("notes.txt", "mine"), ("a", "mended by hand")] {
+            write_bytes(&path.join(name), text.as_bytes()).unwrap();
+            let report = summed().unwrap_err().report();
+            assert!(report.contains(&format!("final/{name}")) && report.contains("hint: move these"), "{report}");
+            assert_eq!(fs::read(path.join(name)).unwrap(), text.as_bytes());
+            fs::remove_dir_all(&path).unwrap();
+            summed().unwrap();
+        }
+        assert_eq!(names(dir.path()), ["final"]);
+    }
+
+    #[test]
+    fn results_never_replace_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        let free = || free_for(&path, "scores", |line| line.starts_with("{\"id\""));
+        free().unwrap();
+        for (text, may) in [("", true), ("{\"id\":1}\n", true), ("[{\"id\":1}]", false), ("notes", false)] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(free().is_ok(), may, "{text}");
+        }
+        let report = free().unwrap_err().report();
+        assert!(report.contains("out.jsonl is there already, and it holds no scores"), "{report}");
+        assert!(free_for(dir.path(), "scores", |_| true).unwrap_err().report().contains("is a folder"));
     }
 
     #[test]
@@ -297,11 +429,12 @@ mod tests {
             "kept/y",
             ".new.aB3dE6.tmp/x",
             ".other.tmp",
+            ".mine.aB3dE6.tmp",
         ] {
             write_bytes(&at(name), b"").unwrap();
         }
-        assert_eq!(recover(dir.path()).unwrap().len(), 4);
-        assert_eq!(names(dir.path()), [".other.tmp", "gone", "kept"]);
+        assert_eq!(recover(dir.path(), |target| target != "mine").unwrap().len(), 4);
+        assert_eq!(names(dir.path()), [".mine.aB3dE6.tmp", ".other.tmp", "gone", "kept"]);
         assert_eq!(names(&at("gone")), ["x"]);
     }
 

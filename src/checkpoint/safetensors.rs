@@ -21,38 +21,66 @@ pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap
     save_list(path, tensors, metadata)
 }
 
-/// As [`save`], for tensors named on the way. Names must differ.
-pub(super) fn save_list(
+/// As [`save`]; returns the file's SHA-256, in hex.
+pub fn save_summed(
     path: &Path,
-    mut tensors: Vec<(&str, &Tensor)>,
+    tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
-) -> Result<()> {
-    tensors.sort_by_key(|(name, t)| (Reverse(safetensors::Dtype::from(t.dtype())), *name));
-    let mut header = serde_json::Map::new();
-    if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
-    }
-    let mut end = 0;
-    for (name, tensor) in &tensors {
-        let start = end;
-        end += tensor.elem_count() * tensor.dtype().size_in_bytes();
-        let entry = serde_json::json!({
-            "dtype": safetensors::Dtype::from(tensor.dtype()), "shape": tensor.dims(), "data_offsets": [start, end],
-        });
-        if header.insert((*name).into(), entry).is_some() {
-            bail!("two tensors are called `{name}`");
+) -> Result<String> {
+    let file = Layout::new(tensors.iter().map(|(name, t)| (name.as_str(), t)).collect(), metadata)?;
+    atomic::write_summed(path, |out| file.write(out))
+}
+
+/// The bytes that [`save`] writes.
+pub fn to_bytes(tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    Layout::new(tensors.iter().map(|(name, t)| (name.as_str(), t)).collect(), metadata)?.write(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// As [`save`], for tensors named on the way. Names must differ.
+pub(super) fn save_list(path: &Path, tensors: Vec<(&str, &Tensor)>, metadata: &BTreeMap<String, String>) -> Result<()> {
+    let file = Layout::new(tensors, metadata)?;
+    atomic::write(path, |out| file.write(out))
+}
+
+/// A file before it is written.
+struct Layout<'a> {
+    header: Vec<u8>,
+    tensors: Vec<(&'a str, &'a Tensor)>,
+}
+
+impl<'a> Layout<'a> {
+    fn new(mut tensors: Vec<(&'a str, &'a Tensor)>, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        tensors.sort_by_key(|(name, t)| (Reverse(safetensors::Dtype::from(t.dtype())), *name));
+        let mut header = serde_json::Map::new();
+        if !metadata.is_empty() {
+            header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
         }
-    }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    atomic::write(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
+        let mut end = 0;
         for (name, tensor) in &tensors {
+            let start = end;
+            end += tensor.elem_count() * tensor.dtype().size_in_bytes();
+            let entry = serde_json::json!({
+                "dtype": safetensors::Dtype::from(tensor.dtype()), "shape": tensor.dims(), "data_offsets": [start, end],
+            });
+            if header.insert((*name).into(), entry).is_some() {
+                bail!("two tensors are called `{name}`");
+            }
+        }
+        let mut header = serde_json::to_vec(&header)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        Ok(Self { header, tensors })
+    }
+
+    fn write(&self, out: &mut dyn Write) -> Result<()> {
+        out.write_all(&(self.header.len() as u64).to_le_bytes())?;
+        out.write_all(&self.header)?;
+        for (name, tensor) in &self.tensors {
             write_data(out, tensor).with_context(|| format!("tensor `{name}`"))?;
         }
         Ok(())
-    })
+    }
 }
 
 /// Loads a whole file, as it was stored, on the CPU.

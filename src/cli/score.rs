@@ -26,7 +26,7 @@ pub struct Args {
     /// Folder of the pictures; default: the folder of the data file.
     #[arg(long)]
     images: Option<PathBuf>,
-    /// One JSON object a line: id, loss, label_tokens, logps.
+    /// One JSON object a line: id, loss, label_tokens, logps. Scores that are there already are replaced, any other file is not.
     #[arg(long)]
     out: PathBuf,
     /// Samples a forward pass.
@@ -56,8 +56,16 @@ impl Args {
     }
 }
 
+/// Is this a line that an earlier run has written?
+fn is_line(text: &str) -> bool {
+    let keys = ["id", "loss", "label_tokens", "logps"];
+    let line = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text);
+    line.is_ok_and(|l| l.len() == keys.len() && keys.iter().all(|k| l.contains_key(*k)))
+}
+
 pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let signals = Signals::listen(End::BySignal, |text| reporter.stopping(text))?;
+    atomic::free_for(&args.out, "scores", is_line).context("--out")?;
     let m = args.model.load(&args.compute, reporter)?;
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;

@@ -1,9 +1,10 @@
 //! What a stage leaves behind: everything for adfreeze itself in one file, and the same in the formats of others.
 
-use super::state::{State, is_adapter};
+use super::state::{State, TRAINED, is_adapter};
 use crate::adapters::lora;
 use crate::bail;
 use crate::checkpoint::atomic;
+use crate::checkpoint::sums::Sums;
 use crate::checkpoint::{hf, peft, safetensors};
 use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
@@ -23,17 +24,21 @@ fn save_insert(dir: &Path, cfg: &Adapter, params: &BTreeMap<String, Tensor>) -> 
 
 /// Writes `dir`: `trained.safetensors`; `projector.safetensors` if there is a projector; `adapters/NAME/` in PEFT's
 /// format where it has one; `vision/` and `language/` in HF's layout if their own weights have changed, with what prepares their inputs: the
-/// pictures' preparation as it was used, the tokenizer's files from `tokenizer_dir`.
+/// pictures' preparation as it was used, the tokenizer's files from `tokenizer_dir`; `SHA256SUMS` of all of it. What stands there
+/// already is replaced, unless it holds files of others. Returns the SHA-256 of `trained.safetensors`.
 pub fn write_final(
     state: &mut State,
     dir: &Path,
     tokenizer_dir: &Path,
     images: Option<&ImageProcessor>,
     encoder: &TextEncoder,
-) -> Result<()> {
+) -> Result<String> {
+    let mut trained = String::new();
     let base = if state.vlm.vision.is_some() { peft::Base::Llava } else { peft::Base::Language };
-    atomic::directory(dir, |dir| {
-        state.save(dir)?;
+    atomic::summed_directory(dir, |dir| {
+        let mut sums = Sums::default();
+        trained = state.save(dir)?;
+        sums.set(TRAINED, &trained);
         let params = state.vlm.params();
         let part = |prefix: &str| -> BTreeMap<_, _> {
             params
@@ -74,6 +79,7 @@ pub fn write_final(
                 atomic::write_bytes(&out.join("tokenizer.json"), encoder.tokenizer_json()?.as_bytes())?;
             }
         }
-        Ok(())
-    })
+        Ok(sums)
+    })?;
+    Ok(trained)
 }

@@ -1,10 +1,10 @@
 //! Entering a stage; where adapters are merged on the way, the drift of the log-probabilities is measured.
 
 use super::assemble::{Assembly, sight};
+use super::run_dir::RunDir;
 use super::stage::dataset;
 use super::state::{State, hand_over};
 use crate::bail;
-use crate::checkpoint::atomic::write_bytes;
 use crate::data::{Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::{Mode, Vlm};
@@ -12,7 +12,6 @@ use crate::recipe::schema::{HandOver, Recipe};
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::step::finite_logps;
-use std::path::Path;
 
 /// Samples that the drift is measured on.
 const SAMPLES: usize = 4;
@@ -28,7 +27,7 @@ pub fn measured(
     name: &str,
     assembly: &Assembly,
     reporter: &Reporter,
-    dir: &Path,
+    run: &RunDir,
 ) -> Result<()> {
     let stage = &recipe.stage[name];
     if hand_over(stage) != HandOver::Merge || state.adapters.is_empty() {
@@ -42,9 +41,10 @@ pub fn measured(
     let after = logps(&state.vlm, items, assembly)?;
     let drift = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     reporter.info(&format!("{name}: adapters merged; log-probabilities moved by at most {drift:.2e}"));
-    std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    let dir = run.stage(recipe, name);
+    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     let json = serde_json::json!({ "max_abs_logp_difference": drift, "samples": items.len(), "tolerance": TOLERANCE });
-    write_bytes(&dir.join("merge.json"), serde_json::to_string_pretty(&json)?.as_bytes())?;
+    run.write(&[(&dir.join("merge.json"), serde_json::to_string_pretty(&json)?.as_bytes())])?;
     if drift > TOLERANCE {
         bail!("merging moved a log-probability by {drift:.2e}, more than {TOLERANCE:.0e}";
             "the weights' dtype is too coarse for the update: use adapters = \"continue\" or \"stack\"")

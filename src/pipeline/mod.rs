@@ -34,12 +34,12 @@ use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
 use evaluation::Evaluations;
 use pictures::Pictures;
-use run_dir::{RunDir, checksums};
+use run_dir::{Inputs, Read, RunDir, refuse_others};
 use signals::Signals;
 use stage::{Run, check_reachable, dataset, optimizer, run_stage, step_counts};
 use state::{State, hand_over, lineage, parent};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// How a recipe is run.
 #[derive(Debug, Clone)]
@@ -71,6 +71,7 @@ pub enum Outcome {
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
 pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
+    refuse_others(&recipe.output_dir, recipe)?;
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
@@ -78,7 +79,8 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
-    let dir = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
+    let (dir, warnings) = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
+    warnings.iter().for_each(|w| reporter.warn(w));
     let mut coming = BTreeSet::new();
     for name in &wanted {
         if dir.done(recipe, name)?.is_none() {
@@ -115,6 +117,8 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         }
         at = Some((name.to_string(), state));
     }
+    dir.settle()?;
+    dir.prove_whole()?;
     let what = if nothing_to_do { "nothing to do: the run is finished and lies in" } else { "the run is in" };
     reporter.info(&format!("{what} {}", dir.root().display()));
     Ok(Outcome::Finished)
@@ -135,21 +139,19 @@ fn start(
         (Some(p), _) => restore(recipe, dir, assembly, p)?,
         (None, _) => fresh_state(recipe, assembly)?,
     };
-    merge::measured(recipe, &mut state, name, assembly, reporter, &dir.stage(recipe, name))
-        .with_context(|| format!("stage.{name}"))?;
+    merge::measured(recipe, &mut state, name, assembly, reporter, dir).with_context(|| format!("stage.{name}"))?;
     Ok(state)
 }
 
-/// The model as a finished stage left it.
+/// The model as a finished stage left it: built by the recipe that the stage was trained with.
 pub fn restore(recipe: &Recipe, dir: &RunDir, assembly: &mut Assembly, stage: &str) -> Result<State> {
-    let Some(_) = dir.done(recipe, stage)? else {
-        bail!("stage `{stage}` is not finished in {}", dir.root().display(); "run it first: `adfreeze train RECIPE --stages {stage}`")
-    };
+    let folder = dir.finished(recipe, stage)?;
+    let kept = dir.recipe_of(recipe, stage)?;
     let mut state = fresh_state(recipe, assembly)?;
-    for ancestor in lineage(recipe, stage)? {
-        state.enter(&recipe.stage[ancestor], ancestor).with_context(|| format!("stage.{ancestor}"))?;
+    for ancestor in lineage(&kept, stage)? {
+        state.enter(&kept.stage[ancestor], ancestor).with_context(|| format!("stage.{ancestor}"))?;
     }
-    state.load(&dir.stage(recipe, stage).join("final"))?;
+    state.load(&folder)?;
     Ok(state)
 }
 
@@ -185,9 +187,9 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
 
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
 /// returns the checksums of everything the run reads, and the pictures that it shows.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, String>, Pictures)> {
-    let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
-    let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)> {
+    let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
+    let mut evaluated = Read::default();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
     let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
@@ -210,32 +212,32 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, 
             let steps = step_counts(stage, data.items.len()).0;
             optimizer(stage, name, &mut state, steps)?;
             shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
-            pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+            read.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
             Ok(())
         };
         visit().with_context(|| format!("stage.{name}"))?;
         // A merge works in place, on weights that all copies of the model share: they are read again.
         assembly.used |= hand_over(stage) == HandOver::Merge;
-        files.extend(stage.data.iter().map(|d| d.path.clone()));
+        read.files.extend(stage.data.iter().map(|d| d.path.clone()));
     }
     for (name, at) in evals {
         let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
-        pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
+        evaluated.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
-        files.extend(eval.data.iter().map(|d| d.path.clone()));
+        evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
-    let (files, pictures): (Vec<_>, Vec<_>) = (files.into_iter().collect(), pictures.into_iter().collect());
-    let mut inputs = checksums(&assembly.sources, &files, &pictures)?;
+    let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
     if assembly.place.dtype != candle_core::DType::F32 {
-        inputs.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
+        inputs.sums.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }
     Ok((inputs, shown))
 }
 
 /// A finished stage of a run, for `generate` and `score`.
 pub struct Opened {
+    /// With which the stage was trained.
     pub recipe: Recipe,
     /// The stage's name.
     pub stage: String,
@@ -247,17 +249,22 @@ pub struct Opened {
 /// Opens the last finished stage of a run, or the one named; `place` says where it computes, given the recipe's type.
 pub fn open_run(root: &Path, stage: Option<&str>, place: impl FnOnce(DType) -> Place) -> Result<Opened> {
     let dir = RunDir::existing(root)?;
-    let recipe = dir.recipe()?;
+    let now = dir.recipe()?;
     let mut found = None;
-    for s in &recipe.stages {
-        if dir.done(&recipe, s)?.is_some() && stage.is_none_or(|wanted| wanted == s) {
+    for s in &now.stages {
+        if let (None, Some(path)) = (stage, dir.done_is_missing(&now, s)?) {
+            bail!("{} is missing, though stage `{s}` has been finished", path.display();
+                "copy it back; or run `adfreeze train` again, which finishes the stage; or name another with --stage")
+        }
+        if dir.done(&now, s)?.is_some() && stage.is_none_or(|wanted| wanted == s) {
             found = Some(s.clone());
         }
     }
     let Some(name) = found else {
         bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
     };
+    let recipe = dir.recipe_of(&now, &name)?;
     let mut assembly = assemble(&recipe, &place(recipe.model.dtype))?;
-    let state = restore(&recipe, &dir, &mut assembly, &name)?;
+    let state = restore(&now, &dir, &mut assembly, &name)?;
     Ok(Opened { recipe, stage: name, assembly, state })
 }

@@ -7,6 +7,7 @@ use super::run_dir::hex;
 use super::stage::{Run, micro};
 use super::state::State;
 use crate::checkpoint::safetensors;
+use crate::checkpoint::sums::Fit;
 use crate::data::{Dataset, Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
@@ -56,7 +57,7 @@ pub fn table(
     let items: Vec<_> = data.items.iter().enumerate().skip(rows.len()).collect();
     for part in items.chunks(micro(stage)) {
         if run.signals.asked() {
-            save(path, &rows, &fingerprint)?;
+            save(run, path, &rows, &fingerprint)?;
             let n = rows.len();
             run.reporter.info(&format!(
                 "asked to stop, stopped after {n} of {total} pairs; the same command goes on from there"
@@ -65,13 +66,13 @@ pub fn table(
         }
         let new = one(run, state, part, whose);
         if new.is_err() || saved.elapsed() > KEEP_EVERY {
-            save(path, &rows, &fingerprint)?;
+            save(run, path, &rows, &fingerprint)?;
             saved = Instant::now();
         }
         rows.extend(new?.into_values());
         progress.inc(part.len());
     }
-    save(path, &rows, &fingerprint)?;
+    save(run, path, &rows, &fingerprint)?;
     Ok(Some(rows.into_iter().enumerate().collect()))
 }
 
@@ -90,6 +91,9 @@ fn kept(run: &Run, path: &Path, fingerprint: &str) -> Result<Vec<(f64, f64)>> {
         return Ok(Vec::new());
     }
     let read = || -> Result<Option<Vec<(f64, f64)>>> {
+        if run.dir.fit(path)? != Fit::Same {
+            return Ok(None);
+        }
         let about = safetensors::metadata(path)?;
         if about.get(BELONGS_TO).is_none_or(|f| f != fingerprint) {
             return Ok(Some(Vec::new()));
@@ -108,7 +112,7 @@ fn kept(run: &Run, path: &Path, fingerprint: &str) -> Result<Vec<(f64, f64)>> {
     }))
 }
 
-fn save(path: &Path, rows: &[(f64, f64)], fingerprint: &str) -> Result<()> {
+fn save(run: &Run, path: &Path, rows: &[(f64, f64)], fingerprint: &str) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
@@ -117,7 +121,7 @@ fn save(path: &Path, rows: &[(f64, f64)], fingerprint: &str) -> Result<()> {
     let columns =
         BTreeMap::from([("chosen".to_string(), tensor(chosen, n)?), ("rejected".to_string(), tensor(rejected, n)?)]);
     let about = [(BELONGS_TO.to_string(), fingerprint.to_string()), (NUMBERS.to_string(), checksum(rows))];
-    safetensors::save(path, &columns, &BTreeMap::from(about))
+    run.dir.replace(path, &safetensors::to_bytes(&columns, &BTreeMap::from(about))?)
 }
 
 fn checksum(rows: &[(f64, f64)]) -> String {

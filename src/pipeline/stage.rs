@@ -1,7 +1,7 @@
 //! One stage: data, optimizer, steps, checkpoints, and what is written at its end.
 
 use super::align::{self, Alignment};
-use super::checkpoints;
+use super::checkpoints::{self, Progress};
 use super::components::{self, Training};
 use super::evaluation::{Evaluations, Kept};
 use super::export::write_final;
@@ -10,12 +10,11 @@ use super::health::{self, Sizes};
 use super::memory;
 use super::reference;
 use super::rescue;
-use super::run_dir::{Done, RunDir, sha256_file};
+use super::run_dir::{Done, RunDir, tidy};
 use super::signals::Signals;
-use super::state::{State, TRAINED, is_adapter};
+use super::state::{State, is_adapter};
 use super::steps::{Steps, also};
 use crate::bail;
-use crate::checkpoint::atomic::{recover, write_bytes};
 use crate::data::{Dataset, ImageProcessor, Item, Plan, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
@@ -70,7 +69,8 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     let stage = &run.recipe.stage[name];
     let dir = run.dir.stage(run.recipe, name);
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-    tidy(&dir)?;
+    let folders = [dir.clone(), checkpoints::folder(&dir)];
+    folders.iter().filter(|d| d.is_dir()).try_for_each(|d| tidy(d))?;
     let data = Arc::new(dataset(run.recipe, stage, run.encoder)?);
     check_reachable(state, &data).with_context(|| format!("stage.{name}"))?;
     masters(stage, state)?;
@@ -93,7 +93,8 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
         true => None,
         false => Some(align::look(run, stage, state, &looked_at).with_context(|| format!("stage.{name}"))?),
     };
-    let from = checkpoints::resume(&dir, state, &mut optimizer)?;
+    let from = checkpoints::resume(&dir, state, &mut optimizer, |w| run.reporter.warn(w))?;
+    prove_resumable(run, name, &from, total)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;
     let steps = Steps { run, name, dir: &dir, data: &data, reference: &reference, start: &start, total, epoch };
@@ -159,15 +160,36 @@ impl Ended<'_> {
         if let Some(grown) = health::exploded(start, &sizes) {
             run.reporter.warn(&format!("{}: {}", last(), health::told(&grown)));
         }
-        let last = dir.join("final");
-        write_final(state, &last, run.tokenizer, run.images, run.encoder)?;
-        run.dir.add_results(name, serde_json::to_value(&figures)?)?;
-        let trained_sha256 = sha256_file(&last.join(TRAINED))?;
-        let done = Done { stage: name.to_string(), steps: total, loss, frozen_unchanged: unchanged, trained_sha256 };
+        run.dir.prove_there(dir)?;
+        let trained_sha256 = write_final(state, &dir.join("final"), run.tokenizer, run.images, run.encoder)?;
+        run.dir.prove_whole()?;
+        let done = Done {
+            stage: name.to_string(),
+            steps: total,
+            loss,
+            frozen_unchanged: unchanged,
+            trained_sha256,
+            metrics_sha256: Some(run.dir.metrics_sha256(name, total)?),
+        };
         Kept::remove(dir)?;
-        write_bytes(&dir.join("done.json"), serde_json::to_string_pretty(&done)?.as_bytes())?;
+        run.dir.finish(run.recipe, &done, serde_json::to_value(&figures)?)?;
         Ok(Some(done))
     }
+}
+
+/// A stage cannot end before the step that its checkpoint is of, and its metrics must be those that led there.
+fn prove_resumable(run: &Run, name: &str, from: &Progress, total: usize) -> Result<()> {
+    if from.steps > total {
+        let key = if run.recipe.stage[name].max_steps.is_some() { "max_steps" } else { "epochs" };
+        bail!("stage.{name}: {key} ends the stage after {total} steps, but its checkpoint is of step {}: {} steps lie behind it already",
+            from.steps, from.steps;
+            "set max_steps = {} or more; or delete {} to begin the stage again",
+            from.steps, run.dir.stage(run.recipe, name).display())
+    }
+    if let Some(sum) = &from.metrics_sha256 {
+        run.dir.prove_metrics(name, from.steps, sum)?.iter().for_each(|w| run.reporter.warn(w));
+    }
+    Ok(())
 }
 
 /// What trains in bf16 gets an f32 master; under stochastic rounding the backbones' parameters have none, while adapters and
@@ -178,12 +200,6 @@ fn masters(stage: &Stage, state: &mut State) -> Result<()> {
         return state.vlm.drop_masters(|name| !is_adapter(name) && !name.starts_with("projector."));
     }
     state.vlm.make_masters()
-}
-
-/// Removes what a killed process had begun to write.
-fn tidy(dir: &Path) -> Result<()> {
-    let folders = [dir.to_path_buf(), dir.join("checkpoints")];
-    folders.iter().filter(|d| d.is_dir()).try_for_each(|d| recover(d).map(drop))
 }
 
 /// Pictures must be seen, and every trained parameter must be one that a gradient of these samples can reach.
@@ -222,7 +238,10 @@ fn tell_parts(
     let loads = memory::loads(data, plan, 0..total, micro(stage), state.vlm.prefix_rows());
     // Masters have been made, so that every one stands in the model.
     let rows = components::rows(state, &Training { stage, optimizer, loads: &loads, masters: &BTreeSet::new() })?;
-    write_bytes(&run.dir.stage(run.recipe, name).join("params.json"), serde_json::to_string_pretty(&rows)?.as_bytes())?;
+    let (dir, rows_json) = (run.dir.stage(run.recipe, name), serde_json::to_string_pretty(&rows)?);
+    let recipe = crate::recipe::to_toml(run.recipe)?;
+    run.dir
+        .write(&[(&dir.join("recipe.toml"), recipe.as_bytes()), (&dir.join("params.json"), rows_json.as_bytes())])?;
     let (kept, _) = memory::of_stage(stage, state, &loads, optimizer, None)?;
     run.reporter.table(&components::table(&format!("{name}: parameters"), &rows, kept));
     run.reporter.info(&components::notes(&state.vlm, &rows, &loads, kept)?);

@@ -2,7 +2,7 @@
 
 use crate::adapters::{self, lora};
 use crate::bail;
-use crate::checkpoint::safetensors::{load, save};
+use crate::checkpoint::safetensors::{load, save_summed};
 use crate::error::{Context, Error, Result};
 use crate::model::init::fresh;
 use crate::model::params::{Module, adapter_of};
@@ -154,9 +154,9 @@ impl State {
         all
     }
 
-    /// Writes [`State::own`] into `dir`.
-    pub fn save(&mut self, dir: &Path) -> Result<()> {
-        save(&dir.join(TRAINED), &self.own(), &BTreeMap::new())
+    /// Writes [`State::own`] into `dir`; returns the file's SHA-256.
+    pub fn save(&mut self, dir: &Path) -> Result<String> {
+        save_summed(&dir.join(TRAINED), &self.own(), &BTreeMap::new())
     }
 
     /// Takes the values of a [`State::save`]; structure must be the same.

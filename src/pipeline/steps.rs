@@ -120,7 +120,11 @@ impl Steps<'_> {
         }
         let (params, keep) = (state.vlm.trainable(), self.run.recipe.stage[self.name].checkpoint.keep);
         freeze::prove_finite(&health::sizes(&params)?)?;
-        checkpoints::save(self.dir, Progress { steps: self.total, loss }, &params, optimizer, keep)
+        let metrics_sha256 = Some(self.run.dir.metrics_sha256(self.name, self.total)?);
+        let at = Progress { steps: self.total, loss, metrics_sha256 };
+        let told = checkpoints::save(self.run.dir, self.dir, &at, &params, optimizer, keep)?;
+        told.iter().for_each(|w| self.run.reporter.warn(w));
+        Ok(())
     }
 }
 
@@ -170,7 +174,7 @@ impl Course<'_> {
     fn write(&mut self) -> Result<()> {
         if let Some(line) = &self.unwritten {
             self.metrics.append(line)?;
-            self.done = Progress { steps: line.step, loss: line.loss };
+            self.done = Progress { steps: line.step, loss: line.loss, metrics_sha256: Some(self.metrics.sha256()) };
             self.unwritten = None;
         }
         Ok(())
@@ -187,9 +191,11 @@ impl Course<'_> {
             self.of.run.reporter.warn(&format!("{}: {}", self.of.name, health::told(&grown)));
         }
         self.metrics.sync()?;
-        checkpoints::save(self.of.dir, self.done, &self.params, self.optimizer, self.stage.checkpoint.keep)?;
+        let (run, keep) = (self.of.run, self.stage.checkpoint.keep);
+        let told = checkpoints::save(run.dir, self.of.dir, &self.done, &self.params, self.optimizer, keep)?;
+        told.iter().for_each(|w| run.reporter.warn(w));
         self.saved = self.done.steps;
-        Ok(())
+        run.dir.prove_whole()
     }
 
     /// Saves what can be saved before an error is told; the error then says where the same command goes on.

@@ -7,6 +7,7 @@ use crate::bail;
 use crate::error::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -92,11 +93,34 @@ pub fn without_timing(line: &str) -> Result<String> {
     Ok(Value::Object(value).to_string())
 }
 
+/// SHA-256 of a stage's lines up to step `steps`, without their timing, in hex. What is no metrics line counts as absent.
+pub fn metrics_sha256(file: &[u8], stage: &str, steps: usize) -> Result<String> {
+    let mut hash = Sha256::new();
+    for line in file.split_inclusive(|b| *b == b'\n').filter(|l| l.ends_with(b"\n")) {
+        if serde_json::from_slice::<Position>(line).is_ok_and(|at| at.stage == stage && at.step <= steps) {
+            add(&mut hash, line)?;
+        }
+    }
+    Ok(hex(hash))
+}
+
+fn add(hash: &mut Sha256, line: &[u8]) -> Result<()> {
+    hash.update(without_timing(&String::from_utf8_lossy(line))?);
+    hash.update(b"\n");
+    Ok(())
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// Appends to `metrics.jsonl`, one whole line at a time.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
     file: File,
+    /// Of this stage's lines, without their timing.
+    hash: Sha256,
 }
 
 /// As much of a line as tells where it belongs.
@@ -115,8 +139,9 @@ struct Went {
 }
 
 impl MetricsFile {
-    /// Opens the file to go on after step `done` of `stage` (0: at its start). Lines behind that point, left by a run
-    /// that went further than its last checkpoint, are cut off, and so is a last line that was not written to its end.
+    /// Opens the file to go on after step `done` of `stage` (0: at its start). Lines of the stage behind that point, left by a
+    /// run that went further than its last checkpoint, are taken out, and so is a last line that was not written to its end;
+    /// those of other stages stay.
     ///
     /// Errors: the file cannot be read or written; a line is not a metrics line (the error names its number).
     pub fn resume(path: &Path, stage: &str, done: usize) -> Result<Self> {
@@ -129,12 +154,32 @@ impl MetricsFile {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             read => read.map_err(named)?,
         };
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(named)?;
-        let keep = kept_bytes(&old, stage, done).with_context(|| path.display())?;
-        if keep < old.len() {
-            file.set_len(keep as u64).map_err(named)?;
+        let kept = kept(&old, stage, done).with_context(|| path.display())?;
+        let append = || OpenOptions::new().create(true).append(true).open(path).map_err(named);
+        let file = if old.starts_with(&kept) {
+            let file = append()?;
+            if kept.len() < old.len() {
+                file.set_len(kept.len() as u64).map_err(named)?;
+            }
+            file
+        } else {
+            // Lines in the middle go: beside its place, then renamed, so that a kill leaves the old file or the new one.
+            let dir = path.parent().filter(|d| *d != Path::new("")).unwrap_or(Path::new("."));
+            let mut new =
+                tempfile::Builder::new().prefix(".metrics.jsonl.").suffix(".tmp").tempfile_in(dir).map_err(named)?;
+            let mode = fs::metadata(path).map_err(named)?.permissions();
+            new.write_all(&kept).and_then(|()| new.as_file().set_permissions(mode)).map_err(named)?;
+            new.as_file().sync_all().map_err(named)?;
+            new.persist(path).map_err(|e| named(e.error))?;
+            append()?
+        };
+        let mut hash = Sha256::new();
+        for line in kept.split_inclusive(|b| *b == b'\n') {
+            if serde_json::from_slice::<Position>(line).is_ok_and(|at| at.stage == stage) {
+                add(&mut hash, line)?;
+            }
         }
-        Ok(Self { path: path.into(), file })
+        Ok(Self { path: path.into(), file, hash })
     }
 
     /// Loss and norm of the gradient of the steps of `stage` that are in the file, in order; lines that are none are passed over.
@@ -157,12 +202,36 @@ impl MetricsFile {
             // What cannot be cut off now is at the next start.
             let _ = self.file.set_len(before);
             self.cannot_write(e)
-        })
+        })?;
+        add(&mut self.hash, &line)
+    }
+
+    /// As [`metrics_sha256`] of the stage's lines so far.
+    pub fn sha256(&self) -> String {
+        hex(self.hash.clone())
     }
 
     /// Makes the lines so far durable: to be called before the checkpoint of the same step.
+    ///
+    /// Errors: the disk refuses; the file has been removed or replaced, so that the lines would be lost.
     pub fn sync(&self) -> Result<()> {
+        if !self.in_place() {
+            bail!("{} has been removed or replaced while the run writes to it", self.path.display();
+                "put it back (or pass --allow-changes to go on without the lines so far), and run the same command again: it goes on from the last checkpoint");
+        }
         self.file.sync_data().map_err(|e| self.cannot_write(e))
+    }
+
+    /// Is the open file still the one of this name?
+    fn in_place(&self) -> bool {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let id = |m: fs::Metadata| (m.dev(), m.ino());
+            matches!((self.file.metadata().map(id), fs::metadata(&self.path).map(id)), (Ok(a), Ok(b)) if a == b)
+        }
+        #[cfg(not(unix))]
+        self.path.exists()
     }
 
     fn cannot_write(&self, e: std::io::Error) -> Error {
@@ -172,22 +241,25 @@ impl MetricsFile {
     }
 }
 
-/// Length of the whole lines up to step `done` of `stage`.
-fn kept_bytes(old: &[u8], stage: &str, done: usize) -> Result<usize> {
-    let mut keep = 0;
+const LINE_BEGINS: &[u8] = b"{\"stage\":";
+
+/// The whole lines but those of `stage` behind step `done`.
+fn kept(old: &[u8], stage: &str, done: usize) -> Result<Vec<u8>> {
+    let mut kept = Vec::with_capacity(old.len());
     for (number, line) in old.split_inclusive(|b| *b == b'\n').enumerate() {
-        if !line.ends_with(b"\n") {
+        // A last line that was not written to its end begins as ours do.
+        let begins = line.len().min(LINE_BEGINS.len());
+        if !line.ends_with(b"\n") && line[..begins] == LINE_BEGINS[..begins] {
             break;
         }
         let Ok(at) = serde_json::from_slice::<Position>(line) else {
             bail!("line {} is not a metrics line", number + 1; "move the file away; a new one is begun");
         };
-        if at.stage == stage && at.step > done {
-            break;
+        if at.stage != stage || at.step <= done {
+            kept.extend_from_slice(line);
         }
-        keep += line.len();
     }
-    Ok(keep)
+    Ok(kept)
 }
 
 #[cfg(test)]
@@ -248,6 +320,50 @@ mod tests {
         let bare = |path: &Path| lines(path).iter().map(|l| without_timing(l).unwrap()).collect::<Vec<_>>();
         assert_eq!(bare(&whole), bare(&broken));
         assert_eq!(bare(&whole).len(), 9);
+        // A stage that is trained again leaves the lines of a later one alone.
+        steps(&broken, "align", 1, 3, 4.0);
+        let (mut a, mut b) = (bare(&whole), bare(&broken));
+        assert_ne!(a, b);
+        a.sort();
+        b.sort();
+        assert_eq!(a, b);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn the_checksum_is_that_of_a_stages_lines_without_timing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut file = MetricsFile::resume(&path, "align", 0).unwrap();
+        (1..=3).for_each(|step| file.append(&metrics("align", step, step as f64)).unwrap());
+        let align = file.sha256();
+        let mut file = MetricsFile::resume(&path, "sft", 0).unwrap();
+        file.append(&metrics("sft", 1, 1.0)).unwrap();
+        let of = |text: &str, stage: &str, steps: usize| metrics_sha256(text.as_bytes(), stage, steps).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!((of(&text, "align", 3), of(&text, "sft", 9)), (align.clone(), file.sha256()));
+        assert_eq!(MetricsFile::resume(&path, "align", 2).unwrap().sha256(), of(&text, "align", 2));
+        assert_eq!(of(&text.replace("\"tokens_per_s\":2.0", "\"tokens_per_s\":2.5"), "align", 3), align);
+        let cut: String = text.split_inclusive('\n').skip(1).collect();
+        for changed in [text.replace("\"loss\":0.5", "\"loss\":0.6"), cut, text[..20].to_string(), String::new()] {
+            assert_ne!(of(&changed, "align", 3), align, "{changed}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_taken_away_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut file = MetricsFile::resume(&path, "a", 0).unwrap();
+        file.append(&metrics("a", 1, 1.0)).unwrap();
+        file.sync().unwrap();
+        fs::remove_file(&path).unwrap();
+        let report = file.sync().unwrap_err().report();
+        assert!(report.contains("metrics.jsonl has been removed or replaced") && report.contains("hint: "), "{report}");
+        if cfg!(unix) {
+            fs::write(&path, "").unwrap();
+            file.sync().unwrap_err();
+        }
     }
 
     #[test]

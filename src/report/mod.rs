@@ -12,7 +12,8 @@ pub mod width;
 
 pub use console::{LogFormat, Reporter};
 pub use metrics::{
-    MetricsFile, PreferenceMetrics, StepMetrics, TIMING_FIELDS, peak_memory_bytes, reset_peak_memory, without_timing,
+    MetricsFile, PreferenceMetrics, StepMetrics, TIMING_FIELDS, metrics_sha256, peak_memory_bytes, reset_peak_memory,
+    without_timing,
 };
 pub use progress::Progress;
 pub use table::Table;

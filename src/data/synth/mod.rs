@@ -40,7 +40,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 /// Most held-out pictures of each kind.
 const MAX_HELD_OUT: usize = 512;
@@ -66,8 +67,13 @@ impl Split {
 
     /// Path of picture `i`, relative to the JSON files.
     fn image(self, i: usize) -> String {
-        format!("images/{}/{i:05}.png", self.name())
+        format!("images/{}/{}", self.name(), picture(i))
     }
+}
+
+/// Name of picture `i` in the folder of its split.
+fn picture(i: usize) -> String {
+    format!("{i:05}.png")
 }
 
 /// What [`shapes`] wrote.
@@ -102,7 +108,7 @@ impl FileEntry {
     }
 }
 
-/// Written last.
+/// Written first without files, which says whose the folder is, and last with all of them.
 const MANIFEST: &str = "manifest.json";
 
 /// Does `out` hold what [`shapes`] writes for these settings, every file of the right size?
@@ -116,17 +122,63 @@ pub fn is_complete(out: &Path, n: usize, seed: u64) -> Result<bool> {
         let file = out.join(name);
         file.is_dir() || file.metadata().is_ok_and(|m| m.len() == entry.bytes)
     };
-    Ok(found.n == n && found.seed == seed && found.files.iter().all(|(name, entry)| whole(name, entry)))
+    let all = !found.files.is_empty() && found.files.iter().all(|(name, entry)| whole(name, entry));
+    Ok(found.n == n && found.seed == seed && all)
 }
 
-/// Writes the built-in pictures and their texts for `n` training pictures into `out`, replacing files of the same names.
+/// Files of `names` in `out` that are not as [`shapes`] left them: somebody else's, or changed since. In a folder that was begun
+/// but not finished, all are ours.
+fn of_others<'a>(out: &Path, names: impl Iterator<Item = &'a String>) -> Result<Vec<PathBuf>> {
+    let path = out.join(MANIFEST);
+    let manifest: Option<Manifest> = match fs::read(&path) {
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => None,
+        read => {
+            serde_json::from_slice(&read.with_context(|| path.display())?).ok().filter(|m: &Manifest| m.kind == KIND)
+        }
+    };
+    let there = |p: &PathBuf| fs::symlink_metadata(p).is_ok_and(|m| m.len() > 0 || !m.is_file());
+    let Some(manifest) = manifest else {
+        return Ok(std::iter::once(path).chain(names.map(|n| out.join(n))).filter(there).collect());
+    };
+    let same = |name: &String, entry: &FileEntry| {
+        let file = out.join(name);
+        let files: Vec<PathBuf> = match file.is_dir() {
+            true => (0..entry.records).map(|i| file.join(picture(i))).collect(),
+            false => vec![file],
+        };
+        let bytes: Vec<Vec<u8>> = files.iter().filter_map(|f| fs::read(f).ok()).collect();
+        bytes.len() < files.len() || FileEntry::new(entry.records, bytes.iter().map(Vec::as_slice)) == *entry
+    };
+    let changed = manifest.files.iter().filter(|(name, entry)| !same(name, entry)).map(|(name, _)| out.join(name));
+    Ok(changed.filter(there).collect())
+}
+
+/// Writes the built-in pictures and their texts for `n` training pictures into `out`, replacing what it wrote there before.
 ///
-/// Errors: `n` is 0 or above 100 000, or a file cannot be written (the error names it).
+/// Errors: `n` is 0 or above 100 000; `out` holds files of these names that were not written here (the error names them); a file
+/// cannot be written (likewise).
 pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
     if n == 0 || n > 100_000 {
         bail!("cannot make {n} training pictures"; "choose a number from 1 to 100000");
     }
     let held_out = (n / 8).clamp(1, MAX_HELD_OUT);
+    let pictures = [(Split::Train, n), (Split::ValSeen, held_out), (Split::ValUnseen, held_out)];
+    let pictures = pictures.into_iter().flat_map(|(split, n)| (0..n).map(move |i| split.image(i)));
+    let names: Vec<String> = DOCUMENTS.iter().map(ToString::to_string).chain(pictures).collect();
+    let others = of_others(out, names.iter())?;
+    if !others.is_empty() {
+        let shown: Vec<String> = others.iter().take(6).map(|p| p.display().to_string()).collect();
+        let more = if others.len() > shown.len() {
+            format!("\n  … and {} more", others.len() - shown.len())
+        } else {
+            String::new()
+        };
+        bail!("{} holds files that adfreeze did not write, or that have changed since, where the data would be written:\n  {}{more}",
+            out.display(), shown.join("\n  ");
+            "choose another folder, or move these files away; none of them was touched")
+    }
+    let begun = Manifest { kind: KIND.into(), n, seed, files: BTreeMap::new() };
+    write(&out.join(MANIFEST), &pretty(&serde_json::to_value(&begun)?)?)?;
     let train = Pictures::draw(seed, Split::Train, n);
     let seen = Pictures::draw(seed, Split::ValSeen, held_out);
     let unseen = Pictures::draw(seed, Split::ValUnseen, held_out);
@@ -151,10 +203,32 @@ pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
     let words = tokenizer::vocabulary().len();
     writer.document("tokenizer/tokenizer.json", words, &tokenizer::tokenizer_json())?;
     writer.document("tokenizer/tokenizer_config.json", 1, &tokenizer::tokenizer_config())?;
-    let manifest = Manifest { kind: "shapes".into(), n, seed, files: writer.files };
+    let manifest = Manifest { kind: KIND.into(), n, seed, files: writer.files };
     write(&out.join(MANIFEST), &pretty(&serde_json::to_value(&manifest)?)?)?;
     Ok(manifest)
 }
+
+const KIND: &str = "shapes";
+
+/// What [`shapes`] writes beside pictures and manifest.
+const DOCUMENTS: [&str; 16] = [
+    "captions_train.json",
+    "captions_val.json",
+    "attributes_train.json",
+    "attributes_val.json",
+    "questions_train.json",
+    "questions_val_seen.json",
+    "questions_val_unseen.json",
+    "preferences_train.jsonl",
+    "preferences_val.jsonl",
+    "presence_train.jsonl",
+    "presence_val.jsonl",
+    "absent_val.json",
+    "text_train.json",
+    "text_val.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+];
 
 /// Writes files below `out` and keeps account of them.
 struct Writer<'a> {

@@ -263,6 +263,43 @@ fn pictures_show_what_the_scene_says() {
 }
 
 #[test]
+fn files_of_others_are_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["captions_val.json", "images/train/00002.png", "manifest.json", "tokenizer/tokenizer.json"] {
+        std::fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+        std::fs::write(at(name), "mine").unwrap();
+        let report = shapes(dir.path(), 4, 1).unwrap_err().report();
+        assert!(report.contains(name) && report.contains("hint: choose another folder"), "{report}");
+        assert_eq!(std::fs::read(at(name)).unwrap(), b"mine");
+        assert_eq!(super::of_others(dir.path(), [].iter()).unwrap().len(), usize::from(name == "manifest.json"));
+        std::fs::remove_file(at(name)).unwrap();
+    }
+    std::fs::write(at("notes.txt"), "mine").unwrap();
+    let manifest = shapes(dir.path(), 4, 1).unwrap();
+    // The same again, more of it, and what was begun but not finished: all that is ours.
+    shapes(dir.path(), 4, 1).unwrap();
+    shapes(dir.path(), 6, 1).unwrap();
+    std::fs::remove_file(at("text_val.json")).unwrap();
+    let begun = Manifest { files: BTreeMap::new(), ..manifest };
+    std::fs::write(at("manifest.json"), serde_json::to_string(&begun).unwrap()).unwrap();
+    assert!(!is_complete(dir.path(), 4, 1).unwrap());
+    std::fs::write(at("captions_val.json"), "[").unwrap();
+    shapes(dir.path(), 6, 1).unwrap();
+    assert!(is_complete(dir.path(), 6, 1).unwrap() && at("notes.txt").exists());
+    // Changed since it was made.
+    for name in ["captions_val.json", "images/train/00002.png"] {
+        let old = std::fs::read(at(name)).unwrap();
+        std::fs::write(at(name), "mended by hand").unwrap();
+        let told = if name.starts_with("images") { "images/train" } else { name };
+        let report = shapes(dir.path(), 6, 1).unwrap_err().report();
+        assert!(report.contains(told) && report.contains("changed since"), "{report}");
+        assert_eq!(std::fs::read(at(name)).unwrap(), b"mended by hand");
+        std::fs::write(at(name), old).unwrap();
+    }
+}
+
+#[test]
 fn refuses_what_it_cannot_make() {
     let dir = tempfile::tempdir().unwrap();
     assert!(shapes(dir.path(), 0, 1).unwrap_err().report().contains("hint: choose a number"));
