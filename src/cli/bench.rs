@@ -67,16 +67,16 @@ struct Step {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "align,sft,dpo")]
     work: Vec<Work>,
     /// Samples (pairs) of a step, in one micro-batch; default: the preset's.
-    #[arg(long)]
+    #[arg(long, value_parser = super::count(0..=65_536))]
     micro: Option<usize>,
     /// Tokens of a sequence, the picture's among them; default: the preset's.
-    #[arg(long)]
+    #[arg(long, value_parser = super::count(0..=1_048_576))]
     seq: Option<usize>,
     /// Timed steps.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = super::count(0..=1_000_000))]
     steps: usize,
     /// Rank of the low-rank updates; default: the preset's.
-    #[arg(long)]
+    #[arg(long, value_parser = super::count(0..=1_048_576))]
     rank: Option<usize>,
     /// What a forward pass keeps, as in a recipe.
     #[arg(long, value_enum, default_value = "auto")]
@@ -94,13 +94,13 @@ struct Freeze {
     #[arg(long)]
     preset: String,
     /// Samples of a step, in one micro-batch; default: the preset's.
-    #[arg(long)]
+    #[arg(long, value_parser = super::count(0..=65_536))]
     micro: Option<usize>,
     /// Tokens of a sequence, the picture's among them; default: the preset's.
-    #[arg(long)]
+    #[arg(long, value_parser = super::count(0..=1_048_576))]
     seq: Option<usize>,
     /// Timed steps.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = super::count(0..=1_000_000))]
     steps: usize,
     /// Measure this alone, in this process, and write what came of it as JSON: `machine`, or a configuration's number.
     #[arg(long, hide = true)]

@@ -8,7 +8,6 @@ use crate::pipeline::signals::{End, Signals};
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::generate::{Sampling, fits, generate, positions};
-use clap::builder::RangedU64ValueParser;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -30,7 +29,7 @@ pub struct Args {
     top_p: f64,
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    #[arg(long, default_value_t = 256, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
+    #[arg(long, default_value_t = 256, value_parser = super::count(1..=1_000_000))]
     max_new_tokens: usize,
     #[command(flatten)]
     pictures: model::Pictures,

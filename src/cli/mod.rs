@@ -17,8 +17,10 @@ mod synth;
 mod train;
 
 use crate::report::{LogFormat, Reporter, width};
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::io::{IsTerminal, Write};
+use std::ops::RangeInclusive;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -152,6 +154,11 @@ const UNKNOWN: &str = "nothing is known that mends this: please report it with t
 
 /// Longer lines of help are hard to read on any terminal.
 const HELP: usize = 100;
+
+/// A whole number within bounds; beyond them, what it counts would be allocated or done without end.
+fn count(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(range)
+}
 
 fn done((): ()) -> ExitCode {
     ExitCode::SUCCESS

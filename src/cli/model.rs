@@ -99,9 +99,9 @@ pub struct Pictures {
 
 /// `336x672`.
 fn grid(text: &str) -> Result<[usize; 2], String> {
-    let number = |n: &str| n.trim().parse().ok().filter(|n| *n > 0);
+    let number = |n: &str| n.trim().parse().ok().filter(|n| (1..=1 << 14).contains(n));
     let both = text.split_once(['x', '×']).and_then(|(h, w)| Some([number(h)?, number(w)?]));
-    both.ok_or_else(|| "a height and a width in pixels, e.g. 336x672".to_string())
+    both.ok_or_else(|| "a height and a width in pixels, up to 16384, e.g. 336x672".to_string())
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]

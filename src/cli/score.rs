@@ -13,7 +13,6 @@ use crate::recipe::schema::Data;
 use crate::report::Reporter;
 use crate::train::collate::collate;
 use crate::train::step::finite_logps;
-use clap::builder::RangedU64ValueParser;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,7 +31,7 @@ pub struct Args {
     #[arg(long)]
     out: PathBuf,
     /// Samples a forward pass.
-    #[arg(long, default_value_t = 8, value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    #[arg(long, default_value_t = 8, value_parser = super::count(1..=65_536))]
     micro: usize,
     #[command(flatten)]
     pictures: model::Pictures,

@@ -150,11 +150,14 @@ pub fn sight(vlm: &Vlm) -> Result<Option<Sight>> {
 fn grids(path: &Path) -> Result<Option<Vec<[usize; 2]>>> {
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
     let Some(own) = json.get("image_grid_pinpoints").filter(|own| !own.is_null()) else { return Ok(None) };
-    let wrong = |e| {
-        let cause = format!("{}: image_grid_pinpoints is {own}", path.display());
-        Error::new(cause).source(e).hint("a list of heights and widths in pixels, e.g. [[336, 672], [672, 336]]")
-    };
-    serde_json::from_value(own.clone()).map(Some).map_err(wrong)
+    let cause = format!("{}: image_grid_pinpoints is {own}", path.display());
+    let wrong =
+        Error::new(cause).hint("a list of heights and widths in pixels up to 16384, e.g. [[336, 672], [672, 336]]");
+    match serde_json::from_value::<Vec<[usize; 2]>>(own.clone()) {
+        Err(e) => Err(wrong.source(e)),
+        Ok(grids) if !grids.iter().flatten().all(|n| (1..=1 << 14).contains(n)) => Err(wrong),
+        Ok(grids) => Ok(Some(grids)),
+    }
 }
 
 /// A loaded adapter in the words of a recipe.

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Samples of a stage that its largest micro-batch is looked for among, if an epoch has no more: a stage may have steps without
 /// number.
-const LOOKED_AT: usize = 2_000_000;
+const LOOKED_AT: usize = 1_000_000;
 
 /// The steps' micro-batches that can be the largest: for each number of pictures the one with the most tokens. `soft` tokens stand
 /// in front of every sequence, and of every picture in one.

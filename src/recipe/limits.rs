@@ -7,16 +7,17 @@ use crate::error::Result;
 use toml::{Table, Value};
 
 /// The largest number that a key takes, and why; the first entry whose key the path ends with (list positions aside).
-const LIMITS: [(&str, i64, &str); 8] = [
+const LIMITS: [(&str, i64, &str); 9] = [
     // Any number is a seed.
     ("seed", i64::MAX, ""),
     ("micro", 1 << 16, "samples in memory at once, e.g. 8"),
-    ("global", 1 << 24, "samples an optimizer step, e.g. 128"),
+    ("global", 1 << 20, "samples an optimizer step, e.g. 128"),
     ("max_steps", 1_000_000_000, "leave it out to run `epochs`; a stage can be stopped at any time"),
     ("image_size", 1 << 13, "pixels along an edge, e.g. 336"),
     ("grid_pinpoints", 1 << 14, "heights and widths in pixels, e.g. [[336, 672], [672, 336]]"),
-    ("depth", 1000, "how many layers, e.g. 2"),
-    ("layers", 1000, "how many layers, e.g. 12"),
+    ("depth", 100, "how many layers, e.g. 2"),
+    ("layers", 100, "how many layers, e.g. 12"),
+    ("factor", 64, "2 makes a quarter of the tokens"),
 ];
 
 /// Of every other key.
@@ -82,7 +83,7 @@ mod tests {
         for text in [
             "[stage.a]\nmax_steps = 4611686018427387904",
             "[eval.a]\nmicro = 65537",
-            "[model.projector.mlp]\ndepth = 1001",
+            "[model.projector.mlp]\ndepth = 101",
         ] {
             assert!(refused(text).contains("hint: at most"), "{text}");
         }

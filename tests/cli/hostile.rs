@@ -154,7 +154,7 @@ mod recipes {
             ("stage.sft.adapters[0].lora.alpha=1e300", ["alpha = 1e300", "once or twice the rank"]),
             ("stage.align.image_size=999992", ["stage.align.image_size = 999992", "at most 8192"]),
             ("eval.captions.micro=4611686018427387904", ["eval.captions.micro", "at most 65536"]),
-            ("model.projector={ mlp = { depth = 1000000 } }", ["model.projector.mlp.depth = 1000000", "at most 1000"]),
+            ("model.projector={ mlp = { depth = 1000000 } }", ["model.projector.mlp.depth = 1000000", "at most 100"]),
         ] {
             f.fails(&["check", "recipe.toml", "--set", set], &parts);
         }
@@ -208,6 +208,25 @@ mod recipes {
         let processor = |key, value, part| refused("preprocessor_config.json", &[key], value, part);
         processor("size", json!({ "shortest_edge": 1_000_000_000 }), "takes 12000000000.0 GB");
         processor("image_std", json!([0, 0.3, 0.3]), "three numbers above 0");
+    }
+
+    /// The same of the command line; nothing panics on the way to a number.
+    #[test]
+    fn counts_of_the_command_line_have_bounds() {
+        let f = Folder::new();
+        let (huge, step) = ("1000000000000000000", ["bench", "step", "--preset", "tiny", "--random-init"]);
+        let asked = ["generate", "--model", "m", "--prompt", "q", "--max-new-tokens", huge];
+        let scored = ["score", "--model", "m", "--data", "d", "--out", "o", "--micro", huge];
+        let mut all = vec![asked.to_vec(), scored.to_vec()];
+        for flag in ["--micro", "--seq", "--rank", "--steps"] {
+            all.push(step.iter().chain(&[flag, huge]).copied().collect());
+        }
+        for args in all {
+            let said = f.adfreeze(&args).output().unwrap();
+            let stderr = String::from_utf8(said.stderr).unwrap();
+            assert_eq!(said.status.code(), Some(2), "{args:?}: {stderr}");
+            assert!(stderr.contains(&format!("{huge} is not in ")), "{stderr}");
+        }
     }
 }
 
