@@ -65,7 +65,11 @@ impl<'a> Evaluations<'a> {
             let key = format!("{} {}", serde_json::to_string(e)?, fingerprint(set));
             let mut so_far = kept.take(name, &key);
             let progress = run.reporter.progress(format!("evaluation {name}"), samples_of_all_passes(&eval));
-            progress.skip(samples_done(&eval, &so_far));
+            let (before, all) = (samples_done(&eval, &so_far), samples_of_all_passes(&eval));
+            if before > 0 && before < all {
+                run.reporter.info(&format!("evaluation {name}: goes on after {before} of {all} samples"));
+            }
+            progress.skip(before);
             let started = Instant::now();
             let mut saved = started;
             let mut on = |n: usize, so_far: &Outcomes| {

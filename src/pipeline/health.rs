@@ -64,13 +64,23 @@ impl Health {
             self.recent.pop_front();
         }
         let (kind, text) = self.finding()?;
+        let n = self.again(kind)?;
+        let count = if n > 1 { format!(" (so it was in {n} steps)") } else { String::new() };
+        Some(format!("{text}{count}: lower the learning rate or lengthen the warm-up, and begin the stage again"))
+    }
+
+    /// Notes the sizes of a checkpoint's parameters; what to say of them, as seldom.
+    pub fn see_sizes(&mut self, start: &Sizes, now: &Sizes) -> Option<String> {
+        let grown = exploded(start, now)?;
+        self.again("exploded").map(|_| told(&grown))
+    }
+
+    /// How often there was such a finding, if it is to be told.
+    fn again(&mut self, kind: &'static str) -> Option<usize> {
         let n = self.told.entry(kind).or_default();
         *n += 1;
-        let tell = std::iter::successors(Some(1usize), |t| t.checked_mul(10)).any(|t| t == *n);
-        tell.then(|| {
-            let count = if *n > 1 { format!(" (so it was in {n} steps)") } else { String::new() };
-            format!("{text}{count}: lower the learning rate or lengthen the warm-up, and begin the stage again")
-        })
+        let tell = std::iter::successors(Some(1usize), |t| t.checked_mul(10)).take_while(|t| t <= n).any(|t| t == *n);
+        tell.then_some(*n)
     }
 
     /// Do the last steps look as if the weights were worth keeping?
@@ -101,7 +111,7 @@ impl Health {
 /// What to say of parameters that have exploded.
 pub fn told((name, before, now): &(String, f64, f64)) -> String {
     format!(
-        "`{name}` has grown from a root mean square of {before:.1e} to {now:.1e}: the learning rate is far too high; lower it, and begin the stage again"
+        "`{name}` has grown from a root mean square of {before:.1e} to {now:.1e}: the learning rate (or the weight decay) is far too high; lower it, and begin the stage again"
     )
 }
 

@@ -41,6 +41,6 @@ fn hint(broken: &[PathBuf], goes_on: &str) -> String {
         false => format!("delete {} (what they hold has diverged as well), then ", names.join(", ")),
     };
     format!(
-        "{delete}lower the learning rate or lengthen the warm-up, and run the command again with --allow-changes: it {goes_on}"
+        "{delete}lower the learning rate (or the weight decay) or lengthen the warm-up, and run the command again with --allow-changes: it {goes_on}"
     )
 }

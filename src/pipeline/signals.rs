@@ -55,6 +55,8 @@ struct Inner {
     first: AtomicUsize,
     count: AtomicUsize,
     since: Mutex<Option<Instant>>,
+    /// Has the work that would be lost been told of a signal? It then ends by itself.
+    taken: AtomicBool,
     /// What is said when a signal comes where work would be lost.
     deferred: Mutex<Option<&'static str>>,
 }
@@ -99,11 +101,14 @@ impl Signals {
         self.0.first.compare_exchange(0, number.unsigned_abs() as usize, Ordering::SeqCst, Ordering::SeqCst).ok();
         let since = *lock(&self.0.since).get_or_insert_with(Instant::now);
         let words = *lock(&self.0.deferred);
-        let at_once = words.is_none() || (count > 2 && since.elapsed() > BURST);
+        // The work may have noticed the signal, and be over, before this thread has.
+        let nothing_to_lose = words.is_none() && !self.0.taken.load(Ordering::SeqCst);
+        let at_once = nothing_to_lose || (count > 2 && since.elapsed() > BURST);
         match (words, count) {
             _ if at_once && end == End::BySignal => {}
             _ if at_once => say(tell, format!("{name}: stopped; the same command goes on from what is saved")),
             (Some(words), 1) => say(tell, format!("{name}: asked to stop: {words}")),
+            (None, 1) => say(tell, format!("{name}: asked to stop")),
             (Some(_), 2) => say(tell, format!("{name} again: leaving it between micro-batches; what is done is saved")),
             _ => {}
         }
@@ -126,9 +131,13 @@ impl Signals {
         Deferred { signals: self, before }
     }
 
-    /// Has a signal asked to stop?
+    /// Has a signal asked to stop? Whoever hears of it saves what it has, and ends.
     pub fn asked(&self) -> bool {
-        self.0.asked.load(Ordering::SeqCst)
+        let asked = self.0.asked.load(Ordering::SeqCst);
+        if asked {
+            self.0.taken.store(true, Ordering::SeqCst);
+        }
+        asked
     }
 
     /// Is what was begun to be left before it is whole?

@@ -187,8 +187,8 @@ impl Course<'_> {
         }
         let sizes = health::sizes(&self.params)?;
         freeze::prove_finite(&sizes)?;
-        if let Some(grown) = health::exploded(self.of.start, &sizes) {
-            self.of.run.reporter.warn(&format!("{}: {}", self.of.name, health::told(&grown)));
+        if let Some(grown) = self.health.see_sizes(self.of.start, &sizes) {
+            self.of.run.reporter.warn(&format!("{}: {grown}", self.of.name));
         }
         self.metrics.sync()?;
         let (run, keep) = (self.of.run, self.stage.checkpoint.keep);

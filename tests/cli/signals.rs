@@ -1,8 +1,9 @@
 //! Signals: a checkpoint and a distinct exit code at the first, a step left between micro-batches at the second.
 
 use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden, said};
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 fn send(child: &Child, signal: &str) {
@@ -79,7 +80,7 @@ fn a_second_signal_does_not_lose_the_last_whole_step() {
         "--set",
         "defaults.checkpoint.every_steps=0",
         "--set",
-        "stage.align.batch={global=3000,micro=2}",
+        "stage.align.batch={global=400,micro=2}",
     ];
     let f = Folder::with(THREE_STAGES);
     let mut child = f.start(&args);
@@ -101,7 +102,7 @@ fn a_second_signal_does_not_lose_the_last_whole_step() {
 }
 
 /// More data than a moment's work, of what a stage does beside its steps.
-fn many(f: &Folder, name: &str, file: &str, n: usize) -> String {
+fn many(f: &Folder, name: &str, file: &str, n: usize) {
     let text = std::fs::read_to_string(golden(&format!("data/{file}"))).unwrap();
     let samples: Vec<serde_json::Value> = match file.ends_with('l') {
         true => text.lines().map(|l| serde_json::from_str(l).unwrap()).collect(),
@@ -109,53 +110,65 @@ fn many(f: &Folder, name: &str, file: &str, n: usize) -> String {
     };
     let lines: Vec<String> = (0..n).map(|i| samples[i % samples.len()].to_string()).collect();
     f.write(name, &lines.join("\n"));
-    format!("[{{path='{name}',images='${{GOLDEN}}/images'}}]")
 }
 
 /// Jobs shorter than the pass over the reference, or than an evaluation, advance nevertheless, to the same bytes.
 #[test]
 fn passes_beside_the_steps_keep_what_they_have() {
-    let runs = |f: &Folder| -> Vec<String> {
-        let pairs = many(f, "pairs.jsonl", "dpo.jsonl", 1500);
-        let held = many(f, "held.jsonl", "sft.json", 600);
-        let sets = [
-            "defaults.max_steps=2".to_string(),
-            format!("stage.dpo.data={pairs}"),
-            format!("eval.captions={{metric='loss',data={held},pictures=['blank','shuffled']}}"),
-            "stage.align.eval=[]".to_string(),
-            "stage.sft.eval=[]".to_string(),
-            "stage.dpo.eval=['captions']".to_string(),
-            "defaults.checkpoint.every_steps=0".to_string(),
-        ];
-        sets.into_iter().flat_map(|s| ["--set".to_string(), s]).collect()
-    };
-    let whole = Folder::with(THREE_STAGES);
-    let args = runs(&whole);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    whole.train(&args);
-    let f = Folder::with(THREE_STAGES);
-    runs(&f);
-    let (mut in_reference, mut in_evaluation) = (0, 0);
-    for _ in 0..60 {
-        let mut child = f.start(&args);
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-        let moment = |l: &String| l.contains("pairs under the reference") || l.starts_with("dpo: done in");
-        if lines.any(|l| moment(&l)) {
-            std::thread::sleep(Duration::from_millis(150));
-            send(&child, "TERM");
-        }
-        let rest: Vec<String> = lines.collect();
-        let code = child.wait().unwrap().code();
-        in_reference +=
-            usize::from(rest.iter().any(|l| l.contains("asked to stop, stopped after") && l.contains("pairs")));
-        in_evaluation += usize::from(rest.iter().any(|l| l.contains("asked to stop in evaluation captions")));
-        if code == Some(0) {
-            break;
-        }
-        assert_eq!(code, Some(75), "{rest:?}");
+    let recipe = r#"
+stages = ["dpo"]
+output_dir = "run"
+[model]
+source = "${GOLDEN}/model"
+[defaults]
+max_steps  = 2
+checkpoint = { every_steps = 0 }
+[stage.dpo]
+train     = ["projector.*"]
+objective = { dpo = { beta = 0.1, loss = "sigmoid", reference = "start" } }
+data      = [{ path = "pairs.jsonl", images = "${GOLDEN}/images" }]
+batch     = { global = 8, micro = 2 }
+lr        = 1e-3
+eval      = ["captions"]
+[eval.captions]
+metric   = "loss"
+data     = [{ path = "held.jsonl", images = "${GOLDEN}/images" }]
+pictures = ["blank", "shuffled"]
+"#;
+    let (whole, f) = (Folder::with(recipe), Folder::with(recipe));
+    for f in [&whole, &f] {
+        many(f, "pairs.jsonl", "dpo.jsonl", 1000);
+        many(f, "held.jsonl", "sft.json", 500);
     }
-    assert!(in_reference > 0 && in_evaluation > 0, "{in_reference} {in_evaluation}");
+    whole.train(&[]);
+    // Until a line begins like this or holds it, then a moment, then a signal; what was said after it.
+    let stopped = |at: &str| -> String {
+        let mut child = f.start(&[]);
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.any(|l| l.contains(at)));
+        std::thread::sleep(Duration::from_millis(100));
+        send(&child, "TERM");
+        let rest = lines.collect::<Vec<_>>().join("\n");
+        assert_eq!(child.wait().unwrap().code(), Some(75), "{rest}");
+        rest
+    };
+    let rest = stopped("1000 pairs under the reference");
+    assert!(rest.contains("asked to stop: finishing the pairs at hand") && rest.contains("of 1000 pairs"), "{rest}");
+    assert!(!f.path("run/01-dpo/checkpoints").exists());
+    let rest = stopped("1000 pairs under the reference: goes on after ");
+    assert!(rest.contains("of 1000 pairs"), "{rest}");
+    let rest = stopped("dpo: done in ");
+    assert!(rest.contains("asked to stop in evaluation captions"), "{rest}");
+    assert!(f.path("run/01-dpo/checkpoints/step-00000002").is_dir());
+    let rest = stopped("evaluation captions: goes on after ");
+    assert!(rest.contains("asked to stop in evaluation captions"), "{rest}");
+    let last = f.train(&[]).stderr;
+    assert!(
+        last.contains("dpo: goes on after step 2 of 2") && last.contains("evaluation captions: goes on after "),
+        "{last}"
+    );
     assert_same(&figures(&whole.path("run")), &figures(&f.path("run")));
+    assert!(!f.path("run/01-dpo/checkpoints/evaluations.json").exists());
 }
 
 /// To a shell, a command that does not go on ends by the signal; score says what it has.
@@ -170,22 +183,28 @@ fn generate_and_score_end_as_shells_tell_of_signals() {
         .collect();
     f.write("many.jsonl", &lines.join("\n"));
     let model = golden("model").display().to_string();
-    for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
-        let kill = |args: &[&str], seconds: f64| {
-            let script = format!("$A \"$@\" & p=$!; sleep {seconds}; kill -{signal} $p; wait $p");
-            let mut c = f.command("bash");
-            c.args(["-c", &script, "bash"]).args(args).env("A", super::folder::BINARY);
-            said(c.output().unwrap())
-        };
-        let ended = kill(&["generate", "--model", &model, "--prompt", "What?", "--max-new-tokens", "1000000"], 1.0);
-        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
-        let ended = kill(&["score", "--model", &model, "--data", "many.jsonl", "--out", "scores.jsonl"], 1.5);
-        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+    for (signal, number) in [("INT", 2), ("TERM", 15), ("HUP", 1)] {
+        let args = ["generate", "--model", &model, "--prompt", "What?", "--max-new-tokens", "1000000"];
+        let mut child = f.adfreeze(args).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+        send(&child, signal);
+        let ended = child.wait().unwrap();
+        // By the signal itself, which a shell tells as 128 and its number; an answer that ends before is none.
+        assert!(ended.signal() == Some(number) || ended.success(), "{ended:?}");
+
+        let args = ["score", "--model", &model, "--data", "many.jsonl", "--out", "scores.jsonl"];
+        let child = f.adfreeze(args).stderr(Stdio::piped()).spawn().unwrap();
+        let begun =
+            |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name().to_string_lossy().starts_with(".scores.");
+        while !std::fs::read_dir(f.path("")).unwrap().any(begun) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        send(&child, signal);
+        let said = said(child.wait_with_output().unwrap());
+        assert_eq!(said.code, Some(128 + number), "{}", said.stderr);
         let kept = std::fs::read_to_string(f.path("scores.jsonl")).unwrap().lines().count();
-        assert!(
-            kept > 0 && ended.stderr.contains(&format!("asked to stop: {kept} of 20000 samples are in scores.jsonl")),
-            "{}",
-            ended.stderr
-        );
+        let told = format!("asked to stop: {kept} of 20000 samples are in scores.jsonl");
+        assert!(kept > 0 && said.stderr.contains(&told), "{}", said.stderr);
     }
 }
