@@ -2,7 +2,7 @@
 
 use super::device;
 use crate::bail;
-use crate::error::Result;
+use crate::error::{Result, near};
 use crate::model::init::Place;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_whole, source};
@@ -168,6 +168,9 @@ impl Args {
         let place = |recipe| Place::new(device, compute.dtype().unwrap_or(recipe));
         let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
+                if !run.exists() {
+                    bail!("there is no run {}", run.display(); "{}", near::path_hint(run, "give the output_dir of a recipe that was trained"))
+                }
                 let Opened { recipe, stage, mut assembly, state } = open_run(run, self.stage.as_deref(), place)?;
                 let pictures = recipe.stage[&stage].data.first().cloned();
                 let mut pictures = pictures.unwrap_or_else(|| Data::new(PathBuf::new()));

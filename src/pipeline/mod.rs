@@ -28,10 +28,11 @@ pub mod state;
 pub mod steps;
 
 use crate::bail;
-use crate::data::{Sight, synth};
+use crate::data::{Dataset, Item, Sight, synth};
+use crate::error::near::suggestion;
 use crate::error::{Context, Result};
 use crate::model::init::Place;
-use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
+use crate::recipe::schema::{DType, Eval, HandOver, Objective, Recipe, Stage, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
 use evaluation::Evaluations;
@@ -78,20 +79,22 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let mut assembly = assemble(recipe, &options.place)?;
     let recipe = &date::kept(recipe, &mut assembly)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
-    let (inputs, shown) = survey(recipe, &mut assembly)?;
+    let Survey { inputs, shown, costs } = survey(recipe, &mut assembly)?;
     assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
     let (dir, warnings) = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     warnings.iter().for_each(|w| reporter.warn(w));
-    let mut coming = BTreeSet::new();
+    let (mut coming, mut plan) = (BTreeSet::new(), Vec::new());
     for name in &wanted {
         if dir.done(recipe, name)?.is_none() {
+            plan.extend(costs.of(recipe, name));
             coming.insert(format!("stage.{name}"));
             coming.extend(recipe.stage[*name].eval.iter().map(|e| format!("eval.{e}")));
         }
     }
+    reporter.plan(plan);
     shown.prove(&coming, assembly.images.as_ref(), reporter)?;
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
@@ -170,10 +173,14 @@ fn fresh_state(recipe: &Recipe, assembly: &mut Assembly) -> Result<State> {
 
 fn chosen_stages<'a>(recipe: &'a Recipe, options: &Options) -> Result<Vec<&'a str>> {
     if let Some(unknown) = options.stages.iter().find(|s| !recipe.stages.contains(s)) {
-        bail!("--stages: the recipe has no stage `{unknown}`"; "it has: {}", recipe.stages.join(", "))
+        bail!("--stages: the recipe has no stage `{unknown}`"; "{}", suggestion(unknown, &names(recipe)))
     }
     let all = recipe.stages.iter().map(String::as_str);
     Ok(all.filter(|s| options.stages.is_empty() || options.stages.iter().any(|o| o == s)).collect())
+}
+
+fn names(recipe: &Recipe) -> Vec<&str> {
+    recipe.stages.iter().map(String::as_str).collect()
 }
 
 /// Makes the built-in data that the recipe asks for, unless it is there.
@@ -189,15 +196,67 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
+<<<<<<< HEAD
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
 /// returns the checksums of everything the run reads, and the pictures that it shows.
 fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)> {
     let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
     let mut evaluated = Read::default();
+=======
+/// What is known of a run before it begins.
+struct Survey {
+    /// Checksums of everything that it reads.
+    inputs: BTreeMap<String, String>,
+    /// The pictures that it shows.
+    shown: Pictures,
+    costs: Costs,
+}
+
+/// What the parts of a run cost, in tokens through the model, a pass without gradients being a third of one with them: by it the
+/// time is told that the run has left.
+#[derive(Default)]
+struct Costs {
+    /// All steps of a stage, and its reference's pass over the data.
+    stages: BTreeMap<String, (f64, f64)>,
+    evals: BTreeMap<String, f64>,
+}
+
+impl Costs {
+    const FORWARD: f64 = 1.0 / 3.0;
+
+    fn add_stage(&mut self, stage: &Stage, name: &str, data: &Dataset, steps: usize) {
+        let tokens = tokens(data);
+        let sample = tokens / data.items.len().max(1) as f64;
+        let reference = if matches!(stage.objective, Objective::Dpo(_)) { tokens * Self::FORWARD } else { 0.0 };
+        self.stages.insert(name.to_string(), (sample * (stage.batch.global * steps) as f64, reference));
+    }
+
+    fn add_eval(&mut self, eval: &Eval, name: &str, data: &Dataset) {
+        let passes = 1.0 + eval.pictures.len() as f64;
+        self.evals.insert(name.to_string(), tokens(data) * passes * Self::FORWARD);
+    }
+
+    /// The parts of a stage in their order.
+    fn of(&self, recipe: &Recipe, name: &str) -> [(String, f64); 3] {
+        let (steps, reference) = self.stages.get(name).copied().unwrap_or_default();
+        let evals = recipe.stage[name].eval.iter().filter_map(|e| self.evals.get(e)).sum();
+        [(format!("{name}: reference"), reference), (name.to_string(), steps), (format!("{name}: evaluations"), evals)]
+    }
+}
+
+fn tokens(data: &Dataset) -> f64 {
+    data.items.iter().flat_map(Item::samples).map(|s| s.ids.len() as f64).sum()
+}
+
+/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
+    let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
+    let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
+>>>>>>> eace4fc (wip)
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
     let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
-    let mut shown = Pictures::default();
+    let (mut shown, mut costs) = (Pictures::default(), Costs::default());
     for name in &recipe.stages {
         let stage = &recipe.stage[name];
         let mut visit = || -> Result<()> {
@@ -215,6 +274,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)
             evals.extend(stage.eval.iter().map(|e| (e, at)));
             let steps = step_counts(stage, data.items.len()).0;
             optimizer(stage, name, &mut state, steps)?;
+            costs.add_stage(stage, name, &data, steps);
             shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
             read.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
@@ -230,13 +290,18 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         evaluated.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
+<<<<<<< HEAD
         evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
+=======
+        costs.add_eval(eval, name, &data);
+        files.extend(eval.data.iter().map(|d| d.path.clone()));
+>>>>>>> eace4fc (wip)
     }
     let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
     if assembly.place.dtype != candle_core::DType::F32 {
         inputs.sums.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }
-    Ok((inputs, shown))
+    Ok(Survey { inputs, shown, costs })
 }
 
 /// A finished stage of a run, for `generate` and `score`.
@@ -265,7 +330,14 @@ pub fn open_run(root: &Path, stage: Option<&str>, place: impl FnOnce(DType) -> P
         }
     }
     let Some(name) = found else {
-        bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
+        match stage.filter(|s| !recipe.stages.iter().any(|r| r == s)) {
+            Some(unknown) => {
+                bail!("the run {} has no stage `{unknown}`", root.display(); "{}", suggestion(unknown, &names(&recipe)))
+            }
+            None => {
+                bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
+            }
+        }
     };
     let recipe = dir.recipe_of(&now, &name)?;
     let mut assembly = assemble(&recipe, &place(recipe.model.dtype))?;
