@@ -15,7 +15,8 @@ pub(super) const HEAD: usize = 4096;
 /// If there is none, or it is a folder, a pipe, a device or a socket, which never end or are never answered; the error names it.
 pub(super) fn open(path: &Path, what: &str, hint: &str) -> Result<(File, Metadata)> {
     let cannot = |e: std::io::Error| {
-        let hint = if e.kind() == std::io::ErrorKind::NotFound { near::path_hint(path, hint) } else { hint.to_string() };
+        let hint =
+            if e.kind() == std::io::ErrorKind::NotFound { near::path_hint(path, hint) } else { hint.to_string() };
         Error::new(format!("cannot read {what} {}: {e}", shown(path))).hint(hint)
     };
     let metadata = std::fs::metadata(path).map_err(cannot)?;

@@ -8,6 +8,7 @@ pub mod assemble;
 pub mod check;
 pub mod checkpoints;
 pub mod components;
+mod costs;
 mod date;
 pub mod evaluation;
 pub mod export;
@@ -28,13 +29,15 @@ pub mod state;
 pub mod steps;
 
 use crate::bail;
-use crate::data::{Dataset, Item, Sight, synth};
+use crate::data::{Sight, synth};
 use crate::error::near::suggestion;
 use crate::error::{Context, Result};
 use crate::model::init::Place;
-use crate::recipe::schema::{DType, Eval, HandOver, Objective, Recipe, Stage, SynthKind};
+use crate::model::weights;
+use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
+use costs::Costs;
 use evaluation::Evaluations;
 use pictures::Pictures;
 use run_dir::{Inputs, Read, RunDir, refuse_others};
@@ -76,7 +79,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     refuse_others(&recipe.output_dir, recipe)?;
     make_data(recipe, reporter)?;
-    let mut assembly = assemble(recipe, &options.place)?;
+    let mut assembly = loading(reporter, || assemble(recipe, &options.place))?;
     let recipe = &date::kept(recipe, &mut assembly)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
     let Survey { inputs, shown, costs } = survey(recipe, &mut assembly)?;
@@ -129,6 +132,11 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let what = if nothing_to_do { "nothing to do: the run is finished and lies in" } else { "the run is in" };
     reporter.info(&format!("{what} {}", dir.root().display()));
     Ok(Outcome::Finished)
+}
+
+/// Loads weights, with a bar.
+pub fn loading<T>(reporter: &Reporter, load: impl FnOnce() -> T) -> T {
+    reporter.watch("loading weights", weights::progress::so_far, load)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -196,63 +204,19 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-<<<<<<< HEAD
-/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
-/// returns the checksums of everything the run reads, and the pictures that it shows.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)> {
-    let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
-    let mut evaluated = Read::default();
-=======
 /// What is known of a run before it begins.
 struct Survey {
     /// Checksums of everything that it reads.
-    inputs: BTreeMap<String, String>,
+    inputs: Inputs,
     /// The pictures that it shows.
     shown: Pictures,
     costs: Costs,
 }
 
-/// What the parts of a run cost, in tokens through the model, a pass without gradients being a third of one with them: by it the
-/// time is told that the run has left.
-#[derive(Default)]
-struct Costs {
-    /// All steps of a stage, and its reference's pass over the data.
-    stages: BTreeMap<String, (f64, f64)>,
-    evals: BTreeMap<String, f64>,
-}
-
-impl Costs {
-    const FORWARD: f64 = 1.0 / 3.0;
-
-    fn add_stage(&mut self, stage: &Stage, name: &str, data: &Dataset, steps: usize) {
-        let tokens = tokens(data);
-        let sample = tokens / data.items.len().max(1) as f64;
-        let reference = if matches!(stage.objective, Objective::Dpo(_)) { tokens * Self::FORWARD } else { 0.0 };
-        self.stages.insert(name.to_string(), (sample * (stage.batch.global * steps) as f64, reference));
-    }
-
-    fn add_eval(&mut self, eval: &Eval, name: &str, data: &Dataset) {
-        let passes = 1.0 + eval.pictures.len() as f64;
-        self.evals.insert(name.to_string(), tokens(data) * passes * Self::FORWARD);
-    }
-
-    /// The parts of a stage in their order.
-    fn of(&self, recipe: &Recipe, name: &str) -> [(String, f64); 3] {
-        let (steps, reference) = self.stages.get(name).copied().unwrap_or_default();
-        let evals = recipe.stage[name].eval.iter().filter_map(|e| self.evals.get(e)).sum();
-        [(format!("{name}: reference"), reference), (name.to_string(), steps), (format!("{name}: evaluations"), evals)]
-    }
-}
-
-fn tokens(data: &Dataset) -> f64 {
-    data.items.iter().flat_map(Item::samples).map(|s| s.ids.len() as f64).sum()
-}
-
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs.
 fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
-    let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
-    let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
->>>>>>> eace4fc (wip)
+    let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
+    let mut evaluated = Read::default();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
     let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
@@ -290,12 +254,8 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         evaluated.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
-<<<<<<< HEAD
-        evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
-=======
         costs.add_eval(eval, name, &data);
-        files.extend(eval.data.iter().map(|d| d.path.clone()));
->>>>>>> eace4fc (wip)
+        evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
     let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
     if assembly.place.dtype != candle_core::DType::F32 {
@@ -330,9 +290,9 @@ pub fn open_run(root: &Path, stage: Option<&str>, place: impl FnOnce(DType) -> P
         }
     }
     let Some(name) = found else {
-        match stage.filter(|s| !recipe.stages.iter().any(|r| r == s)) {
+        match stage.filter(|s| !now.stages.iter().any(|r| r == s)) {
             Some(unknown) => {
-                bail!("the run {} has no stage `{unknown}`", root.display(); "{}", suggestion(unknown, &names(&recipe)))
+                bail!("the run {} has no stage `{unknown}`", root.display(); "{}", suggestion(unknown, &names(&now)))
             }
             None => {
                 bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
