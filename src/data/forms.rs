@@ -26,7 +26,13 @@ impl Form {
 
     /// What to do about a sample that is not read: its own content in the form that is wanted, if it can be made out.
     pub(super) fn hint(self, sample: Option<&Value>) -> String {
+        let has = |key: &str| sample.is_some_and(|s| s.get(key).is_some());
+        let pair = has("chosen") && has("rejected");
         match sample.and_then(|s| self.rewritten(s)) {
+            None if self == Self::Conversations && pair => "pairs are data of a stage with the objective dpo".into(),
+            None if self == Self::Pairs && !pair && TALKS.iter().any(|k| has(k)) => {
+                "this stage's objective, dpo, takes pairs: {\"prompt\": …, \"chosen\": …, \"rejected\": …}; conversations are data of other stages".into()
+            }
             Some(example) => format!("write each sample like this: {example}"),
             None => self.wanted().to_string(),
         }

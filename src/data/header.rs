@@ -38,6 +38,7 @@ pub(super) struct Jpeg {
     /// The colour transform that an Adobe segment states.
     adobe: Option<u8>,
     jfif: bool,
+    progressive: bool,
 }
 
 impl Jpeg {
@@ -54,15 +55,18 @@ impl Jpeg {
 }
 
 impl Header {
-    /// Bytes of a pixel once it is decoded, before it becomes RGB.
+    /// Bytes that a pixel takes until it is RGB, that included.
     pub fn pixel_bytes(&self) -> u64 {
         match &self.layout {
+            // These are decoded in place.
+            Layout::Png { bits: 8, colour: 2, .. } => 3,
             Layout::Png { bits, colour, .. } => {
-                let channels = [2, 1, 3, 4, 2, 1, 4][usize::from(*colour).min(6)];
-                channels * u64::from(bits.div_ceil(8))
+                let channels = [2, 1, 4, 4, 2, 1, 4][usize::from(*colour).min(6)];
+                channels * u64::from(bits.div_ceil(8)) + 3
             }
-            // Coefficients of progressive pictures are kept until the last scan.
-            Layout::Jpeg(j) => 3 + 2 * j.sampling.len() as u64,
+            // All coefficients are kept until the last scan.
+            Layout::Jpeg(j) if j.progressive => 3 + 2 * j.sampling.len() as u64,
+            Layout::Jpeg(j) => 3 + u64::from(j.sampling.len() == 1),
         }
     }
 }
@@ -147,8 +151,8 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
     file.seek(SeekFrom::Start(8))?;
     let mut head: Option<[u8; 13]> = None;
     let (mut exif, mut xmp): (Option<Vec<u8>>, Option<Vec<u8>>) = (None, None);
+    let mut at = 8;
     loop {
-        let at = file.stream_position()?;
         // Pillow asks for no end mark either; whether the pixels are all there is the decoder's to say.
         let mut start = [0; 8];
         if end - at < 8 {
@@ -162,14 +166,14 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
         if kind == *b"CgBI" {
             bail!("it is written in Apple's own way for iPhones (CgBI)"; "convert it to a usual PNG")
         }
-        let whole = at + 12 + length;
+        let (whole, mut read) = (at + 12 + length, at + 8);
         let is_text = matches!(&kind, b"eXIf" | b"iTXt" | b"zTXt" | b"tEXt");
         if essence && matches!(&kind, b"IHDR" | b"PLTE" | b"tRNS" | b"IDAT" | b"IEND") {
             kept.extend(start);
-            file.by_ref().take(length + 4).read_to_end(&mut kept)?;
+            read += file.by_ref().take(length + 4).read_to_end(&mut kept)? as u64;
         } else if (kind == *b"IHDR" || is_text) && length <= LONGEST_TEXT {
             let mut body = vec![];
-            file.by_ref().take(length).read_to_end(&mut body)?;
+            read += file.by_ref().take(length).read_to_end(&mut body)? as u64;
             match &kind {
                 b"IHDR" => head = body.try_into().ok(),
                 b"eXIf" => exif = exif.or(Some(body)),
@@ -182,7 +186,9 @@ fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
         if kind == *b"IEND" || whole > end {
             break;
         }
-        file.seek(SeekFrom::Start(whole))?;
+        // Within what is buffered, if it can be.
+        file.seek_relative((whole - read) as i64)?;
+        at = whole;
     }
     let Some([w0, w1, w2, w3, h0, h1, h2, h3, bits, colour, ..]) = head else { bail!("it has no header (IHDR)") };
     let number = |b: [u8; 4]| u32::from_be_bytes(b) as usize;
@@ -292,6 +298,7 @@ fn frame(code: u8, frame: &[u8], jpeg: &mut Jpeg) -> Result<[usize; 2]> {
     if bits != 8 {
         bail!("it is a JPEG of {bits} bits a colour"; "{HINT}")
     }
+    jpeg.progressive = code == 0xc2;
     let size = [[h0, h1], [w0, w1]].map(|b| usize::from(u16::from_be_bytes(b)));
     if size[0] == 0 {
         bail!("it is a JPEG whose height stands behind its pixels (DNL)"; "{HINT}")

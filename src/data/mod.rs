@@ -14,6 +14,7 @@ mod orientation;
 pub mod pixels;
 mod processor;
 mod raw;
+mod read;
 pub mod resize;
 pub mod sampler;
 pub mod sight;

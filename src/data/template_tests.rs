@@ -59,8 +59,8 @@ fn a_chat_template_trains_answers_through_their_end_token() {
 fn a_chat_template_may_want_parts() {
     let source = "{% for m in messages %}{{ m.role.upper() + ': ' }}\
         {% for c in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}\
-        {% for c in m.content | selectattr('type', 'equalto', 'text') %}{% generation %}{{ c.text }}{% endgeneration %}\
-        {% endfor %}{{ ' ' }}{% endfor %}{%- if add_generation_prompt %}ASSISTANT: {% endif %}";
+        {% for c in m.content | selectattr('type', 'equalto', 'text') %}{% if m.role == 'user' %}{{ c.text + ' ' }}{% else %}\
+        {% generation %}{{ c.text + ' ' }}{% endgeneration %}{% endif %}{% endfor %}{% endfor %}{%- if add_generation_prompt %}ASSISTANT: {% endif %}";
     let r = chat(source).unwrap().conversation(&talk(&[(U, "What\n<image>"), (A, "It.")])).unwrap();
     assert_eq!(r.text, "USER: <image>\nWhat ASSISTANT: It. ");
     assert_eq!(spans(&r), ["It. "]);

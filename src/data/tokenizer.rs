@@ -5,7 +5,6 @@ mod special;
 
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use serde::de::IgnoredAny;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,6 +24,8 @@ pub(super) struct TokenizerFiles {
     /// How much longer the normalizer can make a text.
     pub growth: guard::Growth,
     pub chat_template: Option<String>,
+    /// What transformers would read otherwise.
+    pub warnings: Vec<String>,
 }
 
 impl TokenizerFiles {
@@ -38,17 +39,18 @@ impl TokenizerFiles {
         if !file.is_file() {
             return Err(missing(&dir, &file));
         }
-        let mut tokenizer = open(&file)?;
+        let (mut tokenizer, growth) = open(&file)?;
         tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
         tokenizer.with_padding(None);
-        let growth = guard::Growth::of(&tokenizer).with_context(|| file.display())?;
         let leading = leading_token(&tokenizer).with_context(|| file.display())?;
         let post_processor = tokenizer.get_post_processor().cloned();
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let map = read_json(&dir.join("special_tokens_map.json"))?;
         let names = special::add(&mut tokenizer, &config, &map)?;
-        Ok(Self { leading, names, growth, chat_template: chat_template(&dir, &config)?, tokenizer, post_processor })
+        let warnings = rebuilt(&tokenizer, &config, &file)?.into_iter().collect();
+        let chat_template = chat_template(&dir, &config)?;
+        Ok(Self { leading, names, growth, chat_template, warnings, tokenizer, post_processor })
     }
 
     /// The id of the image token, which is added if the tokenizer does not know it; the second value tells.
@@ -60,7 +62,7 @@ impl TokenizerFiles {
         // A token that is there keeps its own `lstrip` and `rstrip`.
         if !self.tokenizer.get_added_tokens_decoder().into_values().any(|t| t.content == text) {
             let token = AddedToken::from(text, true);
-            self.tokenizer.add_special_tokens([token]).map_err(|e| Error::new(e.to_string()))?;
+            guard::add(&mut self.tokenizer, vec![token])?;
         }
         let Some(id) = self.tokenizer.token_to_id(text) else {
             bail!("the tokenizer cannot take up the image token {text:?}"; "choose another model.image_token");
@@ -122,16 +124,25 @@ impl TokenizerFiles {
     }
 }
 
-fn open(file: &Path) -> Result<Tokenizer> {
+/// All that is read of a `tokenizer.json` before `tokenizers` does.
+#[derive(serde::Deserialize)]
+#[serde(expecting = "an object")]
+struct Outline {
+    #[serde(default)]
+    normalizer: Value,
+}
+
+fn open(file: &Path) -> Result<(Tokenizer, guard::Growth)> {
     let damaged = |e: &dyn std::fmt::Display| {
         Error::new(format!("cannot read the tokenizer {}: {e}", file.display()))
             .hint("fetch the file again; a Git LFS pointer is a few lines of text")
     };
     let bytes = std::fs::read(file).map_err(|e| damaged(&e))?;
     // `tokenizers` panics on some files that are no JSON, or that have a part of another kind than it expects.
-    serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| damaged(&e))?;
+    let outline: Outline = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
+    let growth = guard::Growth::of(&outline.normalizer).with_context(|| file.display())?;
     let read = guard::catch(|| Tokenizer::from_bytes(&bytes));
-    read.ok_or_else(|| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e))
+    read.ok_or_else(|| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e)).map(|t| (t, growth))
 }
 
 fn missing(dir: &Path, file: &Path) -> Error {
@@ -143,6 +154,28 @@ fn missing(dir: &Path, file: &Path) -> Error {
         );
     }
     e.hint("point model.language.tokenizer to a folder, file or repository with a tokenizer.json")
+}
+
+/// Words of Qwen2's tokenizers, as `transformers/models/qwen2/tokenization_qwen2.py` has them.
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// transformers 5 takes only the vocabulary of this class from `tokenizer.json`, and splits words in its own way.
+fn rebuilt(tokenizer: &Tokenizer, config: &Value, file: &Path) -> Result<Option<String>> {
+    let class = config["tokenizer_class"].as_str().map_or("", |c| c.trim_end_matches("Fast"));
+    if class != "Qwen2Tokenizer" {
+        return Ok(None);
+    }
+    let split = serde_json::to_value(tokenizer.get_pre_tokenizer())?;
+    let same = split["pretokenizers"][0]["pattern"]["Regex"] == QWEN2;
+    let told = || {
+        format!(
+            "{} splits words otherwise than {class}, the tokenizer_class of tokenizer_config.json: here tokenizer.json is \
+             followed, transformers 5 follows the class; set tokenizer_class to \"PreTrainedTokenizerFast\" for the same tokens in both",
+            file.display()
+        )
+    };
+    Ok((!same).then(told))
 }
 
 /// The id that encoding with special tokens puts in front.

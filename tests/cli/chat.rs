@@ -109,6 +109,17 @@ fn the_post_processor_says_whether_a_begin_token_comes_first() {
 }
 
 #[test]
+fn a_class_that_transformers_builds_itself_is_named() {
+    let data = case("04-eos-not-in-added-tokens").join("data.json");
+    let f = Folder::new();
+    f.model("model", |_| ());
+    let show = ["data", "show", "--model", "model", "--data", data.to_str().unwrap()];
+    assert!(!f.ok(show).stderr.contains("tokenizer_class"));
+    change(&f, "tokenizer_config.json", |c| c["tokenizer_class"] = "Qwen2TokenizerFast".into());
+    assert!(f.ok(show).stderr.contains("splits words otherwise than Qwen2Tokenizer"));
+}
+
+#[test]
 fn an_opening_that_goes_further_than_an_answer_begins() {
     let (f, case) = (Folder::new(), case("13-generation-prompt-that-goes-further"));
     model_with(&f, &case);
@@ -271,7 +282,13 @@ fn templates_that_write_the_past_otherwise() {
     let trimmed = PHI3.replace("m.content +", "m.content | trim +");
     trains(&trimmed, &talk, &["Ada.<|end|>", "Then.<|end|>"]);
     trains(&PHI3.replace("+ m.content", "+ (m.content | tojson)"), &[(U, "q"), (A, "a")], &["\"a\"<|end|>"]);
+    let quoted = PHI3.replace("+ m.content", "+ (m.content | tojson)");
+    trains(&quoted, &[(U, "q"), (A, " a \n"), (U, "r"), (A, "b")], &["\" a \\n\"<|end|>", "\"b\"<|end|>"]);
     trains(PHI3, &[(U, "q"), (A, "a"), (U, "r")], &["a<|end|>"]);
+    // As Mistral: the system's text is left out where an answer follows.
+    let mistral = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + ' ' if loop.last else '') + m.content + '[/INST]' }}\
+        {% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}";
+    trains(mistral, &[(Role::System, "Brief."), (U, "q"), (A, "a")], &[" a</s>"]);
     // Whoever ends no answer is left with the answer alone.
     let endless = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
     trains(endless, &[(U, "q"), (A, "a"), (U, "r"), (A, "b")], &["a", "b"]);

@@ -12,7 +12,7 @@ mod templates {
         let f = Folder::new();
         f.model("model", |_| ());
         f.write("model/chat_template.jinja", template);
-        let turn = |i: usize| json!({"from": ["human", "gpt"][i % 2], "value": "a".repeat(50)});
+        let turn = |i: usize| json!({"from": (["human", "gpt"][i % 2]), "value": "a".repeat(50)});
         let talk: Vec<Value> = (0..turns).map(turn).collect();
         f.write("d.json", &json!([{"conversations": talk}, {"conversations": talk}]).to_string());
         f
@@ -78,7 +78,11 @@ mod templates {
         refused(&tokenizer(|t| t["normalizer"] = prepend), "vicuna_v1", &["tokenizer.json", "in front of every text"]);
         let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(1000)});
         let all = json!({"type": "Sequence", "normalizers": vec![replace; 4]});
-        refused(&tokenizer(|t| t["normalizer"] = all), "vicuna_v1", &["normalizer can make"]);
+        refused(
+            &tokenizer(|t| t["normalizer"] = all),
+            "vicuna_v1",
+            &["tokenizer.json", "normalizer can make a text 1000000000000 times as long"],
+        );
     }
 
     #[test]
@@ -288,7 +292,7 @@ mod data {
         sparse(&f.path("line"), &line, 20 << 30);
         refused(score(&f, &f.path("line"), &images), &["line, line 1 is longer than 64 MiB"]);
         for (name, text) in [("deep", "[".repeat(200_000)), ("deeper", format!("[{{\"x\":{}", "[".repeat(200_000)))] {
-            refused(score(&f, &f.write(name, &text), &images), &[name, "recursion limit"]);
+            refused(score(&f, &f.write(name, &text), &images), &[name, "a sample looks like"]);
         }
     }
 
@@ -332,13 +336,13 @@ mod data {
     }
 
     #[test]
-    fn texts_and_profiles_of_a_gigabyte_are_not_unpacked() {
+    fn texts_and_profiles_of_hundreds_of_megabytes_are_not_unpacked() {
         let f = Folder::new();
         let dir = f.path("images");
         fs::create_dir(&dir).unwrap();
         let mut packed = flate2::write::ZlibEncoder::new(vec![], flate2::Compression::fast());
         let part = vec![0; 1 << 20];
-        (0..1024).for_each(|_| packed.write_all(&part).unwrap());
+        (0..256).for_each(|_| packed.write_all(&part).unwrap());
         let packed = packed.finish().unwrap();
         let whole = fs::read(golden("images/exact0.png")).unwrap();
         for (kind, key) in [

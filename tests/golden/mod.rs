@@ -162,6 +162,7 @@ impl Golden {
             bos: config.text.bos_token_id,
             eos: config.text.eos_token_ids.clone(),
             system: Some(self.json["settings"]["system"].as_str().unwrap().to_string()),
+            date: None,
             max_seq_len: 4096,
             truncate: false,
         };

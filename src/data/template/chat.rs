@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Work that a template may do: instructions, each worth 64 bytes written; and more for each turn of a long conversation.
-const FUEL: u64 = 10_000_000;
+const FUEL: u64 = 2_000_000;
 const FUEL_PER_TURN: u64 = 5_000;
 /// Bytes that a template may write, beside sixteen times the conversation.
 const WRITTEN: usize = 1 << 20;

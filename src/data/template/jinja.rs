@@ -5,6 +5,7 @@ use super::{json, marks, python};
 use crate::error::{Error, Result};
 use jiff::civil::{Date, Time};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::ValueKind;
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
 use minijinja_contrib::{filters, globals};
 
@@ -38,6 +39,11 @@ pub(super) fn environment(source: &str, date: Date) -> Result<Environment<'stati
     env.add_filter("wordcount", |text: &str| text.split_whitespace().count());
     env.add_filter("center", |state: &mut minijinja::State, text: &Value, width: Option<usize>| {
         python::method(state, text, "center", &[Value::from(width.unwrap_or(80))])
+    });
+    // As Python's `iter` and `len` have it: nothing is neither, a text is both.
+    env.add_test("iterable", |v: &Value| !matches!(v.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number));
+    env.add_test("sequence", |v: &Value| {
+        matches!(v.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable)
     });
     env.add_filter(GENERATION, |text: &str| marks::generation(text));
     env.add_template_owned(NAME, with_generation_marks(source)).map_err(|e| wrong(&e))?;

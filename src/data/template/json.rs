@@ -1,6 +1,6 @@
 //! `tojson` as Python's `json.dumps` writes it, with the arguments that transformers passes on.
 
-use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use std::fmt::Write;
 
@@ -17,14 +17,13 @@ struct Writer<'a> {
 }
 
 /// `x | tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(state: &State, x: &Value, args: minijinja::value::Rest<Value>) -> Result<Value, Error> {
-    let (ascii, indent, separators, sorted, named): (
-        Option<Value>,
-        Option<Value>,
-        Option<Value>,
-        Option<Value>,
-        Kwargs,
-    ) = from_args(&args)?;
+pub(super) fn tojson(
+    state: &State,
+    x: &Value,
+    ascii: Option<Value>,
+    indent: Option<Value>,
+    named: Kwargs,
+) -> Result<Value, Error> {
     let or = |given: Option<Value>, name: &str| -> Result<Option<Value>, Error> {
         let given = match given {
             Some(v) => Some(v),
@@ -37,8 +36,8 @@ pub(super) fn tojson(state: &State, x: &Value, args: minijinja::value::Rest<Valu
         Some(s) => s.to_string(),
         None => " ".repeat(v.as_i64().unwrap_or(0).clamp(0, 64) as usize),
     });
-    let separators = or(separators, "separators")?;
-    let sorted = or(sorted, "sort_keys")?.is_some_and(|v| v.is_true());
+    let separators = or(None, "separators")?;
+    let sorted = or(None, "sort_keys")?.is_some_and(|v| v.is_true());
     named.assert_all_used()?;
     let (between, colon) = match separators {
         Some(pair) => (text_at(&pair, 0)?, text_at(&pair, 1)?),

@@ -70,9 +70,13 @@ impl Unmarked {
         out
     }
 
-    /// Where the text of each of `n` turns ends, if each is there just once and they come in order.
-    pub fn ends(&self, n: usize) -> Option<Vec<usize>> {
-        let in_order = self.turns.iter().enumerate().all(|(i, (turn, _))| *turn == i);
-        (self.turns.len() == n && in_order).then(|| self.turns.iter().map(|(_, at)| *at).collect())
+    /// Where the text of each of `n` turns ends, if it is there; `None` if one is there twice, or they come in another order.
+    pub fn ends(&self, n: usize) -> Option<Vec<Option<usize>>> {
+        let mut ends = vec![None; n];
+        let in_order = self.turns.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        for (turn, at) in &self.turns {
+            *ends.get_mut(*turn)? = Some(*at);
+        }
+        in_order.then_some(ends)
     }
 }

@@ -2,16 +2,18 @@
 
 use crate::bail;
 use crate::error::{Error, Result};
+use serde_json::Value;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
-use tokenizers::normalizers::NormalizerWrapper;
-use tokenizers::{Encoding, Tokenizer};
+use tokenizers::{AddedToken, Encoding, Tokenizer};
 
 /// Steps back that one search of a pattern may take; each takes some nanoseconds.
 const STEPS_BACK: std::ffi::c_ulong = 20_000_000;
 /// Longest text that a normalizer may put in front, in bytes.
 const PUT_IN_FRONT: usize = 1 << 12;
+/// How many times as long a normalizer may make a text.
+const LONGER: f64 = 4096.0;
 
 /// `f`, or `None` if it panics; nothing is printed then.
 pub(super) fn catch<T>(f: impl FnOnce() -> T) -> Option<T> {
@@ -47,6 +49,19 @@ pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Encodi
     }
 }
 
+/// Adds tokens, which the normalizer sees.
+///
+/// # Errors
+/// As [`encode`].
+pub(super) fn add(tokenizer: &mut Tokenizer, tokens: Vec<AddedToken>) -> Result<()> {
+    let added = catch(|| tokenizer.add_tokens(tokens));
+    match added {
+        Some(result) => result.map(|_| ()).map_err(|e| Error::new(format!("the tokenizer takes up no token: {e}"))),
+        None => bail!("the tokenizer takes up no token: a pattern of its normalizer tries too many ways to match it";
+            "correct the regular expressions in tokenizer.json, or fetch the file again"),
+    }
+}
+
 /// How long a normalizer can make a text, at most.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Growth {
@@ -57,27 +72,34 @@ pub struct Growth {
 }
 
 impl Growth {
-    /// That of a tokenizer.
+    /// That of `tokenizer.json`'s `normalizer`.
     ///
     /// # Errors
-    /// If it puts a text of many kilobytes in front of every other.
-    pub fn of(tokenizer: &Tokenizer) -> Result<Self> {
+    /// If it makes many kilobytes of every text.
+    pub fn of(normalizer: &Value) -> Result<Self> {
         let mut all = Self { factor: 1.0, front: 0 };
-        let Some(normalizer) = tokenizer.get_normalizer() else { return Ok(all) };
         all.add(normalizer);
+        let hint = "correct the normalizer in tokenizer.json, or fetch the file again";
         if all.front > PUT_IN_FRONT {
-            bail!("the normalizer puts {} bytes in front of every text", all.front;
-                "correct `prepend` in the normalizer of tokenizer.json, or fetch the file again")
+            bail!("the normalizer puts {} bytes in front of every text", all.front; "{hint}")
+        }
+        if all.factor > LONGER {
+            bail!("the normalizer can make a text {:.0} times as long", all.factor; "{hint}")
         }
         Ok(all)
     }
 
-    fn add(&mut self, normalizer: &NormalizerWrapper) {
-        match normalizer {
-            NormalizerWrapper::Sequence(all) => all.as_ref().iter().for_each(|n| self.add(n)),
-            NormalizerWrapper::Prepend(p) => self.front = self.front.saturating_add(p.prepend.len()),
-            NormalizerWrapper::Replace(r) => self.times(r.content.len() as f64 / shortest(r)),
-            // One character becomes eighteen at most, and two bytes three; of a precompiled map nothing is known but that.
+    fn add(&mut self, normalizer: &Value) {
+        let text = |v: &Value| v.as_str().map(str::len);
+        match normalizer["type"].as_str() {
+            Some("Sequence") => normalizer["normalizers"].as_array().into_iter().flatten().for_each(|n| self.add(n)),
+            Some("Prepend") => self.front = self.front.saturating_add(text(&normalizer["prepend"]).unwrap_or(0)),
+            // A regular expression may match a single byte.
+            Some("Replace") => {
+                let replaced = text(&normalizer["pattern"]["String"]).unwrap_or(1).max(1);
+                self.times(text(&normalizer["content"]).unwrap_or(0) as f64 / replaced as f64);
+            }
+            // One character becomes eighteen at most.
             _ => {}
         }
     }
@@ -100,11 +122,4 @@ impl Growth {
         }
         Ok(())
     }
-}
-
-/// Bytes that a rule replaces at least; a regular expression may match a single one.
-fn shortest(rule: &tokenizers::normalizers::Replace) -> f64 {
-    let pattern = serde_json::to_value(rule).ok();
-    let text = pattern.as_ref().and_then(|v| v["pattern"]["String"].as_str());
-    text.map_or(1.0, |t| t.len().max(1) as f64)
 }

@@ -1,6 +1,6 @@
 //! The special tokens that stand beside `tokenizer.json`, as transformers 5.23 reads them (`TokenizersBackend.__init__`).
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use tokenizers::{AddedToken, Tokenizer};
@@ -52,7 +52,7 @@ pub(super) fn add(tokenizer: &mut Tokenizer, config: &Value, map: &Value) -> Res
     for t in &mut new {
         t.special |= named.iter().any(|(_, n)| n.content == t.content);
     }
-    tokenizer.add_tokens(new).map_err(|e| Error::new(e.to_string()))?;
+    super::guard::add(tokenizer, new)?;
     Ok(named.into_iter().map(|(k, t)| (k, t.content)).collect())
 }
 
