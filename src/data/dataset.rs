@@ -171,8 +171,10 @@ fn missing_images(items: &[Item]) -> Vec<Error> {
             }
         }
     }
-    let problem = |(path, id): &(&PathBuf, &str)| Some((*path, no_image(path)?.context(format!("sample {id}"))));
-    let problems: Vec<_> = first.par_iter().filter_map(problem).collect();
+    let problems: Vec<(&PathBuf, Error)> = first
+        .par_iter()
+        .filter_map(|(path, id)| Some((*path, no_image(path)?.context(format!("sample {id}")))))
+        .collect();
     // Only for the first, whose hint is given for all: folders may be large.
     let near = problems.first().and_then(|(path, _)| near::path(path));
     let hinted = |(i, (_, e)): (usize, (&PathBuf, Error))| match (&near, e.hint_text()) {
