@@ -3,7 +3,7 @@
 use super::{device, model};
 use crate::bail;
 use crate::data::{Item, Picture, Sample, load_pixels};
-use crate::error::Result;
+use crate::error::{Result, near};
 use crate::pipeline::signals::{End, Signals};
 use crate::report::Reporter;
 use crate::train::collate::collate;
@@ -53,6 +53,9 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     }
     // Ends by the signal itself, in a container's first process too; what is written so far stands.
     Signals::listen(End::BySignal, |_| ())?;
+    if let Some(gone) = args.image.iter().find(|p| !p.exists()) {
+        bail!("there is no image {}", gone.display(); "{}", near::path_hint(gone, "give the path of a PNG or JPEG to --image"))
+    }
     let m = args.model.load(&args.compute, reporter)?;
     let encoder = &m.assembly.encoder;
     let how = args.pictures.of(&m, reporter)?;

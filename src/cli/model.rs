@@ -2,12 +2,12 @@
 
 use super::device;
 use crate::bail;
-use crate::error::Result;
+use crate::error::{Result, near};
 use crate::model::init::Place;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{is_whole, source};
 use crate::pipeline::assemble::{Assembly, assemble, sight};
-use crate::pipeline::{Opened, newline, open_run};
+use crate::pipeline::{Opened, loading, newline, open_run};
 use crate::recipe::schema::{Alpha, Data, Recipe, Resize, Template};
 use crate::report::Reporter;
 use std::collections::BTreeMap;
@@ -168,7 +168,11 @@ impl Args {
         let place = |recipe| Place::new(device, compute.dtype().unwrap_or(recipe));
         let mut loaded = match (&self.run, &self.model) {
             (Some(run), _) => {
-                let Opened { recipe, stage, mut assembly, state } = open_run(run, self.stage.as_deref(), place)?;
+                if !run.exists() {
+                    bail!("there is no run {}", run.display(); "{}", near::path_hint(run, "give the output_dir of a recipe that was trained"))
+                }
+                let Opened { recipe, stage, mut assembly, state } =
+                    loading(reporter, || open_run(run, self.stage.as_deref(), place))?;
                 let pictures = recipe.stage[&stage].data.first().cloned();
                 let mut pictures = pictures.unwrap_or_else(|| Data::new(PathBuf::new()));
                 if !pictures.has_tiles() {
@@ -179,7 +183,7 @@ impl Args {
             }
             (None, Some(model)) => {
                 let recipe = bare(model, self.adapter.as_deref())?;
-                let assembly = assemble(&recipe, &place(recipe.model.dtype))?;
+                let assembly = loading(reporter, || assemble(&recipe, &place(recipe.model.dtype)))?;
                 let vlm = assembly.vlm.clone();
                 let resize = if vlm.newline.is_some() { Resize::Anyres } else { Resize::default() };
                 let grid_pinpoints = assembly.grids.clone();

@@ -4,11 +4,11 @@ use super::encode::{Sample, TextEncoder, Unwritten};
 use super::file;
 use super::image::ImageRef;
 use super::source;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, near};
 use crate::recipe::schema::{Data, Template};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Problems named in one error.
 const NAMED: usize = 20;
@@ -171,7 +171,20 @@ fn missing_images(items: &[Item]) -> Vec<Error> {
             }
         }
     }
-    first.par_iter().filter_map(|(path, id)| Some(no_image(path)?.context(format!("sample {id}")))).collect()
+    let problems: Vec<(&PathBuf, Error)> = first
+        .par_iter()
+        .filter_map(|(path, id)| Some((*path, no_image(path)?.context(format!("sample {id}")))))
+        .collect();
+    // Only for the first, whose hint is given for all: folders may be large.
+    let near = problems.first().and_then(|(path, _)| near::path(path));
+    let hinted = |(i, (_, e)): (usize, (&PathBuf, Error))| match (&near, e.hint_text()) {
+        (Some(near), Some(hint)) if i == 0 => {
+            let hint = format!("did you mean {}? {hint}", near.display());
+            e.hint(hint)
+        }
+        _ => e,
+    };
+    problems.into_iter().enumerate().map(hinted).collect()
 }
 
 /// Why there is no picture at a path.

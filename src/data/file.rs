@@ -1,7 +1,7 @@
 //! What a path leads to, and which format its first bytes are: told before a byte of it is taken for ours.
 
 use crate::bail;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, near};
 use std::fs::{File, Metadata};
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -14,7 +14,11 @@ pub(super) const HEAD: usize = 4096;
 /// # Errors
 /// If there is none, or it is a folder, a pipe, a device or a socket, which never end or are never answered; the error names it.
 pub(super) fn open(path: &Path, what: &str, hint: &str) -> Result<(File, Metadata)> {
-    let cannot = |e: std::io::Error| Error::new(format!("cannot read {what} {}: {e}", shown(path))).hint(hint);
+    let cannot = |e: std::io::Error| {
+        let hint =
+            if e.kind() == std::io::ErrorKind::NotFound { near::path_hint(path, hint) } else { hint.to_string() };
+        Error::new(format!("cannot read {what} {}: {e}", shown(path))).hint(hint)
+    };
     let metadata = std::fs::metadata(path).map_err(cannot)?;
     if let Some(kind) = no_file(&metadata) {
         let hint = if metadata.is_dir() { hint } else { "copy what is in it to a file on disk, and name that" };

@@ -60,7 +60,7 @@ pub fn figures(before: &Alignment, after: &Alignment) -> Figures {
 
 /// The same as a table.
 pub fn table(stage: &str, before: &Alignment, after: &Alignment) -> Table {
-    let title = format!("{stage}: pictures beside their captions ({} samples)", after.n);
+    let title = format!("stage {stage}: pictures beside their captions ({} samples)", after.n);
     let mut t = Table::new(title, ["", "before", "after"]);
     let cosine = |a: &Alignment| format!("{:.4}", a.cosine);
     t.row(["mean cosine of visual tokens and caption".to_string(), cosine(before), cosine(after)]);

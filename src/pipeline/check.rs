@@ -11,7 +11,7 @@ use super::pictures::{self, Looked, Pictures, together};
 use super::positions;
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
-use super::{evaluation, make_data, newline};
+use super::{evaluation, loading, make_data, newline};
 use crate::data::{Dataset, ImageProcessor, Plan, Sight};
 use crate::error::{Context, Error, Result};
 use crate::model::init::{NEWLINE, Place};
@@ -66,7 +66,8 @@ impl Aim {
 /// What is wrong with the model at once; what is wrong with the stages and their data all together.
 pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
     make_data(recipe, reporter)?;
-    let mut assembly = assemble(recipe, &Place::new(Device::Cpu, aim.dtype.unwrap_or(recipe.model.dtype)))?;
+    let place = Place::new(Device::Cpu, aim.dtype.unwrap_or(recipe.model.dtype));
+    let mut assembly = loading(reporter, || assemble(recipe, &place))?;
     write!(out, "{}", sources(&assembly).for_stdout())?;
     writeln!(out, "{}", aim.told(recipe, &assembly.place)?)?;
     let mut newlines = Vec::new();

@@ -8,6 +8,7 @@ pub mod assemble;
 pub mod check;
 pub mod checkpoints;
 pub mod components;
+mod costs;
 mod date;
 pub mod evaluation;
 pub mod export;
@@ -29,11 +30,14 @@ pub mod steps;
 
 use crate::bail;
 use crate::data::{Sight, synth};
+use crate::error::near::suggestion;
 use crate::error::{Context, Result};
 use crate::model::init::Place;
+use crate::model::weights;
 use crate::recipe::schema::{DType, HandOver, Recipe, SynthKind};
 use crate::report::Reporter;
 use assemble::{Assembly, assemble, sight};
+use costs::Costs;
 use evaluation::Evaluations;
 use pictures::Pictures;
 use run_dir::{Inputs, Read, RunDir, refuse_others};
@@ -75,23 +79,25 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let wanted = chosen_stages(recipe, options)?;
     refuse_others(&recipe.output_dir, recipe)?;
     make_data(recipe, reporter)?;
-    let mut assembly = assemble(recipe, &options.place)?;
+    let mut assembly = loading(reporter, || assemble(recipe, &options.place))?;
     let recipe = &date::kept(recipe, &mut assembly)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
-    let (inputs, shown) = survey(recipe, &mut assembly)?;
+    let Survey { inputs, shown, costs } = survey(recipe, &mut assembly)?;
     assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
     let (dir, warnings) = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
     warnings.iter().for_each(|w| reporter.warn(w));
-    let mut coming = BTreeSet::new();
+    let (mut coming, mut plan) = (BTreeSet::new(), Vec::new());
     for name in &wanted {
         if dir.done(recipe, name)?.is_none() {
+            plan.extend(costs.of(recipe, name));
             coming.insert(format!("stage.{name}"));
             coming.extend(recipe.stage[*name].eval.iter().map(|e| format!("eval.{e}")));
         }
     }
+    reporter.plan(plan);
     shown.prove(&coming, assembly.images.as_ref(), reporter)?;
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
@@ -126,6 +132,11 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let what = if nothing_to_do { "nothing to do: the run is finished and lies in" } else { "the run is in" };
     reporter.info(&format!("{what} {}", dir.root().display()));
     Ok(Outcome::Finished)
+}
+
+/// Loads weights, with a bar.
+pub fn loading<T>(reporter: &Reporter, load: impl FnOnce() -> T) -> T {
+    reporter.watch("loading weights", weights::progress::so_far, load)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -170,10 +181,14 @@ fn fresh_state(recipe: &Recipe, assembly: &mut Assembly) -> Result<State> {
 
 fn chosen_stages<'a>(recipe: &'a Recipe, options: &Options) -> Result<Vec<&'a str>> {
     if let Some(unknown) = options.stages.iter().find(|s| !recipe.stages.contains(s)) {
-        bail!("--stages: the recipe has no stage `{unknown}`"; "it has: {}", recipe.stages.join(", "))
+        bail!("--stages: the recipe has no stage `{unknown}`"; "{}", suggestion(unknown, &names(recipe)))
     }
     let all = recipe.stages.iter().map(String::as_str);
     Ok(all.filter(|s| options.stages.is_empty() || options.stages.iter().any(|o| o == s)).collect())
+}
+
+fn names(recipe: &Recipe) -> Vec<&str> {
+    recipe.stages.iter().map(String::as_str).collect()
 }
 
 /// Makes the built-in data that the recipe asks for, unless it is there.
@@ -189,15 +204,23 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
-/// returns the checksums of everything the run reads, and the pictures that it shows.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)> {
+/// What is known of a run before it begins.
+struct Survey {
+    /// Checksums of everything that it reads.
+    inputs: Inputs,
+    /// The pictures that it shows.
+    shown: Pictures,
+    costs: Costs,
+}
+
+/// Goes through all stages without training, so that a mistake in the last one is found before the first one runs.
+fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
     let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
     let mut evaluated = Read::default();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
     let mut sights: Vec<Option<Sight>> = Vec::new();
     let mut ends: BTreeMap<&str, State> = BTreeMap::new();
-    let mut shown = Pictures::default();
+    let (mut shown, mut costs) = (Pictures::default(), Costs::default());
     for name in &recipe.stages {
         let stage = &recipe.stage[name];
         let mut visit = || -> Result<()> {
@@ -215,6 +238,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)
             evals.extend(stage.eval.iter().map(|e| (e, at)));
             let steps = step_counts(stage, data.items.len()).0;
             optimizer(stage, name, &mut state, steps)?;
+            costs.add_stage(stage, name, &data, steps);
             shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
             read.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
@@ -230,13 +254,14 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(Inputs, Pictures)
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
         evaluated.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
+        costs.add_eval(eval, name, &data);
         evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
     let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
     if assembly.place.dtype != candle_core::DType::F32 {
         inputs.sums.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }
-    Ok((inputs, shown))
+    Ok(Survey { inputs, shown, costs })
 }
 
 /// A finished stage of a run, for `generate` and `score`.
@@ -265,7 +290,14 @@ pub fn open_run(root: &Path, stage: Option<&str>, place: impl FnOnce(DType) -> P
         }
     }
     let Some(name) = found else {
-        bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
+        match stage.filter(|s| !now.stages.iter().any(|r| r == s)) {
+            Some(unknown) => {
+                bail!("the run {} has no stage `{unknown}`", root.display(); "{}", suggestion(unknown, &names(&now)))
+            }
+            None => {
+                bail!("{} has no finished stage{}", root.display(), stage.map_or(String::new(), |s| format!(" `{s}`")); "train it first")
+            }
+        }
     };
     let recipe = dir.recipe_of(&now, &name)?;
     let mut assembly = assemble(&recipe, &place(recipe.model.dtype))?;

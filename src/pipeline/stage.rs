@@ -250,7 +250,7 @@ fn tell_parts(
     run.dir
         .write(&[(&dir.join("recipe.toml"), recipe.as_bytes()), (&dir.join("params.json"), rows_json.as_bytes())])?;
     let (kept, _) = memory::of_stage(stage, state, &loads, optimizer, None)?;
-    run.reporter.table(&components::table(&format!("{name}: parameters"), &rows, kept));
+    run.reporter.table(&components::table(&format!("stage {name}: parameters"), &rows, kept));
     run.reporter.info(&components::notes(&state.vlm, &rows, &loads, kept)?);
     Ok(())
 }

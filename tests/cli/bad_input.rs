@@ -42,7 +42,10 @@ fn keys_and_variables() {
         &["train", "recipe.toml", "--set", "output_dir=taken/run"],
         &["cannot make the run directory taken/run", "set output_dir"],
     );
-    f.fails(&["train", "recipe.toml", "--stages", "alin"], &["the recipe has no stage `alin`", "align, sft, dpo"]);
+    f.fails(
+        &["train", "recipe.toml", "--stages", "alin"],
+        &["the recipe has no stage `alin`", "did you mean `align`? known: `align`, `sft`, `dpo`"],
+    );
     f.fails(&["train", "recipe.toml", "--device", "cuda:0"], &["--device cuda:0", "--features cuda"]);
     assert!(!f.path("run").exists());
 }

@@ -61,7 +61,7 @@ fn tells_of_every_stage_what_training_tells() {
         for stage in ["align", "sft", "dpo"] {
             let told = table(&checked, format!("stage {stage}: parameters"));
             assert!(told.len() > 8, "{checked}");
-            assert_eq!(told, table(&trained, format!("{stage}: parameters")), "{stage}");
+            assert_eq!(told, table(&trained, format!("stage {stage}: parameters")), "{stage}");
         }
     }
 }

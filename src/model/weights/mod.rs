@@ -3,6 +3,7 @@
 pub mod hub;
 pub mod names;
 mod pickle;
+pub mod progress;
 pub mod shapes;
 pub mod source;
 pub mod tensors;

@@ -3,7 +3,7 @@
 use super::hub::{self, Hub};
 use super::tensors::shard_names;
 use crate::bail;
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, near};
 use std::path::{Path, PathBuf};
 
 /// A folder of a model and its weights, single or sharded, safetensors before PyTorch.
@@ -78,7 +78,8 @@ pub fn resolve_with(source: &str, what: &[&str], hub: &Hub) -> Result<Snapshot> 
     match repository(source) {
         Some((repo, revision)) => hub::resolve(repo, revision, what, hub),
         None => {
-            bail!("there is no folder or file {source}"; "give a path, or a repository as owner/name or owner/name@revision")
+            let hint = "give a path, or a repository as owner/name or owner/name@revision";
+            bail!("there is no folder or file {source}"; "{}", near::path_hint(path, hint))
         }
     }
 }

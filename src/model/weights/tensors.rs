@@ -3,6 +3,7 @@
 //! Opening reads names, shapes and types only; data is read when a tensor is loaded.
 
 use super::pickle;
+use super::progress;
 use super::source::{must_be_file, read_text};
 use crate::bail;
 use crate::error::{Context, Error, Result};
@@ -47,6 +48,13 @@ pub struct Info {
     pub shape: Vec<usize>,
     /// `None`: a type that cannot be computed with (e.g. bool).
     pub dtype: Option<DType>,
+}
+
+impl Info {
+    fn bytes(&self) -> usize {
+        let size = self.dtype.map_or(0, |t| t.size_in_bytes());
+        self.shape.iter().fold(size, |bytes, n| bytes.saturating_mul(*n))
+    }
 }
 
 impl Tensors {
@@ -129,6 +137,7 @@ impl Tensors {
             bail!("tensor `{name}` is both in {} and in {}", other.display(), path.display();
                 "shards of two downloads may be mixed: copy or download all of them again");
         }
+        progress::found(entry.info.bytes());
         self.entries.insert(name, entry);
         Ok(())
     }
@@ -174,6 +183,7 @@ impl Tensors {
                 None => bail!("there is no tensor `{name}` in {}", path.display()),
             },
         };
+        progress::loaded(entry.info.bytes());
         loaded.map_err(|e| e.context(format!("cannot load `{name}` from {}", path.display())).hint(AGAIN))
     }
 
