@@ -79,8 +79,8 @@ impl Health {
     fn again(&mut self, kind: &'static str) -> Option<usize> {
         let n = self.told.entry(kind).or_default();
         *n += 1;
-        let tell = std::iter::successors(Some(1usize), |t| t.checked_mul(10)).take_while(|t| t <= n).any(|t| t == *n);
-        tell.then_some(*n)
+        let n = *n;
+        std::iter::successors(Some(1usize), |t| t.checked_mul(10)).any(|t| t == n).then_some(n)
     }
 
     /// Do the last steps look as if the weights were worth keeping?

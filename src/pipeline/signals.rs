@@ -149,8 +149,14 @@ impl Signals {
 
     /// The exit code that shells tell of a process which the first signal has ended.
     pub fn code(&self) -> u8 {
+        // The thread that looks which one it was may not have done so yet.
+        for _ in 0..50 {
+            if self.0.first.load(Ordering::SeqCst) > 0 {
+                break;
+            }
+            std::thread::sleep(LOOK);
+        }
         let number = self.0.first.load(Ordering::SeqCst);
-        // Not yet looked at: Ctrl-C is the usual one.
         128 + u8::try_from(number).ok().filter(|n| (1..64).contains(n)).unwrap_or(2)
     }
 }
