@@ -114,6 +114,10 @@ pub fn reset_magnitudes(vlm: &mut Vlm, which: impl Fn(&str) -> bool) -> Result<(
 pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
     let known = vlm.linear_names();
     if let Some(name) = loaded.tensors.keys().find(|n| !known.contains(n)) {
+        if !name.contains(".layers.") {
+            bail!("adapter `{}` adapts `{name}`, and a LoRA is built for the linear layers of tower and language model alone", loaded.name;
+                "merge the adapter into its model with PEFT (merge_and_unload) and start from that")
+        }
         bail!("adapter `{}`: this model has no linear layer `{name}`", loaded.name;
             "the adapter belongs to another model, or to layers that the recipe leaves out")
     }

@@ -297,7 +297,6 @@ const BEYOND: &str = "a LoRA is built for the linear layers of tower and languag
 
 fn load_modules(tensors: &Tensors) -> Result<Modules> {
     let mut found: BTreeMap<String, Triple> = BTreeMap::new();
-    let built = |module: &str| module.contains(".layers.");
     for key in tensors.names() {
         let Some((path, part)) = split_key(key) else {
             bail!("`{key}` is no part of a LoRA on a linear layer"; "{BEYOND}");
@@ -306,9 +305,6 @@ fn load_modules(tensors: &Tensors) -> Result<Modules> {
             bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model";
                 "the adapter belongs to another model");
         };
-        if !built(&module) {
-            bail!("`{key}` adapts `{path}`"; "{BEYOND}");
-        }
         let of = found.entry(module.clone()).or_insert_with(|| Triple { path: path.to_string(), ..Triple::default() });
         let slot = match part {
             Part::A => &mut of.a,
