@@ -38,22 +38,37 @@ impl Table {
         self.render_within(super::width::of_stdout().or_else(super::width::of_environment))
     }
 
-    /// The same, at most so many columns wide: the widest columns of words are broken into lines at spaces, as far as they can be.
+    /// The same, at most so many columns wide: the widest columns of words are broken into lines at spaces, as far as they can be;
+    /// what then is still too wide is told in parts below each other, each with the first column in front.
     pub fn render_within(&self, columns: Option<usize>) -> String {
         let n = self.rows.iter().map(Vec::len).chain([self.columns.len()]).max().unwrap_or(0);
         let cell = |row: &[String], i: usize| row.get(i).cloned().unwrap_or_default();
         let lines = || std::iter::once(&self.columns).chain(&self.rows);
         let mut widths: Vec<usize> = (0..n).map(|i| lines().map(|r| width(&cell(r, i))).max().unwrap_or(0)).collect();
-        // No column can be narrower than its longest word.
+        let right: Vec<bool> = (0..n).map(|i| self.rows.iter().all(|r| numeric(&cell(r, i)))).collect();
+        // No column can be narrower than its longest word, and a number is one with its unit.
         let words = |text: &str| text.split(' ').map(width).max().unwrap_or(0);
-        let least: Vec<usize> = (0..n).map(|i| lines().map(|r| words(&cell(r, i))).max().unwrap_or(0)).collect();
+        let least = |i: usize| {
+            let word = |r: &Vec<String>| if right[i] { width(&cell(r, i)) } else { words(&cell(r, i)) };
+            lines().map(word).max().unwrap_or(0)
+        };
+        let least: Vec<usize> = (0..n).map(least).collect();
         let room = columns.unwrap_or(usize::MAX).saturating_sub(2 * n.saturating_sub(1));
         while widths.iter().sum::<usize>() > room {
             let widest = (0..n).filter(|i| widths[*i] > least[*i]).max_by_key(|i| widths[*i]);
             let Some(i) = widest else { break };
             widths[i] -= 1;
         }
-        let right: Vec<bool> = (0..n).map(|i| self.rows.iter().all(|r| numeric(&cell(r, i)))).collect();
+        let fits = |k: usize| least[..k].iter().sum::<usize>() + 2 * (k - 1) <= columns.unwrap_or(usize::MAX);
+        let whole = (1..=n).rev().find(|k| fits(*k)).unwrap_or(n);
+        if whole < n && whole > 1 {
+            let part = |title: &str, kept: &dyn Fn(usize) -> bool| {
+                let of = |r: &Vec<String>| (0..n).filter(|i| kept(*i)).map(|i| cell(r, i)).collect();
+                let rows = self.rows.iter().map(of).collect();
+                Self { title: title.into(), columns: of(&self.columns), rows }.render_within(columns)
+            };
+            return part(&self.title, &|i| i < whole) + "\n" + &part("", &|i| i == 0 || i >= whole);
+        }
         let mut out = String::new();
         if !self.title.is_empty() {
             let _ = writeln!(out, "{}", self.title);
@@ -135,5 +150,16 @@ mod tests {
              x            short                   1\n"
         );
         assert_eq!(table.render_within(Some(80)), table.render());
+    }
+
+    #[test]
+    fn a_table_of_too_many_columns_is_told_in_parts() {
+        let mut table = Table::new("t", ["part", "bytes", "share", "more"]);
+        table.row(["projector", "1.5 MB", "12.5 %", "330 kB"]);
+        assert_eq!(
+            table.render_within(Some(26)),
+            "t\npart        bytes   share\n─────────  ──────  ──────\nprojector  1.5 MB  12.5 %\n\n\
+             part         more\n─────────  ──────\nprojector  330 kB\n"
+        );
     }
 }
