@@ -8,6 +8,7 @@ pub mod assemble;
 pub mod check;
 pub mod checkpoints;
 pub mod components;
+pub mod doubts;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
@@ -74,7 +75,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     make_data(recipe, reporter)?;
     let mut assembly = assemble(recipe, &options.place)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
-    let (inputs, shown) = survey(recipe, &mut assembly)?;
+    let (inputs, shown) = survey(recipe, &mut assembly, reporter)?;
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
@@ -185,7 +186,11 @@ pub fn make_data(recipe: &Recipe, reporter: &Reporter) -> Result<()> {
 
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs;
 /// returns the checksums of everything the run reads, and the pictures that it shows.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, String>, Pictures)> {
+fn survey(
+    recipe: &Recipe,
+    assembly: &mut Assembly,
+    reporter: &Reporter,
+) -> Result<(BTreeMap<String, String>, Pictures)> {
     let mut files: BTreeSet<PathBuf> = assembly.files.iter().cloned().collect();
     let mut pictures: BTreeSet<PathBuf> = BTreeSet::new();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
@@ -208,7 +213,9 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, 
             });
             evals.extend(stage.eval.iter().map(|e| (e, at)));
             let steps = step_counts(stage, data.items.len()).0;
-            optimizer(stage, name, &mut state, steps)?;
+            let optimizer = optimizer(stage, name, &mut state, steps)?;
+            let doubts = doubts::of_stage(&data, &assembly.encoder, &optimizer)?;
+            doubts.iter().for_each(|w| reporter.warn(&format!("stage.{name}: {w}")));
             shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
             pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
             ends.insert(name, state);
@@ -219,9 +226,16 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<(BTreeMap<String, 
         assembly.used |= hand_over(stage) == HandOver::Merge;
         files.extend(stage.data.iter().map(|d| d.path.clone()));
     }
+    let mut told = BTreeSet::new();
     for (name, at) in evals {
         let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
+        for w in doubts::of_evaluation(eval, &data, &encoder).with_context(|| format!("eval.{name}"))? {
+            let w = format!("eval.{name}: {w}");
+            if told.insert(w.clone()) {
+                reporter.warn(&w);
+            }
+        }
         pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
         files.extend(eval.data.iter().map(|d| d.path.clone()));
