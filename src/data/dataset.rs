@@ -37,6 +37,11 @@ impl Item {
         std::iter::once(first).chain(second)
     }
 
+    /// Two answers that are the same tokens, so that neither is the better one.
+    pub fn is_tie(&self) -> bool {
+        matches!(self, Self::Pair(chosen, rejected) if chosen.ids == rejected.ids && chosen.labels == rejected.labels)
+    }
+
     /// The pictures; both answers of a pair have the same.
     pub fn images(&self) -> &[ImageRef] {
         match self {

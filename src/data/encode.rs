@@ -216,6 +216,16 @@ impl TextEncoder {
         tokenizer.to_string(true).map_err(|e| Error::new(format!("cannot write the tokenizer: {e}")))
     }
 
+    /// The longest sample in tokens.
+    pub fn max_seq_len(&self) -> usize {
+        self.settings.max_seq_len
+    }
+
+    /// Whether a sample has been cut to [`Self::max_seq_len`]; one that happens to be as long says yes as well.
+    pub fn is_cut(&self, s: &Sample) -> bool {
+        self.settings.truncate && s.ids.len() >= self.settings.max_seq_len
+    }
+
     /// Encodes one conversation.
     ///
     /// # Errors

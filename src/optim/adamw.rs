@@ -104,7 +104,32 @@ impl AdamW {
             .decay_layers(stage.layer_decay, depths)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));
-        Ok(Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise))
+        let own = Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise);
+        own.moves()?;
+        Ok(own)
+    }
+
+    /// Every trained parameter must have a learning rate above 0 in some step, also in f32, in which rates are applied.
+    fn moves(&self) -> Result<()> {
+        for (group, schedule) in self.groups.list().iter().zip(&self.schedules) {
+            let (name, warmup, total) = (&group.name, schedule.warmup(), schedule.total());
+            if schedule.highest() == 0.0 {
+                bail!("no step has a learning rate above 0: group `{name}` warms up for {warmup} steps, from 0 on, and the stage has {total}";
+                    "set lr_scheduler = {{ cosine = {{ warmup_steps = 0 }} }}, or train for more steps (epochs, max_steps, a smaller batch.global)")
+            }
+            for peak in group.peaks().map(|p| p * schedule.highest()) {
+                if !(f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&peak) {
+                    bail!("a parameter of group `{name}` has a learning rate of {peak:e} at most, which f32 cannot hold";
+                        "choose another lr{}", if group.factors[0] < 1.0 { ", or a layer_decay closer to 1" } else { "" })
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The groups, each with its schedule.
+    pub fn schedules(&self) -> impl Iterator<Item = (&Group, &Schedule)> {
+        self.groups.list().iter().zip(&self.schedules)
     }
 
     /// Steps made so far; also the index of the next one.

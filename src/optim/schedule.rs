@@ -44,6 +44,16 @@ impl Schedule {
         self.warmup
     }
 
+    /// The steps that it is laid out for.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// Highest factor of its steps: 1 where the warm-up ends among them.
+    pub fn highest(&self) -> f64 {
+        self.factor(self.warmup.min(self.total.saturating_sub(1)))
+    }
+
     /// Factor of the peak learning rate in optimizer step `step`, counted from 0.
     pub fn factor(&self, step: usize) -> f64 {
         if step < self.warmup {
@@ -93,6 +103,17 @@ mod tests {
         let got: Vec<f64> = (0..4).map(|s| constant.factor(s)).collect();
         assert_eq!(got, [0.0, 0.5, 1.0, 1.0]);
         assert_eq!(Schedule::new(&Scheduler::Linear(Warmup::default()), 6).factor(0), 1.0);
+    }
+
+    #[test]
+    fn the_highest_factor_is_that_of_the_best_step() {
+        for (warmup, total) in [(0, 1), (0, 6), (2, 6), (5, 6), (6, 6), (100, 6), (1, 1), (7, 1)] {
+            for scheduler in [Scheduler::Cosine, Scheduler::Linear, Scheduler::Constant] {
+                let s = Schedule::new(&scheduler(steps(warmup)), total);
+                let best = (0..total).map(|i| s.factor(i)).fold(0.0, f64::max);
+                assert_eq!(s.highest(), best, "{s:?}");
+            }
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use super::align;
 use super::assemble::{Assembly, assemble, sight};
 use super::components::{self, Training};
+use super::doubts;
 use super::freeze::thousands;
 use super::memory;
 use super::pictures::{self, Looked, Pictures, together};
@@ -168,6 +169,8 @@ impl<'a> Check<'a> {
         write!(out, "{}", data_table(name, stage, &data, sight, looked, (total, epoch)).for_stdout())?;
         self.steps += total;
         self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
+        let doubts = doubts::of_stage(&data, &self.assembly.encoder, &optimizer)?;
+        self.warnings.extend(doubts.iter().map(|w| format!("stage.{name}: {w}")));
         Ok(())
     }
 
@@ -248,7 +251,7 @@ impl<'a> Check<'a> {
     }
 
     /// The data of every evaluation that a stage runs; returns what is wrong.
-    fn evaluations(&self, out: &mut dyn Write) -> Result<Vec<Error>> {
+    fn evaluations(&mut self, out: &mut dyn Write) -> Result<Vec<Error>> {
         let wanted: BTreeSet<&String> = self.recipe.stages.iter().flat_map(|s| &self.recipe.stage[s].eval).collect();
         let (mut problems, mut t) =
             (Vec::new(), Table::new("held out", ["evaluation", "metric", "samples", "pictures", "decoded"]));
@@ -263,17 +266,19 @@ impl<'a> Check<'a> {
                 }
             });
             let mut looked = Looked { at: 0, of: 0 };
-            let mut load = || -> Result<Dataset> {
+            let mut load = || -> Result<(Dataset, Vec<String>)> {
                 let first = sights.first().copied().unwrap_or(encoder.sight());
                 let data = evaluation::dataset(self.recipe, eval, &encoder.seeing(first))?;
                 looked = look("pictures", &data, 0..data.items.len(), self.assembly.images.as_ref(), self.reporter)?;
                 for other in sights.iter().skip(1) {
                     evaluation::dataset(self.recipe, eval, &encoder.seeing(*other))?;
                 }
-                Ok(data)
+                let doubts = doubts::of_evaluation(eval, &data, encoder)?;
+                Ok((data, doubts))
             };
             match load() {
-                Ok(data) => {
+                Ok((data, doubts)) => {
+                    self.warnings.extend(doubts.iter().map(|w| format!("eval.{name}: {w}")));
                     let metric = serde_json::to_value(eval.metric)?;
                     t.row([
                         name.clone(),

@@ -19,16 +19,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The samples of an evaluation, as its metric takes them. An error if the metric can tell nothing from them.
+/// The samples of an evaluation, as its metric takes them, and those alone of which it can tell something. An error if the metric can tell nothing from them.
 pub fn dataset(recipe: &Recipe, eval: &Eval, encoder: &TextEncoder) -> Result<Dataset> {
     if eval.metric == Metric::Preference {
         return Dataset::preferences(&eval.data, encoder, recipe.model.template);
     }
-    let set = Dataset::conversations(&eval.data, encoder, recipe.model.template)?;
+    let mut set = Dataset::conversations(&eval.data, encoder, recipe.model.template)?;
     let absent = set.items.iter().flat_map(Item::samples).any(|s| !s.absent.is_empty());
     if eval.metric == Metric::Hallucination && !absent {
         bail!("no sample names anything `absent`, so the hallucination rate is 0 whatever the model answers";
             "give the samples `absent`, a list of phrases that a truthful answer does not contain, or use another metric")
+    }
+    if eval.metric == Metric::Hallucination {
+        set.items.retain(|i| i.samples().any(|s| !s.absent.is_empty()));
     }
     Ok(set)
 }
@@ -61,7 +64,14 @@ impl<'a> Evaluations<'a> {
         for (name, set) in &self.data {
             let e = &self.recipe.eval[*name];
             let (items, pictures) = (&set.items[..], &e.pictures[..]);
-            let eval = Evaluation { metric: e.metric, items, images: run.images, pictures, micro: e.micro };
+            let eval = Evaluation {
+                metric: e.metric,
+                items,
+                images: run.images,
+                pictures,
+                micro: e.micro,
+                max_new_tokens: e.max_new_tokens,
+            };
             let key = format!("{} {}", serde_json::to_string(e)?, fingerprint(set));
             let mut so_far = kept.take(name, &key);
             let progress = run.reporter.progress(format!("evaluation {name}"), samples_of_all_passes(&eval));
@@ -97,6 +107,21 @@ impl<'a> Evaluations<'a> {
         }
         Ok(Some(out))
     }
+}
+
+/// How many answers had not ended where generation stops, of each evaluation that had some.
+pub fn cut_answers(recipe: &Recipe, figures: &BTreeMap<String, Figures>) -> Vec<String> {
+    let told = |(name, f): (&String, &Figures)| {
+        let cut = f.values.iter().filter(|(k, _)| k.ends_with("/cut")).map(|(_, v)| *v).fold(0.0, f64::max);
+        let (cut, limit) = ((cut * f.n as f64).round() as usize, recipe.eval.get(name)?.max_new_tokens);
+        (cut > 0).then(|| {
+            format!(
+                "eval.{name}: {cut} of {} answers had not ended after max_new_tokens = {limit} (or at the model's last position), and what would come later is not counted: raise eval.{name}.max_new_tokens, unless they never end",
+                f.n
+            )
+        })
+    };
+    figures.iter().filter_map(told).collect()
 }
 
 /// What evaluations have come to before they are all done, in a file of the stage's folder.
@@ -163,7 +188,7 @@ const KEPT: &str = "checkpoints/evaluations.json";
 const WORTH: Duration = Duration::from_secs(5);
 
 /// What a figure is called in the table; the order is that of the rows.
-const ROWS: [(&str, &str); 14] = [
+const ROWS: [(&str, &str); 15] = [
     ("loss", "loss"),
     ("loss/blank", "  every picture blank"),
     ("loss/shuffled", "  pictures shuffled"),
@@ -173,6 +198,7 @@ const ROWS: [(&str, &str); 14] = [
     ("exact_match/blank", "  every picture blank"),
     ("exact_match/shuffled", "  pictures shuffled"),
     ("hallucination", "hallucination rate"),
+    ("hallucination/cut", "  answers that did not end in time"),
     ("hallucination/blank", "  every picture blank"),
     ("hallucination/shuffled", "  pictures shuffled"),
     ("preference", "preference accuracy"),

@@ -10,6 +10,7 @@ pub mod checkpoints;
 pub mod components;
 mod costs;
 mod date;
+pub mod doubts;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
@@ -82,7 +83,7 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     let mut assembly = loading(reporter, || assemble(recipe, &options.place))?;
     let recipe = &date::kept(recipe, &mut assembly)?;
     assembly.warnings.iter().chain(&assembly.begins).for_each(|w| reporter.warn(w));
-    let Survey { inputs, shown, costs } = survey(recipe, &mut assembly)?;
+    let Survey { inputs, shown, costs } = survey(recipe, &mut assembly, reporter)?;
     assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
@@ -214,7 +215,7 @@ struct Survey {
 }
 
 /// Goes through all stages without training, so that a mistake in the last one is found before the first one runs.
-fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
+fn survey(recipe: &Recipe, assembly: &mut Assembly, reporter: &Reporter) -> Result<Survey> {
     let mut read = Read { files: assembly.files.iter().cloned().collect(), ..Read::default() };
     let mut evaluated = Read::default();
     let mut evals: BTreeSet<(&String, usize)> = BTreeSet::new();
@@ -237,7 +238,9 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
             });
             evals.extend(stage.eval.iter().map(|e| (e, at)));
             let steps = step_counts(stage, data.items.len()).0;
-            optimizer(stage, name, &mut state, steps)?;
+            let optimizer = optimizer(stage, name, &mut state, steps)?;
+            let doubts = doubts::of_stage(&data, &assembly.encoder, &optimizer)?;
+            doubts.iter().for_each(|w| reporter.warn(&format!("stage.{name}: {w}")));
             costs.add_stage(stage, name, &data, steps);
             shown.add(&format!("stage.{name}"), &data, pictures::shown(&data, stage, name, steps)?);
             read.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
@@ -249,9 +252,16 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly) -> Result<Survey> {
         assembly.used |= hand_over(stage) == HandOver::Merge;
         read.files.extend(stage.data.iter().map(|d| d.path.clone()));
     }
+    let mut told = BTreeSet::new();
     for (name, at) in evals {
         let (eval, encoder) = (&recipe.eval[name], assembly.encoder.seeing(sights[at]));
         let data = evaluation::dataset(recipe, eval, &encoder).with_context(|| format!("eval.{name}"))?;
+        for w in doubts::of_evaluation(eval, &data, &encoder).with_context(|| format!("eval.{name}"))? {
+            let w = format!("eval.{name}: {w}");
+            if told.insert(w.clone()) {
+                reporter.warn(&w);
+            }
+        }
         evaluated.pictures.extend(data.images().into_iter().map(|i| i.path.clone()));
         shown.add_all(&format!("eval.{name}"), &data);
         costs.add_eval(eval, name, &data);

@@ -3,7 +3,7 @@
 use super::align::{self, Alignment};
 use super::checkpoints::{self, Progress};
 use super::components::{self, Training};
-use super::evaluation::{Evaluations, Kept};
+use super::evaluation::{Evaluations, Kept, cut_answers};
 use super::export::{base_model, only_here, write_final};
 use super::freeze;
 use super::health::{self, Sizes};
@@ -153,6 +153,7 @@ impl Ended<'_> {
             .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
             .with_context(last)?;
         let Some(mut figures) = figures else { return Ok(None) };
+        cut_answers(run.recipe, &figures).iter().for_each(|w| run.reporter.warn(&format!("{}: {w}", last())));
         if let (Some(before), Some(check)) = (before, &stage.align_check) {
             let after = align::look(run, stage, state, looked_at).with_context(last)?;
             figures.insert(align::NAME.to_string(), align::figures(&before, &after));

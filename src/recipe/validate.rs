@@ -40,6 +40,9 @@ pub fn validate(recipe: &Recipe) -> Result<()> {
         if eval.micro == 0 {
             bail!("eval.{name}: micro = 0"; "samples a forward pass, at least 1");
         }
+        if eval.max_new_tokens == 0 {
+            bail!("eval.{name}: max_new_tokens = 0"; "the longest answer in tokens, at least 1, e.g. 256");
+        }
     }
     for (name, synth) in &recipe.synth {
         if synth.n == 0 {

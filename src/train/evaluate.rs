@@ -1,7 +1,7 @@
 //! Held-out evaluation: loss, exact match, preference accuracy, hallucination rate.
 //!
 //! Exact match needs no generation: greedy decoding gives exactly the labelled answer if and only if, with the right
-//! prefix at every position, the most probable token is the label.
+//! prefix at every position, the most probable token is the label, or any end token where the label is one.
 
 use super::collate::{collate, single, sum_by_owner};
 use super::generate::{Sampling, generate};
@@ -16,11 +16,10 @@ use crate::recipe::schema::{Metric, Pictures};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tokenizers::NormalizedString;
 
-/// Longest answer that is generated to look for absent things.
-const MAX_ANSWER: usize = 48;
-
-/// Figures of one evaluation by name, e.g. `exact_match`, `exact_match/blank`, `exact_match/category/colour`.
+/// Figures of one evaluation by name, e.g. `exact_match`, `exact_match/blank`, `exact_match/category/colour`. `hallucination/cut`,
+/// which is there where any were, is the share of answers that had not ended at `max_new_tokens`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Samples (or pairs) evaluated.
@@ -36,10 +35,12 @@ pub struct Evaluation<'a> {
     pub images: Option<&'a ImageProcessor>,
     pub pictures: &'a [Pictures],
     pub micro: usize,
+    /// Longest answer that is generated.
+    pub max_new_tokens: usize,
 }
 
 /// What the batches of an evaluation came to so far, by pass (`` as it is, `/blank`, `/shuffled`): of a loss each batch's sum and
-/// label tokens, else one number a sample or pair. An evaluation that was stopped goes on from it to the same figures.
+/// label tokens, else one number a sample or pair ([`hallucinates`] says what it is there). An evaluation that was stopped goes on from it to the same figures.
 pub type Outcomes = BTreeMap<String, Vec<f64>>;
 
 /// Runs one evaluation from where `so_far` ends. `on` hears of every batch, with its samples, what there is so far and whether that
@@ -55,7 +56,7 @@ pub fn evaluate(
     for (suffix, stand_in) in passes(eval) {
         feed.stand_in = stand_in;
         for items in eval.items.chunks(eval.micro.max(1)).skip(batches_done(eval, so_far, &suffix)) {
-            let outcome = batch(vlm, encoder, eval.metric, items, &feed.pixels(items)?)?;
+            let outcome = batch(vlm, encoder, eval, items, &feed.pixels(items)?)?;
             so_far.entry(suffix.clone()).or_default().extend(outcome);
             if !on(items.len(), so_far)? {
                 return Ok(None);
@@ -92,24 +93,30 @@ fn batches_done(eval: &Evaluation, so_far: &Outcomes, suffix: &str) -> usize {
 }
 
 /// What one batch comes to, as in [`Outcomes`].
-fn batch(vlm: &Vlm, encoder: &TextEncoder, metric: Metric, items: &[Item], pixels: &Pixels) -> Result<Vec<f64>> {
-    match metric {
+fn batch(vlm: &Vlm, encoder: &TextEncoder, eval: &Evaluation, items: &[Item], pixels: &Pixels) -> Result<Vec<f64>> {
+    match eval.metric {
         Metric::Loss => {
             let (_, lp, _) = forward(vlm, items, pixels)?;
             Ok(vec![lp.iter().sum::<f64>(), lp.len() as f64])
         }
         Metric::ExactMatch => {
             let (batch, _, argmax) = forward(vlm, items, pixels)?;
-            let miss = |((_, want), got): (&(u32, u32), &u32)| f64::from(u8::from(want != got));
-            let misses: Vec<f64> = batch.targets.iter().zip(&argmax).map(miss).collect();
+            let misses = misses(&batch.targets, &argmax, encoder.eos_ids());
             Ok(sum_by_owner(&batch, &misses).into_iter().map(|n| f64::from(u8::from(n == 0.0))).collect())
         }
         Metric::Preference => {
             let indexed: Vec<(usize, &Item)> = items.iter().enumerate().collect();
             let table = pair_logps(vlm, &indexed, pixels, false)?;
-            Ok(table.values().map(|(c, r)| f64::from(u8::from(c > r))).collect())
+            // The same tokens have the same probability, whatever rounding makes of it.
+            let hit = |(i, (c, r)): (&usize, &(f64, f64))| match items[*i].is_tie() {
+                true => 0.5,
+                false => f64::from(u8::from(c > r)),
+            };
+            Ok(table.iter().map(hit).collect())
         }
-        Metric::Hallucination => items.iter().map(|item| hallucinates(vlm, encoder, item, pixels)).collect(),
+        Metric::Hallucination => {
+            items.iter().map(|item| hallucinates(vlm, encoder, item, pixels, eval.max_new_tokens)).collect()
+        }
     }
 }
 
@@ -133,7 +140,12 @@ fn figures(eval: &Evaluation, outcomes: &Outcomes) -> Result<Figures> {
                 ("exact_match", mean(all))
             }
             Metric::Preference => ("preference", mean(all)),
-            Metric::Hallucination => ("hallucination", mean(all)),
+            Metric::Hallucination => {
+                let share = |bit: u8| mean(&all.iter().map(|x| f64::from(((*x as u8) >> bit) & 1)).collect::<Vec<_>>());
+                let cut = share(1);
+                out.values.extend((cut > 0.0).then(|| (format!("hallucination{suffix}/cut"), cut)));
+                ("hallucination", share(0))
+            }
         };
         out.values.insert(format!("{name}{suffix}"), value);
     }
@@ -175,9 +187,12 @@ impl Feed {
     /// Of the batches that are not done.
     fn new(eval: &Evaluation, so_far: &Outcomes) -> Result<Self> {
         let all: BTreeSet<&ImageRef> = eval.items.iter().flat_map(Item::images).collect();
-        let after = all.iter().cycle().skip(1);
-        let next: BTreeMap<ImageRef, ImageRef> =
-            all.iter().zip(after).map(|(i, n)| ((*i).clone(), (*n).clone())).collect();
+        // The same file, seen another way, is no other picture.
+        let others = |(at, i): (usize, &&ImageRef)| {
+            let next = all.iter().cycle().skip(at + 1).take(all.len()).find(|n| n.path != i.path).unwrap_or(i);
+            ((*i).clone(), (*next).clone())
+        };
+        let next: BTreeMap<ImageRef, ImageRef> = all.iter().enumerate().map(others).collect();
         let (n, micro) = (eval.items.len(), eval.micro.max(1));
         let (mut shown, mut batches) = (Vec::new(), Vec::new());
         for (suffix, stand_in) in passes(eval).iter().filter(|(_, p)| *p != Some(Pictures::Blank)) {
@@ -230,6 +245,13 @@ fn forward(vlm: &Vlm, items: &[Item], pixels: &Pixels) -> Result<(Batch, Vec<f64
     Ok((batch, logps, argmax))
 }
 
+/// 1 for each target (a row, and the label there) that greedy decoding would not give, else 0. Every end token ends an answer.
+fn misses(targets: &[(u32, u32)], argmax: &[u32], eos: &[u32]) -> Vec<f64> {
+    let ends = |token: &u32| eos.contains(token);
+    let miss = |((_, want), got): (&(u32, u32), &u32)| want != got && !(ends(want) && ends(got));
+    targets.iter().zip(argmax).map(|x| f64::from(u8::from(miss(x)))).collect()
+}
+
 /// What guessing reaches, knowing each category's answers: one of them at random, or always the most frequent.
 fn chance(items: &[Item]) -> Result<BTreeMap<String, f64>> {
     let mut answers: BTreeMap<Option<String>, BTreeMap<Vec<i32>, usize>> = BTreeMap::new();
@@ -250,24 +272,51 @@ fn chance(items: &[Item]) -> Result<BTreeMap<String, f64>> {
     ]))
 }
 
-/// 1 if the model's own answer names what is absent.
-fn hallucinates(vlm: &Vlm, encoder: &TextEncoder, item: &Item, pixels: &Pixels) -> Result<f64> {
+/// 1 if the model's own answer names what is absent, and 2 more if it had not ended after `limit` tokens or at the last position.
+fn hallucinates(vlm: &Vlm, encoder: &TextEncoder, item: &Item, pixels: &Pixels, limit: usize) -> Result<f64> {
     let s = single(item)?;
     let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
     let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
     let batch = collate(&[&prompt], pixels)?;
-    let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(MAX_ANSWER), |_| ())?;
-    let answer = encoder.decode(&ids)?.to_lowercase();
-    Ok(f64::from(u8::from(s.absent.iter().any(|a| names(&answer, &a.to_lowercase())))))
+    let positions = vlm.language.config.max_position_embeddings;
+    let limit = limit.min(positions.saturating_sub(end)).max(1);
+    // One more tells whether the answer ends at the limit.
+    let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(limit + 1), |_| ())?;
+    let answer = encoder.decode(&ids[..ids.len().min(limit)])?;
+    let (named, cut) = (s.absent.iter().any(|a| names(&answer, a)), ids.len() > limit);
+    Ok(f64::from(u8::from(named) | (u8::from(cut) << 1)))
 }
 
-/// Does `text` contain `phrase` as whole words?
+/// Does `text` contain `phrase` as whole words, in any case?
 fn names(text: &str, phrase: &str) -> bool {
-    let words = |s: &str| -> Vec<String> {
-        s.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).map(str::to_string).collect()
-    };
     let (text, phrase) = (words(text), words(phrase));
     !phrase.is_empty() && text.windows(phrase.len()).any(|w| w == phrase)
+}
+
+/// The words of a text in lower case and Unicode's form KC: runs of letters and digits. In scripts that put no spaces between
+/// words, and in Korean, which writes particles onto them, each letter is one.
+fn words(text: &str) -> Vec<String> {
+    let mut normal = NormalizedString::from(text);
+    normal.nfkc().lowercase();
+    let mut words: Vec<String> = Vec::new();
+    let mut open = false;
+    for c in normal.get().chars() {
+        match (stands_alone(c), c.is_alphanumeric()) {
+            (true, _) => words.push(c.to_string()),
+            (false, true) if open => words.last_mut().into_iter().for_each(|w| w.push(c)),
+            (false, true) => words.push(c.to_string()),
+            _ => (),
+        }
+        open = c.is_alphanumeric() && !stands_alone(c);
+    }
+    words
+}
+
+/// A character of a script whose words are not told apart by spaces: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han; or of Hangul.
+fn stands_alone(c: char) -> bool {
+    matches!(c, '\u{0e01}'..='\u{0fff}' | '\u{1000}'..='\u{109f}' | '\u{1100}'..='\u{11ff}' | '\u{1780}'..='\u{17ff}'
+        | '\u{3040}'..='\u{31ff}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{a960}'..='\u{a97f}'
+        | '\u{ac00}'..='\u{d7ff}' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')
 }
 
 fn mean(v: &[f64]) -> f64 {
@@ -279,6 +328,42 @@ mod tests {
     use super::*;
     use crate::recipe::schema::{Alpha, Resize};
     use std::path::Path;
+
+    #[test]
+    fn any_end_token_ends_an_answer() {
+        let targets = [(0, 7), (1, 8), (2, 2), (3, 7), (4, 2)];
+        assert_eq!(misses(&targets, &[7, 8, 2, 2, 7], &[2]), [0.0, 0.0, 0.0, 1.0, 1.0]);
+        assert_eq!(misses(&targets, &[7, 8, 3, 2, 7], &[2, 3]), [0.0, 0.0, 0.0, 1.0, 1.0]);
+        assert_eq!(misses(&targets, &[7, 8, 3, 2, 7], &[2]), [0.0, 0.0, 1.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn phrases_are_found_in_any_script() {
+        for (text, phrase) in [
+            ("Beside it lies a Cat.", "cat"),
+            ("the cat's tail", "cat"),
+            ("a T-shirt", "t-shirt"),
+            ("Ein GRÜNER Würfel", "grüner würfel"),
+            ("un café", "cafe\u{301}"),
+            ("红色的圆形旁边有一只猫。", "猫"),
+            ("テーブルの上に猫がいます", "猫"),
+            ("탁자 위에 고양이가 있다", "고양이"),
+            ("มีแมวอยู่บนโต๊ะ", "แมว"),
+            ("two red cubes", "red cubes"),
+        ] {
+            assert!(names(text, phrase), "{phrase} in {text}");
+        }
+        for (text, phrase) in [
+            ("a category", "cat"),
+            ("red and cubes", "red cubes"),
+            ("two cats", "cat"),
+            ("红色的圆形", "猫"),
+            ("cafes", "cafe"),
+            ("a cat", "…"),
+        ] {
+            assert!(!names(text, phrase), "{phrase} in {text}");
+        }
+    }
 
     /// Each batch's own pictures and no others, as they are, blank, and with the next one's in their place.
     #[test]
@@ -298,8 +383,14 @@ mod tests {
         };
         let items = [item(&[&all[2], &all[0]]), item(&[]), item(&[&all[1]])];
         let pictures = [Pictures::Shuffled, Pictures::Blank, Pictures::Shuffled];
-        let eval =
-            Evaluation { metric: Metric::Loss, items: &items, images: Some(&processor), pictures: &pictures, micro: 2 };
+        let eval = Evaluation {
+            metric: Metric::Loss,
+            items: &items,
+            images: Some(&processor),
+            pictures: &pictures,
+            micro: 2,
+            max_new_tokens: 8,
+        };
         let px = all.clone().map(|i| processor.load(&i).unwrap());
         let again = |p: &[f32], n: usize| p.iter().copied().cycle().take(n).collect::<Vec<f32>>();
         let mut feed = Feed::new(&eval, &Outcomes::new()).unwrap();

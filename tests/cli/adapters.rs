@@ -108,7 +108,12 @@ fn dora_and_lora_plus() {
 
 #[test]
 fn flamingo() {
-    let beside = ["model.deliver=\"cross_attention\"", "stage.align.max_steps=1"];
+    let beside = [
+        "model.deliver=\"cross_attention\"",
+        "stage.align.max_steps=1",
+        "stage.align.lr=1e-30",
+        "stage.align.lr_scheduler={constant={}}",
+    ];
     let align = format!("stage.align.adapters=[{}]", FLAMINGO.replace("every", "name=\"eyes\",every"));
     let mut more = beside.to_vec();
     more.push(&align);

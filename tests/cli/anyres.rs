@@ -1,6 +1,6 @@
 //! Pictures in tiles through the commands: check, training, kills on the way, scoring, generation, what is left behind.
 
-use super::folder::{Folder, THREE_STAGES, golden};
+use super::folder::{CONSTANT, Folder, THREE_STAGES, golden};
 use adfreeze::checkpoint::safetensors;
 use std::path::{Path, PathBuf};
 
@@ -54,7 +54,7 @@ fn tiles_in_the_text() {
     let all = safetensors::load(&g.path("run/01-align/final/projector.safetensors")).unwrap();
     assert_eq!(all["image_newline"].to_vec1::<f32>().unwrap(), sft);
     let h = Folder::with(THREE_STAGES);
-    h.train(&["--stages", "align", "--set", &from, "--set", "defaults.max_steps=1"]);
+    h.train(&["--stages", "align", "--set", &from, "--set", "defaults.max_steps=1", "--set", CONSTANT]);
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn what_cannot_be_is_told_before_training() {
     fails(&["stage.align.data[0].grid_pinpoints=[[56,56]]"], &["stage.align: data[0]: grid_pinpoints without tiles"]);
     fails(&["model.max_seq_len=70"], &["more than max_seq_len = 70"]);
     let g = Folder::with(THREE_STAGES);
-    g.train(&["--stages", "align", "--set", "defaults.max_steps=1"]);
+    g.train(&["--stages", "align", "--set", "defaults.max_steps=1", "--set", CONSTANT]);
     let image = golden("images/exact0.png").display().to_string();
     let args = ["generate", "--run", "run", "--image", &image, "--prompt", "What?", "--resize", "anyres"];
     g.fails(&args, &["no newline token"]);

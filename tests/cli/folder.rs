@@ -62,6 +62,9 @@ metric = "preference"
 data   = [{ path = "${GOLDEN}/data/dpo.jsonl", images = "${GOLDEN}/images" }]
 "#;
 
+/// For a stage of one step, which no warm-up may fill.
+pub const CONSTANT: &str = "defaults.lr_scheduler={constant={}}";
+
 pub struct Folder {
     dir: tempfile::TempDir,
 }

@@ -1,6 +1,6 @@
 //! What the commands write: answers, scores, data, log lines, metrics.
 
-use super::folder::{Folder, THREE_STAGES, golden};
+use super::folder::{CONSTANT, Folder, THREE_STAGES, golden};
 use serde_json::Value;
 use std::fs;
 
@@ -76,7 +76,18 @@ fn a_run_is_asked_with_the_pictures_prepared_as_in_its_stage() {
     };
     f.write("data.jsonl", &[one("landscape.png"), one("rgba.png")].join("\n"));
     let data = "stage.align.data=[{path='data.jsonl',images='${GOLDEN}/images',resize='pad',alpha='white'}]";
-    f.train(&["--stages", "align", "--set", data, "--set", "defaults.max_steps=1", "--set", "defaults.batch.global=2"]);
+    f.train(&[
+        "--stages",
+        "align",
+        "--set",
+        data,
+        "--set",
+        "defaults.max_steps=1",
+        "--set",
+        CONSTANT,
+        "--set",
+        "defaults.batch.global=2",
+    ]);
     let images = golden("images").display().to_string();
     let score = |more: &[&str]| {
         let fixed = ["score", "--run", "run", "--data", "data.jsonl", "--images", &images, "--out", "out.jsonl"];

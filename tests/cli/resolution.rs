@@ -1,6 +1,6 @@
 //! Stages whose pictures grow, through the commands: check, training, kills on the way, scoring, generation.
 
-use super::folder::{Folder, THREE_STAGES, golden};
+use super::folder::{CONSTANT, Folder, THREE_STAGES, golden};
 use adfreeze::model::weights::Weights;
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ fn three_stages_of_growing_pictures() {
     assert_eq!(weights.info("vision.embeddings.position_embedding.weight").unwrap().shape, [17, 32]);
     let tower = format!("model.vision={{source=\"{}\"}}", f.path("run/03-dpo/final/vision").display());
     let h = Folder::with(THREE_STAGES);
-    h.train(&["--stages", "align", "--set", &tower, "--set", "defaults.max_steps=1"]);
+    h.train(&["--stages", "align", "--set", &tower, "--set", "defaults.max_steps=1", "--set", CONSTANT]);
 }
 
 /// Each stage's evaluations are seen as that stage sees them, whichever stages are left to run.

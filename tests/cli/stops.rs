@@ -1,6 +1,6 @@
 //! What ends a run early, other than signals: broken pictures, files that change in mid-run, trainings that diverge.
 
-use super::folder::{BINARY, Folder, THREE_STAGES, assert_same, figures, golden, said};
+use super::folder::{BINARY, CONSTANT, Folder, THREE_STAGES, assert_same, figures, golden, said};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -105,7 +105,7 @@ fn all_broken_pictures_are_named_together() {
     f.write("data.jsonl", &lines.join("\n"));
     f.fails(&["train", "recipe.toml"], &["30 problems", "sample b0:", "and 10 more"]);
     // A stage of one step shows one sample.
-    let one = ["--set", "stage.align.batch={global=1}", "--set", "stage.align.max_steps=1"];
+    let one = ["--set", "stage.align.batch={global=1}", "--set", "stage.align.max_steps=1", "--set", CONSTANT];
     let said = f.fails(&[&["train", "recipe.toml"], &one[..]].concat(), &["cannot decode the image b"]);
     assert!(!said.contains("problems"), "{said}");
 }

@@ -83,30 +83,44 @@ pub struct Eval {
     /// Samples a forward pass.
     #[serde(default = "default_eval_batch")]
     pub micro: usize,
+    /// Longest answer of `hallucination` in tokens, if its end token does not come first; of what is cut there the rest is not
+    /// looked at, and a warning tells how many answers that were. No answer passes the model's positions.
+    #[serde(default = "default_max_new_tokens")]
+    pub max_new_tokens: usize,
 }
 
 /// What an evaluation measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
-    /// Mean negative log-likelihood of a label token.
+    /// Mean negative log-likelihood of a label token, over all label tokens: long answers count by their length. Samples that
+    /// `model.truncate` cuts count as far as they go, here and in `exact_match`.
     Loss,
-    /// Share of answers that greedy decoding gives exactly, in all and by the samples' `category`;
-    /// beside it the share that guessing (uniform, most frequent answer of a category) would reach.
+    /// Share of samples whose answer greedy decoding gives exactly, token by token and through its end token (any of the model's),
+    /// in all and by the samples' `category`. Of a conversation all answers must be right, each behind the right ones before it.
+    /// The same words in other tokens, another case or other spaces are a miss; where a template writes no end token, a longer
+    /// answer that begins right is a hit. Beside it what guessing reaches that knows the answers of this data and of each
+    /// `category` their shares (one of them at random, or always the most frequent): without `category` all questions are one
+    /// kind, and guesses that go by the question would be right more often.
     ExactMatch,
-    /// Share of pairs whose chosen answer has the higher log-probability.
+    /// Share of pairs whose chosen answer has the higher log-probability, summed over its tokens: of two answers the longer one is
+    /// the less probable by its length alone. A pair whose answers are the same tokens counts half.
     Preference,
-    /// Share of greedy answers that contain one of the sample's `absent` phrases.
+    /// Share of greedy answers to the samples' first questions that contain one of the sample's `absent` phrases as whole words,
+    /// in any case; in scripts without spaces between words (and in Korean) anywhere. Samples that name nothing `absent` are left
+    /// out. What counts is the phrase: other forms of the word (plurals) must be named too, and a denial ("there is no cat")
+    /// counts as well.
     Hallucination,
 }
 
-/// What stands in for the pictures of an evaluation.
+/// What stands in for the pictures of an evaluation. Samples without a picture count as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pictures {
     /// The mean colour.
     Blank,
-    /// Another sample's picture.
+    /// In each picture's place the next file's, in the order of their names; it may show what the right one shows, so that even a
+    /// model that looks keeps some right answers.
     Shuffled,
 }
 
@@ -134,4 +148,8 @@ pub enum SynthKind {
 }
 fn default_eval_batch() -> usize {
     32
+}
+/// As `adfreeze generate`.
+fn default_max_new_tokens() -> usize {
+    256
 }

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The warm-up is `warmup_steps` or `warmup_ratio` (of all steps, rounded up), linear from 0.
+/// The warm-up is `warmup_steps` or `warmup_ratio` (of all steps, rounded up), linear from 0: the rate of its first step is 0, and a
+/// stage in which it is not shorter than all steps never reaches the peak.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Scheduler {
@@ -60,7 +61,9 @@ impl Default for Optimizer {
 pub struct AdamW {
     /// How slowly the moments forget.
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the root of the second moment. A gradient that is small throughout but above it moves a parameter by whole steps of
+    /// the learning rate all the same, for AdamW looks at signs and proportions only: where no sample of a stage teaches a
+    /// parameter anything, what remains is rounding, and the parameter wanders.
     pub eps: f64,
     /// Decoupled; not applied to biases and norms unless a group says so.
     pub weight_decay: f64,
