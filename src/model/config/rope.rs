@@ -15,10 +15,10 @@ const THETA: f64 = 10000.0;
 pub(super) fn read(f: &Fields, positions: usize) -> Result<(f64, RopeScaling)> {
     let old = f.object("rope_scaling")?.filter(|r| !r.is_empty());
     let new = f.object("rope_parameters")?;
-    let flat_theta = f.number("rope_theta")?;
+    let flat_theta = f.positive("rope_theta")?;
     let flat_part = f.number("partial_rotary_factor")?;
     let Some(r) = old.or(new) else { return Ok((flat_theta.unwrap_or(THETA), RopeScaling::None)) };
-    let theta = r.number("rope_theta")?.or(flat_theta).unwrap_or(THETA);
+    let theta = r.positive("rope_theta")?.or(flat_theta).unwrap_or(THETA);
     if let Some((key, value)) = r.first_object() {
         return Err(unsupported(r.path(), key, &value.to_string(), "one set of parameters for all layers"));
     }
