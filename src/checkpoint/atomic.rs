@@ -355,7 +355,7 @@ mod tests {
             out.write_all(b"half of the new one")?;
             bail!("the tensor is gone")
         });
-        assert!(error.unwrap_err().report().contains("state.bin: the tensor is gone"));
+        assert!(error.unwrap_err().report().starts_with("the tensor is gone"), "nothing is wrong with writing");
         assert_eq!(fs::read(&path).unwrap(), b"old");
         write_bytes(&path, b"new").unwrap();
         assert_eq!(
