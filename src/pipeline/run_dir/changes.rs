@@ -125,7 +125,9 @@ mod tests {
             );
             toml::from_str(&text).unwrap()
         };
-        let lora = |alpha: &str| recipe(&format!("adapters = [{{ lora = {{ rank = 4, alpha = {alpha} }} }}]"));
+        let lora = |alpha: &str| {
+            recipe(&format!("adapters = [{{ lora = {{ rank = 4, alpha = {alpha}, target = ['language.*'] }} }}]"))
+        };
         let (old, new) = (lora("8"), lora("16"));
         let a = of_finished(&old, &new, "a").unwrap();
         assert!(a.model.is_empty() && a.training.is_empty(), "{a:?}");
