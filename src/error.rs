@@ -48,6 +48,12 @@ impl Error {
         self
     }
 
+    /// Takes [`Error::diverged`] back: the cause was found elsewhere.
+    pub fn not_diverged(mut self) -> Self {
+        self.diverged = false;
+        self
+    }
+
     /// See [`Error::diverged`].
     pub fn has_diverged(&self) -> bool {
         self.diverged

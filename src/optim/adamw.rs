@@ -119,7 +119,7 @@ impl AdamW {
             }
             for peak in group.peaks().map(|p| p * schedule.highest()) {
                 if !(f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&peak) {
-                    bail!("a parameter of group `{name}` has a learning rate of {peak:e} at most, which f32 cannot hold";
+                    bail!("a parameter of group `{name}` has a learning rate of {peak:.1e} at most, which f32 cannot hold";
                         "choose another lr{}", if group.factors[0] < 1.0 { ", or a layer_decay closer to 1" } else { "" })
                 }
             }

@@ -78,11 +78,14 @@ pub fn name_broken<T>(vlm: &mut Vlm, e: Error, again: impl FnOnce(&Vlm) -> T) ->
     let mut first = None;
     vlm.visit(&mut |p| {
         if first.is_none() && sum_of_squares(&p.value).is_ok_and(|s| !s.is_finite()) {
-            first = Some(p.name.clone());
+            first = Some((p.name.clone(), p.trainable));
         }
     });
-    if let Some(name) = first {
-        return e.context(format!("`{name}` holds NaN or infinite values"));
+    if let Some((name, trains)) = first {
+        let e = e.context(format!("`{name}` holds NaN or infinite values"));
+        // Training has no part in what is frozen.
+        let loaded = "the weights hold NaN as they were loaded: get the model's files again";
+        return if trains { e } else { e.not_diverged().hint(loaded) };
     }
     match watch::first_broken(|| again(vlm)) {
         Some(module) => e.context(format!("all weights are finite, but what `{module}` makes of them is not")),

@@ -170,7 +170,7 @@ fn what_cannot_be_measured_is_said() {
         Folder::new().fails(&all, what);
     };
     fails(&["--preset", "tiny"], &["random weights", "--random-init"]);
-    fails(&["--preset", "large", "--random-init"], &["`large`", "llava-1.5-7b, smollm2-135m-dinov2-s, tiny"]);
+    fails(&["--preset", "large", "--random-init"], &["`large`", "`llava-1.5-7b`, `smollm2-135m-dinov2-s`, `tiny`"]);
     fails(&["--preset", "tiny", "--random-init", "--seq", "18"], &["--seq 18", "16 tokens", "19 or more"]);
     fails(&["--preset", "tiny", "--random-init", "--micro", "0"], &["--micro", "above 0"]);
     fails(&["--preset", "tiny", "--random-init", "--peak", "0"], &["--peak", "above 0"]);

@@ -1,6 +1,6 @@
 //! Tokenizers and chat templates as transformers has them.
 
-use super::folder::{Folder, golden};
+use super::folder::{CONSTANT, Folder, golden};
 use adfreeze::data::source::{Conversation, Picture, Role, Turn};
 use adfreeze::data::template::{ChatTemplate, Rendered, Source};
 use adfreeze::error::Result;
@@ -371,9 +371,9 @@ fn the_date_is_kept_with_the_run() {
     let shown: Value = serde_json::from_str(&shown).unwrap();
     let text: String = shown["pieces"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
     assert!(text.starts_with("<s>1999-12-31"), "{text}");
-    f.train(&["--set", "model.template_date='1999-12-31'", "--set", "stage.sft.max_steps=1"]);
+    f.train(&["--set", "model.template_date='1999-12-31'", "--set", "stage.sft.max_steps=1", "--set", CONSTANT]);
     // Another day: the run goes on with its own.
-    let said = f.train(&["--set", "stage.sft.max_steps=1"]);
+    let said = f.train(&["--set", "stage.sft.max_steps=1", "--set", CONSTANT]);
     assert!(said.stderr.contains("nothing to do"), "{}", said.stderr);
     assert!(fs::read_to_string(f.path("run/recipe.toml")).unwrap().contains("template_date = \"1999-12-31\""));
     f.fails(&["check", "recipe.toml", "--set", "model.template_date='tomorrow'"], &["template_date", "2024-07-26"]);

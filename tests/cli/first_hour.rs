@@ -5,7 +5,8 @@ use std::fs;
 
 /// Short stages.
 fn quick() -> Folder {
-    Folder::with(&THREE_STAGES.replace("max_steps    = 10", "max_steps    = 1"))
+    let short = THREE_STAGES.replace("max_steps    = 10", "max_steps    = 1");
+    Folder::with(&short.replace("{ cosine = { warmup_steps = 2 } }", "{ constant = {} }"))
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Language models, whole VLMs and adapters of others, in every spelling that changes numbers.
 
-use super::folder::{Folder, THREE_STAGES, golden};
+use super::folder::{CONSTANT, Folder, THREE_STAGES, golden};
 use adfreeze::checkpoint::peft::{Base, LoraAdapter};
 use adfreeze::checkpoint::safetensors;
 use candle_core::{Device, Tensor};
@@ -79,6 +79,7 @@ fn a_head_of_its_own_beside_tied_embeddings() {
         source.as_str(),
         "stage.align.train=[\"language.norm.weight\"]",
         "defaults.max_steps=1",
+        CONSTANT,
         "stage.align.eval=[]",
     ];
     let set: Vec<&str> = set.into_iter().flat_map(|s| ["--set", s]).collect();
@@ -122,7 +123,7 @@ fn the_projector_beside_a_lora_of_the_original_code() {
     assert!(!said.contains("warning"), "{said}");
     // It is a start for training, shown among the sources and watched for changes.
     let adapter = format!("model.adapter={:?}", text(&dir));
-    let set = [adapter.as_str(), "stage.sft.adapters=[]", "defaults.max_steps=1", "stage.align.eval=[]"];
+    let set = [adapter.as_str(), "stage.sft.adapters=[]", "defaults.max_steps=1", "stage.align.eval=[]", CONSTANT];
     let set: Vec<&str> = set.into_iter().flat_map(|s| ["--set", s]).collect();
     let shown = f.ok(["check", "recipe.toml"].iter().chain(&set)).stdout;
     assert!(shown.contains("model.adapter, projector"), "{shown}");
@@ -175,7 +176,7 @@ fn a_whole_model_of_the_original_code() {
     f.write("parts.toml", &recipe);
     let args: Vec<&str> = parts.iter().flat_map(|p| ["--set", p.as_str()]).collect();
     f.ok(["check", "parts.toml"].iter().chain(&args));
-    let training = ["--stages", "align", "--set", "defaults.max_steps=1"];
+    let training = ["--stages", "align", "--set", "defaults.max_steps=1", "--set", CONSTANT];
     let whole = f.train(&training).stderr;
     let loss = |f: &Folder| f.metrics()[0]["loss"].as_f64().unwrap();
     let one = loss(&f);

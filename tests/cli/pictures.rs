@@ -35,7 +35,8 @@ fn a_narrow_jpeg_is_scored_as_what_pillow_decodes_of_it() {
     let dir = case("15-narrow-jpeg");
     let lines = scored(&Folder::new(), &golden("model"), &dir.join("data.json"), &dir);
     let gap = worst(&lines[0], &lines[1]);
-    assert!(gap < 0.012, "{gap}");
+    // 0.076 where they are smoothed.
+    assert!(gap < 0.03, "{gap}");
 }
 
 /// LLaVA's `do_pad` is the data entry's `resize = "pad"`.

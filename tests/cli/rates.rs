@@ -151,7 +151,11 @@ fn rates_that_move_nothing_are_told() {
         "12-warm-up-as-long-as-the-stage",
         &sets("stage.sft.layer_decay=1e-20"),
         1,
-        &["group `default` has a learning rate of 1", "which f32 cannot hold", "a layer_decay closer to 1"],
+        &[
+            "group `default` has a learning rate of 1.0e-83 at most",
+            "which f32 cannot hold",
+            "a layer_decay closer to 1",
+        ],
     );
     both_say(
         "12-warm-up-as-long-as-the-stage",
