@@ -50,7 +50,7 @@ enum Unit {
     Bytes,
 }
 
-/// See [`Reporter::progress`]. Where there is no bar, it speaks after [`QUIET`] and then as seldom.
+/// See [`Reporter::progress`]. Where there is no bar, it speaks after `QUIET` and then as seldom.
 pub struct Progress<'a> {
     reporter: &'a Reporter,
     name: String,

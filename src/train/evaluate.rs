@@ -40,7 +40,7 @@ pub struct Evaluation<'a> {
 }
 
 /// What the batches of an evaluation came to so far, by pass (`` as it is, `/blank`, `/shuffled`): of a loss each batch's sum and
-/// label tokens, else one number a sample or pair ([`hallucinates`] says what it is there). An evaluation that was stopped goes on from it to the same figures.
+/// label tokens, else one number a sample or pair (`hallucinates` says what it is there). An evaluation that was stopped goes on from it to the same figures.
 pub type Outcomes = BTreeMap<String, Vec<f64>>;
 
 /// Runs one evaluation from where `so_far` ends. `on` hears of every batch, with its samples, what there is so far and whether that
