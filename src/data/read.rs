@@ -3,6 +3,7 @@
 use super::file::{self, shown};
 use super::forms::{self, Form};
 use crate::bail;
+use crate::error::words::plain;
 use crate::error::{Error, Result};
 use crate::recipe::schema::Data;
 use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, SeqAccess, Visitor};
@@ -121,7 +122,7 @@ fn lines<T: DeserializeOwned>(mut text: impl BufRead, limit: usize, path: &str, 
         match parse::<T>(&line) {
             Ok(sample) => samples.push(sample),
             Err((cause, _)) => {
-                let cause = cause.replace(" at line 1 column ", ", column ");
+                let cause = cause.replace("(line 1, column ", "(column ");
                 return Err(no_sample(&line, &cause, number, samples.is_empty(), text, path, form));
             }
         }
@@ -165,9 +166,13 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (String, Option<usize>)
     let value = serde_path_to_error::deserialize(&mut de).map_err(|e| {
         let index =
             e.path().iter().next().and_then(|s| if let Segment::Seq { index } = s { Some(*index) } else { None });
-        (e.to_string(), index)
+        let told = plain(&e.inner().to_string());
+        match e.path().to_string().as_str() {
+            "." => (told, index),
+            key => (format!("{key}: {told}"), index),
+        }
     })?;
-    de.end().map_err(|e| (e.to_string(), None))?;
+    de.end().map_err(|e| (plain(&e.to_string()), None))?;
     Ok(value)
 }
 
