@@ -10,6 +10,7 @@ use super::freeze::thousands;
 use super::memory;
 use super::pictures::{self, Looked, Pictures, together};
 use super::positions;
+use super::run_dir::refuse_others;
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
 use super::state::{State, is_adapter, parent};
 use super::{evaluation, loading, make_data, newline};
@@ -66,6 +67,7 @@ impl Aim {
 /// # Errors
 /// What is wrong with the model at once; what is wrong with the stages and their data all together.
 pub fn check(recipe: &Recipe, aim: Aim, reporter: &Reporter, out: &mut dyn Write) -> Result<()> {
+    refuse_others(&recipe.output_dir, recipe)?;
     make_data(recipe, reporter)?;
     let place = Place::new(Device::Cpu, aim.dtype.unwrap_or(recipe.model.dtype));
     let mut assembly = loading(reporter, || assemble(recipe, &place))?;

@@ -75,16 +75,18 @@ fn files_of_others_stand_in_the_way_and_stay() {
     let f = Folder::new();
     let (project, mine) = case(&f, "01-output-dir-of-the-recipe");
     let before = tree(&mine);
-    let train = || {
-        let mut c = f.adfreeze([Path::new("train"), &mine.join("recipe.toml")]);
+    let run = |command: &str| {
+        let mut c = f.adfreeze([Path::new(command), &mine.join("recipe.toml")]);
         said(c.current_dir(&project).output().unwrap())
     };
-    let got = train();
-    assert_eq!(got.code, Some(1), "{}", got.stderr);
-    for part in
-        ["mine/recipe.toml", "mine/results.json", "mine/01-sft/final/notes.txt", "\n\nhint: choose an output_dir"]
-    {
-        assert!(got.stderr.contains(part), "`{part}` is not in:\n{}", got.stderr);
+    for command in ["check", "train"] {
+        let got = run(command);
+        assert_eq!(got.code, Some(1), "{}", got.stderr);
+        for part in
+            ["mine/recipe.toml", "mine/results.json", "mine/01-sft/final/notes.txt", "\n\nhint: choose an output_dir"]
+        {
+            assert!(got.stderr.contains(part), "`{part}` is not in:\n{}", got.stderr);
+        }
     }
     assert!(tree(&mine) == before, "something was changed or made");
     // Each alone is enough.
