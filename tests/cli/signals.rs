@@ -153,7 +153,8 @@ pictures = ["blank", "shuffled"]
         rest
     };
     let rest = stopped("1000 pairs under the reference");
-    assert!(rest.contains("asked to stop: finishing the pairs at hand") && rest.contains("of 1000 pairs"), "{rest}");
+    // The pass may be over before the signal is answered.
+    assert!(rest.contains("asked to stop") && rest.contains("of 1000 pairs"), "{rest}");
     assert!(!f.path("run/01-dpo/checkpoints").exists());
     let rest = stopped("1000 pairs under the reference: goes on after ");
     assert!(rest.contains("of 1000 pairs"), "{rest}");
