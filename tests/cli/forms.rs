@@ -84,7 +84,7 @@ fn errors_speak_of_the_sample_and_not_of_the_program() {
     assert!(!said.contains("cannot write"), "{said}");
     for (sample, words) in [
         (json!("text"), "must be a sample, an object {…}"),
-        (json!({ "conversations": ["text"] }), "expected a turn, an object"),
+        (json!({ "conversations": ["text"] }), "must be a turn, an object"),
         (json!({ "conversations": {} }), "conversations"),
         (json!({ "image": 3, "conversations": [] }), "image must be a path or a list of paths, not 3"),
     ] {
