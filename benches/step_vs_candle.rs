@@ -24,7 +24,7 @@ use adfreeze::model::vlm::{Batch, Mode, Vlm};
 use adfreeze::ops::Weight;
 use adfreeze::ops::random::{Key, normal};
 use adfreeze::optim::{AdamW, Groups, Schedule};
-use adfreeze::recipe::schema::{self, Activation, MlpProjector, Scheduler, SelectFeature, Warmup};
+use adfreeze::spec::{self, Activation, MlpProjector, Scheduler, SelectFeature, Warmup};
 use candle_core::DType;
 use candle_nn::Optimizer;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,7 +92,7 @@ fn model(task: &str) -> Vlm {
         pad_token_id: None,
     };
     let mut src = Fresh { key: Key::new(1, "bench"), place: Place::cpu() };
-    let projector = schema::Projector::Mlp(MlpProjector {
+    let projector = spec::Projector::Mlp(MlpProjector {
         source: None,
         depth: 2,
         hidden: None,
@@ -105,7 +105,7 @@ fn model(task: &str) -> Vlm {
     let mut vlm = Vlm::new(Some(tower), Some(projector), Language::new(text, &mut src).unwrap(), IMAGE);
     if task == "lora" {
         let target = vec!["language.*".to_string()];
-        let cfg = schema::Lora { rank: 16, alpha: 32.0, target, ..Default::default() };
+        let cfg = spec::Lora { rank: 16, alpha: 32.0, target, ..Default::default() };
         lora::attach(&mut vlm, &cfg, "sft", Key::new(2, "lora")).unwrap();
     }
     let trains = |n: &String| match task {
@@ -152,7 +152,7 @@ fn child(engine: &str, task: &str) {
             let groups = Groups::resolve(&[], LR, 0.0, &shapes).unwrap();
             let schedule =
                 Schedule::new(&Scheduler::Constant(Warmup { warmup_ratio: None, warmup_steps: Some(0) }), WARM + STEPS);
-            let hyper = schema::AdamW::default();
+            let hyper = spec::AdamW::default();
             let mut optimizer = AdamW::new(hyper, groups, schedule, 1e9, Key::new(1, "noise"));
             let kept = if engine == "adfreeze" { Kept::Minimal } else { Kept::Input };
             Box::new(move || {

@@ -1,24 +1,25 @@
 //! adfreeze trains vision-language models on frozen backbones: one recipe, a fixed pipeline
 //! (projector pretrain → LoRA SFT → DPO), one binary.
 //!
-//! The rooms of this house, in the direction in which data flows:
+//! The rooms of this house from the top down. A room uses those that its row lists, all of them below it; `error` is everyone's.
+//! A test holds the rows to the imports.
 //!
-//! `cli` → `bench` → `pipeline` → { `recipe`, `train`, `report`, `checkpoint` } → { `adapters`, `model`, `data`, `optim` } → `ops`
-//!
-//! | room | what is in it |
-//! |---|---|
-//! | [`cli`] | one file per command |
-//! | [`recipe`] | what the user writes: structs, loading, patterns, errors with a hint |
-//! | [`mod@bench`] | how fast kernels and steps are on this machine, beside their floors |
-//! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume |
-//! | [`train`] | a stage: the step, the objectives, evaluation, generation |
-//! | [`report`] | console and JSON lines |
-//! | [`checkpoint`] | atomic safetensors, PEFT folders, HF folders |
-//! | [`adapters`] | what is grafted onto a backbone |
-//! | [`model`] | the chain of segments, parameters, weights on disk |
-//! | [`data`] | samples, images, templates, batches, the loader |
-//! | [`optim`] | AdamW, groups, schedules, clipping |
-//! | [`ops`] | differentiable operations with their own backward |
+//! | room | what is in it | uses |
+//! |---|---|---|
+//! | [`cli`] | one file per command | bench, pipeline, recipe, train, checkpoint, report, model, data, ops, spec |
+//! | [`mod@bench`] | how fast kernels and steps are on this machine, beside their floors | pipeline, recipe, train, report, adapters, model, data, optim, ops, spec |
+//! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume | recipe, train, checkpoint, report, adapters, model, data, optim, ops, spec |
+//! | [`recipe`] | from the text of a recipe to its types: loading, rules, errors with a hint | spec |
+//! | [`train`] | a stage: the step, the objectives, evaluation, generation | model, data, ops, spec |
+//! | [`checkpoint`] | atomic safetensors, PEFT folders, HF folders | adapters, model, data, ops, spec |
+//! | [`report`] | console and JSON lines | |
+//! | [`adapters`] | what is grafted onto a backbone | model, ops, spec |
+//! | [`model`] | the chain of segments, parameters, weights on disk | ops, spec |
+//! | [`data`] | samples, images, templates, batches, the loader | ops, spec |
+//! | [`optim`] | AdamW, groups, schedules, clipping | ops, spec |
+//! | [`ops`] | differentiable operations with their own backward | spec |
+//! | [`spec`] | what a user writes, as types | |
+//! | [`error`](mod@error) | errors with causes and a hint | |
 
 // Input never panics: what the user can get wrong is an error.
 #![cfg_attr(
@@ -54,4 +55,6 @@ pub mod pipeline;
 pub mod recipe;
 #[warn(missing_docs)]
 pub mod report;
+#[warn(missing_docs)]
+pub mod spec;
 pub mod train;

@@ -12,7 +12,7 @@ use adfreeze::model::params::{Module, adapter_of};
 use adfreeze::model::segment::Kept;
 use adfreeze::model::visual::{Shown, Visual};
 use adfreeze::model::vlm::{Batch, Load, Mode, Vlm};
-use adfreeze::recipe::schema::{Adapter, Deliver, Sees, SelectFeature};
+use adfreeze::spec::{Adapter, Deliver, Sees, SelectFeature};
 use adfreeze::train::generate::{Sampling, generate};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};

@@ -5,7 +5,7 @@ mod tiny;
 use adfreeze::data::{IGNORE, ImageRef, Item, Pixels, Sample};
 use adfreeze::model::params::Module;
 use adfreeze::model::vlm::Vlm;
-use adfreeze::recipe::schema::SelectFeature;
+use adfreeze::spec::SelectFeature;
 use adfreeze::train::align::{Alignment, measure};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;

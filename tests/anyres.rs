@@ -15,7 +15,7 @@ use adfreeze::model::vision::Tower;
 use adfreeze::model::visual::{self, Layout};
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
 use adfreeze::model::weights::Weights;
-use adfreeze::recipe::schema::{self, Data, Deliver, Resize, SelectFeature};
+use adfreeze::spec::{self, Data, Deliver, Resize, SelectFeature};
 use adfreeze::train::collate::collate;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
@@ -51,8 +51,7 @@ fn model() -> Vlm {
     let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
     let tower = Tower::new(config.vision.clone(), config.select_layer, config.select_feature, &mut src).unwrap();
     let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);
-    let cfg: schema::Projector =
-        toml::from_str::<BTreeMap<String, _>>("p = { mlp = {} }").unwrap().remove("p").unwrap();
+    let cfg: spec::Projector = toml::from_str::<BTreeMap<String, _>>("p = { mlp = {} }").unwrap().remove("p").unwrap();
     let projector = Projector::new(&cfg, d_in, d_out, config.projector_bias, &mut src).unwrap();
     let newline = src.master(NEWLINE.to_string(), &[d_out]).unwrap();
     let language = Language::new(config.text.clone(), &mut src).unwrap();
@@ -145,7 +144,7 @@ fn tiled_batch(vlm: &Vlm) -> Batch {
 }
 
 fn tiny_model(projector: &str, deliver: Deliver) -> Vlm {
-    let cfg: schema::Projector =
+    let cfg: spec::Projector =
         toml::from_str::<BTreeMap<String, _>>(&format!("p = {projector}")).unwrap().remove("p").unwrap();
     let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &cfg, llama());
     vlm.newline = Some(source().master(NEWLINE.to_string(), &[12]).unwrap());

@@ -1,34 +1,33 @@
-//! The rooms of `src/` and the direction in which they may use each other (see the map in `src/lib.rs`): an upper room
-//! uses lower ones, never the other way round, and sideways only where [`SIDEWAYS`] says so.
+//! The rooms of `src/` use each other as the map in `src/lib.rs` says: from the top down, and no other way.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// From the top down. Rooms of one layer do not know each other.
-const LAYERS: [&[&str]; 6] = [
-    &["cli"],
-    &["bench"],
-    &["pipeline"],
-    &["recipe", "train", "report", "checkpoint"],
-    &["adapters", "model", "data", "optim"],
-    &["ops"],
-];
+/// One row of the map: a room and those that it uses.
+type Row = (String, BTreeSet<String>);
 
-/// Who may use a room of the same layer: an adapter is grafted onto a model; a stage leaves checkpoints.
-const SIDEWAYS: [(&str, &str); 2] = [("adapters", "model"), ("train", "checkpoint")];
-
-/// What every room may use: errors, and the words that a user writes a recipe in.
-const COMMON: [&[&str]; 4] = [&["error"], &["bail"], &["recipe", "schema"], &["recipe", "pattern"]];
-
-fn layer(room: &str) -> Option<usize> {
-    LAYERS.iter().position(|rooms| rooms.contains(&room))
+/// The map of `src/lib.rs`, from the top down.
+fn map(lib: &str) -> Vec<Row> {
+    let words = |cell: &str| -> BTreeSet<String> {
+        cell.split(',').map(|w| w.trim().to_string()).filter(|w| !w.is_empty()).collect()
+    };
+    let row = |line: &str| -> Option<Row> {
+        let cells: Vec<&str> = line.strip_prefix("//! | [`")?.split('|').collect();
+        let name = cells[0].split('`').next().unwrap().trim_start_matches("mod@").to_string();
+        Some((name, words(cells[2])))
+    };
+    lib.lines().filter_map(row).collect()
 }
 
-fn allowed(room: &str, path: &[&str]) -> bool {
-    let target = path[0];
-    room == target
-        || COMMON.iter().any(|c| path.starts_with(c))
-        || SIDEWAYS.contains(&(room, target))
-        || matches!((layer(room), layer(target)), (Some(from), Some(to)) if from < to)
+/// What is wrong with a map by itself: a room that uses one above it or one that there is not.
+fn climbs(map: &[Row]) -> Vec<String> {
+    let below = |i: usize, name: &String| map[i + 1..].iter().any(|(n, _)| n == name);
+    let bad = map.iter().enumerate().flat_map(|(i, (room, uses))| {
+        uses.iter()
+            .filter(move |u| !below(i, u))
+            .map(move |u| format!("`{room}` is to use `{u}`, which is not below it"))
+    });
+    bad.collect()
 }
 
 /// Every `crate::a::b…` in a source text, with its line; comments and the unit tests at a file's end are left out.
@@ -50,12 +49,6 @@ fn uses(text: &str) -> Vec<(usize, Vec<&str>)> {
     found
 }
 
-/// What a file of `room` must not do.
-fn violations(room: &str, file: &Path, text: &str) -> Vec<String> {
-    let bad = uses(text).into_iter().filter(|(_, path)| !allowed(room, path));
-    bad.map(|(line, path)| format!("{}:{line}: `{room}` uses `crate::{}`", file.display(), path.join("::"))).collect()
-}
-
 /// All sources below `dir` but files of tests alone.
 fn sources(dir: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
@@ -73,52 +66,79 @@ fn sources(dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-#[test]
-fn rooms_use_each_other_in_one_direction() {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut found = Vec::new();
-    let mut rooms = Vec::new();
-    for file in sources(&src) {
-        let inside = file.strip_prefix(&src).unwrap().to_path_buf();
-        let room =
-            inside.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs").to_string();
-        if matches!(room.as_str(), "lib" | "main") {
+/// What each room uses of the others, and the first place where it does. `error` and its macro `bail!` are everyone's.
+fn imports(files: &[(PathBuf, String)]) -> BTreeMap<String, BTreeMap<String, String>> {
+    let mut found: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
+    for (file, text) in files {
+        let room = file.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
+        if matches!(room, "lib" | "main") {
             continue;
         }
-        let known = room == "error" || layer(&room).is_some();
-        assert!(
-            known,
-            "src/{} is a new room: give it a place in LAYERS and in the map of src/lib.rs",
-            inside.display()
-        );
-        found.extend(violations(&room, &inside, &std::fs::read_to_string(&file).unwrap()));
-        rooms.push(room);
+        let seen = found.entry(room.to_string()).or_default();
+        for (line, path) in uses(text) {
+            if path[0] != room && !matches!(path[0], "error" | "bail") {
+                seen.entry(path[0].to_string())
+                    .or_insert_with(|| format!("{}:{line}: crate::{}", file.display(), path.join("::")));
+            }
+        }
     }
-    assert!(
-        LAYERS.iter().flat_map(|l| l.iter()).all(|r| rooms.iter().any(|seen| seen == r)),
-        "a room of LAYERS is empty"
-    );
-    assert!(found.is_empty(), "against the direction of the rooms:\n  {}", found.join("\n  "));
+    found
+}
+
+/// Where the map and the imports differ.
+fn differences(map: &[Row], found: &BTreeMap<String, BTreeMap<String, String>>) -> Vec<String> {
+    let mut bad = Vec::new();
+    for (room, seen) in found {
+        match map.iter().find(|(name, _)| name == room) {
+            None => bad.push(format!("`{room}` has no row")),
+            Some((_, uses)) => {
+                bad.extend(
+                    seen.iter()
+                        .filter(|(u, _)| !uses.contains(*u))
+                        .map(|(u, at)| format!("`{room}` uses `{u}` ({at})")),
+                );
+                bad.extend(uses.iter().filter(|u| !seen.contains_key(*u)).map(|u| format!("`{room}` uses no `{u}`")));
+            }
+        }
+    }
+    bad.extend(map.iter().filter(|(n, _)| !found.contains_key(n)).map(|(n, _)| format!("there is no room `{n}`")));
+    bad
 }
 
 #[test]
-fn a_use_against_the_direction_is_found() {
-    let file = Path::new("x.rs");
-    let found = |room: &str, text: &str| violations(room, file, text);
-    assert_eq!(found("model", "use crate::train::step;"), ["x.rs:1: `model` uses `crate::train::step`"]);
-    assert_eq!(found("data", "\nfn f(v: &crate::model::vlm::Vlm) {}").len(), 1);
-    assert_eq!(found("ops", "use crate::recipe::validate;").len(), 1);
-    assert_eq!(found("ops", "use crate::{model, error};").len(), 1, "one `use` a room");
-    assert_eq!(found("checkpoint", "use crate::train::step;").len(), 1);
-    let fine = "use crate::recipe::schema::Stage;\nuse crate::ops::matmul;\n// crate::cli\n$crate::error::Error\n\
-                #[cfg(test)]\nmod tests {\n    use crate::cli;";
-    assert!(found("model", fine).is_empty(), "{:?}", found("model", fine));
-    assert!(found("adapters", "use crate::model::vlm::Vlm;").is_empty());
+fn the_map_equals_the_imports() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let read = |file: PathBuf| {
+        let text = std::fs::read_to_string(&file).unwrap();
+        (file.strip_prefix(&src).unwrap().to_path_buf(), text)
+    };
+    let files: Vec<_> = sources(&src).into_iter().map(read).collect();
+    let map = map(&std::fs::read_to_string(src.join("lib.rs")).unwrap());
+    assert_eq!(climbs(&map), Vec::<String>::new());
+    let bad = differences(&map, &imports(&files));
+    assert!(bad.is_empty(), "the map of src/lib.rs and the imports differ:\n  {}", bad.join("\n  "));
 }
 
-/// DESIGN.md, "One more projector": outside of the schema, a kind is spelt out where it is built, and nowhere else.
 #[test]
-fn a_kind_of_projector_has_one_place_outside_its_file_and_the_schema() {
+fn a_map_that_is_not_true_is_found() {
+    let lib = "//! | [`mod@a`] | top | b, c |\n//! | [`b`] | mid | c |\n//! | [`c`] | low | |";
+    let with = |a: &str, c: &str| {
+        let files = [("a/x.rs", a), ("b.rs", "use crate::c::{d, e};"), ("c/mod.rs", c)];
+        differences(&map(lib), &imports(&files.map(|(f, t)| (f.into(), t.to_string()))))
+    };
+    let both = "use crate::b;\nfn f(_: crate::c::D) {}";
+    assert!(with(both, "// crate::a\n$crate::error::E\n#[cfg(test)]\nmod tests {\n    use crate::a;").is_empty());
+    assert_eq!(with("use crate::b;", ""), ["`a` uses no `c`"]);
+    assert_eq!(with(both, "\nuse crate::{a, b};"), ["`c` uses `` (c/mod.rs:2: crate::)"], "one `use` a room");
+    assert_eq!(with(both, "use crate::a::x;"), ["`c` uses `a` (c/mod.rs:1: crate::a::x)"]);
+    assert_eq!(climbs(&map("//! | [`c`] | low | b |\n//! | [`b`] | mid | |")).len(), 0);
+    assert_eq!(climbs(&map("//! | [`c`] | low | |\n//! | [`b`] | mid | c |")).len(), 1);
+    assert_eq!(differences(&map("//! | [`z`] | | |"), &BTreeMap::new()), ["there is no room `z`"]);
+}
+
+/// DESIGN.md, "One more projector": outside of the spec, a kind is spelt out where it is built, and nowhere else.
+#[test]
+fn a_kind_of_projector_has_one_place_outside_its_file_and_the_spec() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for kind in ["Bottleneck", "PixelShuffle"] {
         let spelt = |file: &PathBuf| std::fs::read_to_string(file).unwrap().contains(&format!("Projector::{kind}("));

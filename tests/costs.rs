@@ -15,7 +15,7 @@ use adfreeze::optim::{AdamW, Depths};
 use adfreeze::pipeline::components::{Row, Training, gets_master, notes, rows, table};
 use adfreeze::pipeline::memory::loads;
 use adfreeze::pipeline::state::{State, is_adapter};
-use adfreeze::recipe::schema::{Alpha, Resize, SelectFeature, Stage};
+use adfreeze::spec::{Alpha, Resize, SelectFeature, Stage};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use tiny::*;
@@ -196,7 +196,7 @@ fn cross_attention_has_two_frontiers() {
     let stage =
         stage("train = ['projector.*']\nadapters = [{ cross_attention = { every = 3, heads = 2, head_dim = 4 } }]");
     let mut vlm = model(DType::F32);
-    vlm.deliver = adfreeze::recipe::schema::Deliver::CrossAttention;
+    vlm.deliver = adfreeze::spec::Deliver::CrossAttention;
     let mut state = State::new(vlm, None);
     state.enter(&stage, "s").unwrap();
     assert_eq!(state.vlm.stops_above(), ["vision.encoder.layers.1", "language.layers.1"]);

@@ -9,7 +9,7 @@ use adfreeze::model::insert::cross_attention::CrossAttention;
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::segment::Side;
 use adfreeze::model::visual::{Shown, Visual};
-use adfreeze::recipe::schema::{Adapter, CrossAttention as Recipe};
+use adfreeze::spec::{Adapter, CrossAttention as Recipe};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

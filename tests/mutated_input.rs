@@ -9,8 +9,8 @@ use adfreeze::data::{Picture, Sight, TextEncoder, TextSettings, source};
 use adfreeze::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use adfreeze::model::weights::{Tensors, Weights};
 use adfreeze::ops::random::Key;
-use adfreeze::recipe::pattern::Patterns;
-use adfreeze::recipe::schema::{Alpha, Data, Deliver, Resize, Template};
+use adfreeze::spec::pattern::Patterns;
+use adfreeze::spec::{Alpha, Data, Deliver, Resize, Template};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 

@@ -12,7 +12,7 @@ use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::segment::Kept;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::Mode;
-use adfreeze::recipe::schema::{Lora, SelectFeature};
+use adfreeze::spec::{Lora, SelectFeature};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{clip, llama};

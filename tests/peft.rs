@@ -17,7 +17,7 @@ use adfreeze::ops::Weight;
 use adfreeze::ops::random::Key;
 use adfreeze::optim::{AdamW, Groups, Schedule};
 use adfreeze::pipeline::state::State;
-use adfreeze::recipe::schema::{self, Adapter, MlpProjector, Scheduler, Warmup};
+use adfreeze::spec::{self, Adapter, MlpProjector, Scheduler, Warmup};
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,7 @@ fn model(dtype: DType) -> Vlm {
     let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);
     let (act, hidden) = (config.projector_act, None);
     let mlp = MlpProjector { source: None, depth: 2, hidden, act, input_norm: false, norm: false };
-    let projector = schema::Projector::Mlp(mlp);
+    let projector = spec::Projector::Mlp(mlp);
     let projector = Projector::new(&projector, d_in, d_out, config.projector_bias, &mut src).unwrap();
     let language = Language::new(config.text.clone(), &mut src).unwrap();
     weights.finish().unwrap();
@@ -183,7 +183,7 @@ fn lora_plus() {
     let mut vlm = adapted(&[("dora", "start")]);
     let own: BTreeSet<String> = vlm.params().into_keys().filter(|n| adapter_of(n).is_some()).collect();
     vlm.train_only(&own);
-    let cfg = schema::Lora { rank: 4, alpha: 8.0, dora: true, lr_ratio: Some(16.0), ..Default::default() };
+    let cfg = spec::Lora { rank: 4, alpha: 8.0, dora: true, lr_ratio: Some(16.0), ..Default::default() };
     let mut state = State::new(vlm, Some(Adapter::Lora(cfg)));
     let factors = state.lr_factors();
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
@@ -191,7 +191,7 @@ fn lora_plus() {
     let told: Vec<_> = groups.list().iter().map(|g| (g.name.as_str(), g.lr, g.tensors)).collect();
     assert_eq!(told, [("default", LR, 10), ("default ×16", 16.0 * LR, 20)]);
     let schedule = Schedule::new(&Scheduler::Constant(Warmup::default()), 6);
-    let hyper = schema::AdamW { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, ..Default::default() };
+    let hyper = spec::AdamW { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, ..Default::default() };
     let mut optimizer = AdamW::new(hyper, groups, schedule, 0.0, Key::new(0, "none"));
     let (batch, params) = (batch(&state.vlm, 1), state.vlm.trainable());
     for (step, want) in flat(&expected()["loraplus.losses"]).into_iter().enumerate() {
@@ -255,7 +255,7 @@ fn written_for_peft() {
     for (case, dora, rslora) in [("dora", true, false), ("dora_rslora", true, true), ("rslora", false, true)] {
         let mut vlm = model(DType::F32);
         let base = vlm.params();
-        let cfg = schema::Lora { rank: 3, alpha: 5.0, dora, rslora, target: target.clone(), ..Default::default() };
+        let cfg = spec::Lora { rank: 3, alpha: 5.0, dora, rslora, target: target.clone(), ..Default::default() };
         attach(&mut vlm, &Adapter::Lora(cfg.clone()), case, Key::new(1, case)).unwrap();
         nudge(&mut vlm, &base);
         told.insert(case, logps(&vlm, &batch(&vlm, 1)));
@@ -265,7 +265,7 @@ fn written_for_peft() {
     let base = vlm.params();
     attach(
         &mut vlm,
-        &Adapter::Prefix(schema::Prefix { name: None, tokens: 4, before: Default::default(), freeze: false }),
+        &Adapter::Prefix(spec::Prefix { name: None, tokens: 4, before: Default::default(), freeze: false }),
         "soft",
         Key::new(1, "p"),
     )

@@ -8,7 +8,7 @@ use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::optim::{AdamW, Depths};
 use adfreeze::pipeline::state::State;
-use adfreeze::recipe::schema::{SelectFeature, Stage};
+use adfreeze::spec::{SelectFeature, Stage};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use tiny::*;

@@ -11,13 +11,13 @@ use adfreeze::model::projector::{Projector, Work};
 use adfreeze::model::vision::Grid;
 use adfreeze::model::vlm::{Batch, Mode};
 use adfreeze::model::weights::Weights;
-use adfreeze::recipe::schema::{self, SelectFeature};
+use adfreeze::spec::{self, SelectFeature};
 use candle_core::{DType, Device, Tensor};
 use std::path::Path;
 use tiny::*;
 
 /// In the words of a recipe.
-fn config(text: &str) -> schema::Projector {
+fn config(text: &str) -> spec::Projector {
     let table: toml::Table = toml::from_str(&format!("p = {text}")).unwrap();
     table["p"].clone().try_into().unwrap()
 }

@@ -1,8 +1,9 @@
 //! The embedded default: the committed backbones load, and a short run of the recipe goes through all stages.
 
 use adfreeze::pipeline::{self, Options, check};
-use adfreeze::recipe::{self, schema::Recipe};
+use adfreeze::recipe;
 use adfreeze::report::{LogFormat, Reporter};
+use adfreeze::spec::Recipe;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 

@@ -9,7 +9,7 @@ use adfreeze::model::segment::Kept;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Load, Mode};
 use adfreeze::model::weights::Weights;
-use adfreeze::recipe::schema::SelectFeature;
+use adfreeze::spec::SelectFeature;
 use candle_core::{DType, Device, Tensor};
 use std::path::{Path, PathBuf};
 use tiny::*;

@@ -16,7 +16,7 @@ use adfreeze::model::segment::{self, Kept, Segment, Side};
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::ops::norm::Kind;
 use adfreeze::ops::random::dropout;
-use adfreeze::recipe::schema::{self, Activation, SelectFeature};
+use adfreeze::spec::{self, Activation, SelectFeature};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use tiny::*;
@@ -445,7 +445,7 @@ fn adapters_on_tower_and_language_model() {
     for dropout in [0.0, 0.3] {
         let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
         for (name, target) in [("sft", "*"), ("dpo", "language.*")] {
-            let cfg = schema::Lora {
+            let cfg = spec::Lora {
                 name: Some(name.into()),
                 rank: 2,
                 alpha: 3.0,
@@ -473,7 +473,7 @@ fn adapters_switched_off_leave_the_base_model() {
     let base = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), llama());
     let mut adapted = base.clone();
     let target = vec!["*".to_string()];
-    let cfg = schema::Lora { rank: 2, alpha: 3.0, target, ..Default::default() };
+    let cfg = spec::Lora { rank: 2, alpha: 3.0, target, ..Default::default() };
     lora::attach(&mut adapted, &cfg, "sft", key("lora")).unwrap();
     let batch = pack(&base, &sequences().iter().collect::<Vec<_>>());
     let logps =

@@ -9,8 +9,8 @@ use crate::model::insert::cross_attention::CrossAttention;
 use crate::model::params::Param;
 use crate::model::vlm::{Prefix, Vlm};
 use crate::ops::random::Key;
-use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{self, PrefixPlace};
+use crate::spec::pattern::Patterns;
+use crate::spec::{self, PrefixPlace};
 use candle_core::Tensor;
 
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
@@ -37,7 +37,7 @@ fn place(vlm: &Vlm) -> Place {
 }
 
 /// Puts fresh bottlenecks where the recipe says. A pattern that means no place is an error.
-pub fn attach_bottleneck(vlm: &mut Vlm, cfg: &schema::BottleneckAdapter, adapter: &str, key: Key) -> Result<()> {
+pub fn attach_bottleneck(vlm: &mut Vlm, cfg: &spec::BottleneckAdapter, adapter: &str, key: Key) -> Result<()> {
     let (mut names, mut source) = (Vec::new(), Fresh { key, place: place(vlm) });
     places(vlm, &mut |name, _, _| {
         names.push(name.to_string());
@@ -54,7 +54,7 @@ pub fn attach_bottleneck(vlm: &mut Vlm, cfg: &schema::BottleneckAdapter, adapter
 }
 
 /// Puts fresh cross-attention blocks before every n-th layer of the language model.
-pub fn attach_cross_attention(vlm: &mut Vlm, cfg: &schema::CrossAttention, adapter: &str, key: Key) -> Result<()> {
+pub fn attach_cross_attention(vlm: &mut Vlm, cfg: &spec::CrossAttention, adapter: &str, key: Key) -> Result<()> {
     let n = vlm.language.layers.len();
     if cfg.every > n {
         bail!("every = {}, but the language model has {n} layers", cfg.every; "1 to {n}")
@@ -89,7 +89,7 @@ pub fn attach_loaded_prefix(vlm: &mut Vlm, embeddings: &Tensor, adapter: &str) -
 }
 
 /// Puts fresh soft tokens in front of every sequence, or of every picture in one, behind those that are there.
-pub fn attach_prefix(vlm: &mut Vlm, cfg: &schema::Prefix, adapter: &str, key: Key) -> Result<()> {
+pub fn attach_prefix(vlm: &mut Vlm, cfg: &spec::Prefix, adapter: &str, key: Key) -> Result<()> {
     if vlm.prefixes.iter().any(|p| p.adapter == adapter) {
         bail!("there is already an adapter named `{adapter}`"; "give one of the two another `name`")
     }

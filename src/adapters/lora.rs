@@ -11,8 +11,8 @@ use crate::model::vlm::Vlm;
 use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, matmul_add};
 use crate::ops::random::Key;
-use crate::recipe::pattern::Patterns;
-use crate::recipe::schema;
+use crate::spec;
+use crate::spec::pattern::Patterns;
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
@@ -69,14 +69,14 @@ fn part(module: &str, tensor: &str, adapter: &str) -> String {
 const MAGNITUDE: &str = "magnitude_vector";
 
 /// Names of the linear layers that `cfg.target` means, in order. A pattern that means none is an error.
-pub fn targets(vlm: &mut Vlm, cfg: &schema::Lora) -> Result<Vec<String>> {
+pub fn targets(vlm: &mut Vlm, cfg: &spec::Lora) -> Result<Vec<String>> {
     let names = vlm.linear_names();
     let patterns = Patterns::new(&cfg.target, &names)?;
     Ok(names.into_iter().filter(|n| patterns.matches(n)).collect())
 }
 
 /// Grafts a fresh adapter (A Kaiming-uniform, B zero) on the layers that the recipe names; returns those layers' names.
-pub fn attach(vlm: &mut Vlm, cfg: &schema::Lora, adapter: &str, key: Key) -> Result<Vec<String>> {
+pub fn attach(vlm: &mut Vlm, cfg: &spec::Lora, adapter: &str, key: Key) -> Result<Vec<String>> {
     if cfg.rank == 0 {
         bail!("adapter `{adapter}`: rank 0 adapts nothing"; "set rank to 1 or more")
     }
@@ -207,7 +207,7 @@ pub fn names(vlm: &mut Vlm) -> Vec<String> {
 }
 
 /// An adapter as it is saved. Modules whose scale comes from an alpha of their own keep it.
-pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &schema::Lora) -> Result<LoraAdapter> {
+pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &spec::Lora) -> Result<LoraAdapter> {
     let (mut tensors, mut magnitudes, mut alphas) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, d) in vlm.deltas(adapter) {
         let rank = d.a.value.dim(0)? as f64;

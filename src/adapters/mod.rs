@@ -6,7 +6,7 @@ pub mod lora;
 use crate::error::Result;
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
-use crate::recipe::schema::Adapter;
+use crate::spec::Adapter;
 
 /// Grafts a fresh adapter as the recipe describes it.
 pub fn attach(vlm: &mut Vlm, cfg: &Adapter, name: &str, key: Key) -> Result<()> {

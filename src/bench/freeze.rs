@@ -21,8 +21,8 @@ use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
 use crate::ops::random::Key;
 use crate::pipeline::memory;
-use crate::recipe::schema;
 use crate::report::{Table, human};
+use crate::spec;
 use crate::train::step::{StepConfig, Task, compute};
 use claims::{claims, published};
 use serde::{Deserialize, Serialize};
@@ -151,7 +151,7 @@ pub fn one(place: &Place, o: &Options, configuration: usize) -> Result<Record> {
     let items: Vec<(usize, &Item)> = batch.items.iter().enumerate().collect();
     let weights = vlm.weights();
     let shapes = weights.iter().map(|(n, w)| (n.clone(), w.value.dims().to_vec())).collect();
-    let mut optimizer = constant_optimizer(&shapes, 1e-5, schema::AdamW::default())?;
+    let mut optimizer = constant_optimizer(&shapes, 1e-5, spec::AdamW::default())?;
     clock.wait()?;
     memory::reset_peak(device)?;
     let start_memory_bytes = memory::peak(device)?;

@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::model::init::Place;
 use crate::ops::random::Key;
 use crate::optim::{AdamW, Groups, Schedule};
-use crate::recipe::schema::{self, Scheduler, Warmup};
+use crate::spec::{self, Scheduler, Warmup};
 use candle_core::DType;
 use machine::Machine;
 use serde::Serialize;
@@ -70,7 +70,7 @@ pub fn tell_machine(place: &Place, json: bool) -> Result<String> {
 }
 
 /// AdamW with clipping, at a learning rate that does not change, for parameters of these shapes.
-fn constant_optimizer(shapes: &BTreeMap<String, Vec<usize>>, lr: f64, hyper: schema::AdamW) -> Result<AdamW> {
+fn constant_optimizer(shapes: &BTreeMap<String, Vec<usize>>, lr: f64, hyper: spec::AdamW) -> Result<AdamW> {
     let groups = Groups::resolve(&[], lr, 0.0, shapes)?;
     let schedule = Schedule::new(&Scheduler::Constant(Warmup { warmup_ratio: None, warmup_steps: Some(0) }), 1);
     Ok(AdamW::new(hyper, groups, schedule, 1.0, Key::new(1, "rounding")))

@@ -9,7 +9,7 @@ use crate::model::language::Language;
 use crate::model::projector::{Projector, Work};
 use crate::model::vision::{Grid, Tower};
 use crate::model::vlm::Vlm;
-use crate::recipe::schema::{self, Activation, MlpProjector, SelectFeature};
+use crate::spec::{self, Activation, MlpProjector, SelectFeature};
 
 /// A model's shape and the batches that it is usually trained on.
 #[derive(Debug, Clone)]
@@ -75,9 +75,9 @@ impl Preset {
 }
 
 /// LLaVA-1.5's.
-fn projector() -> schema::Projector {
+fn projector() -> spec::Projector {
     let act = Activation::Gelu;
-    schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden: None, act, input_norm: false, norm: false })
+    spec::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden: None, act, input_norm: false, norm: false })
 }
 
 fn clip(hidden: usize, mlp: usize, layers: usize, heads: usize, edge: usize, patch: usize) -> VisionConfig {

@@ -18,8 +18,8 @@ use crate::model::vlm::{Load, Vlm};
 use crate::ops::Weight;
 use crate::ops::random::Key;
 use crate::pipeline::memory;
-use crate::recipe::schema::{self, Activations, DpoLoss, Reference};
 use crate::report::human;
+use crate::spec::{self, Activations, DpoLoss, Reference};
 use crate::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -90,7 +90,7 @@ pub(super) fn room(preset: &Preset, sequence: Option<usize>) -> Result<()> {
 pub(super) fn low_rank(vlm: &mut Vlm, rank: usize, dropout: f64) -> Result<()> {
     let target = vec!["language.layers.*.{self_attn,mlp}.*_proj".to_string()];
     let alpha = 2.0 * rank as f64;
-    let cfg = schema::Lora { rank, alpha, dropout, target, ..Default::default() };
+    let cfg = spec::Lora { rank, alpha, dropout, target, ..Default::default() };
     lora::attach(vlm, &cfg, "sft", Key::new(1, "lora")).map(drop)
 }
 
@@ -184,11 +184,11 @@ fn one(
     let trained = weights.values().map(|w| w.value.elem_count() as u64).sum::<u64>();
     let load = Load { pictures: pass.pictures, tokens: pass.sequences * pass.length };
     let shapes = weights.iter().map(|(n, w)| (n.clone(), w.value.dims().to_vec())).collect();
-    let mut optimizer = constant_optimizer(&shapes, 1e-5, schema::AdamW::default())?;
+    let mut optimizer = constant_optimizer(&shapes, 1e-5, spec::AdamW::default())?;
     let free = || memory::free_memory(&bench.place.device);
     let (kept, _) =
         memory::choose(o.activations, vlm, &[load], 4 * trained + optimizer.bytes_to_come(&bench.place.device), free)?;
-    let settings = schema::Dpo { beta: 0.1, loss: DpoLoss::Sigmoid, reference: Reference::Start, label_smoothing: 0.0 };
+    let settings = spec::Dpo { beta: 0.1, loss: DpoLoss::Sigmoid, reference: Reference::Start, label_smoothing: 0.0 };
     let reference = match work {
         Work::Dpo => pair_logps(vlm, &items, &batch.pixels, false)?,
         _ => ReferenceTable::new(),

@@ -8,7 +8,7 @@ use crate::error::{Context, Result};
 use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
 use crate::model::weights::names::{self, Family};
 use crate::model::weights::shapes::{self, Shapes};
-use crate::recipe::schema::SelectFeature;
+use crate::spec::SelectFeature;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

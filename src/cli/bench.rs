@@ -6,8 +6,8 @@ use crate::bench::preset::{NAMES, Preset};
 use crate::bench::{Bench, Output, freeze, kernels, step, tell_machine, zoo};
 use crate::error::Result;
 use crate::model::init::Place;
-use crate::recipe::schema::{Activations, DType};
 use crate::report::Reporter;
+use crate::spec::{Activations, DType};
 use std::io::Write;
 use std::path::PathBuf;
 

@@ -9,8 +9,9 @@ use crate::pipeline::assemble::{assemble, sight};
 use crate::pipeline::make_data;
 use crate::pipeline::stage::dataset;
 use crate::pipeline::state::{State, lineage};
-use crate::recipe::{self, schema};
+use crate::recipe;
 use crate::report::Reporter;
+use crate::spec;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -98,7 +99,7 @@ impl Show {
             let Some(data) = &self.data else { bail!("neither a recipe nor --data is given") };
             let m = self.model.given()?.load(&self.compute, reporter)?;
             let how = self.pictures.of(&m, reporter)?;
-            let data = schema::Data { path: data.clone(), images: self.images.clone(), ..how };
+            let data = spec::Data { path: data.clone(), images: self.images.clone(), ..how };
             let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
             return Ok((m.assembly.encoder, set));
         };

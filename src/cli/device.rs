@@ -4,7 +4,7 @@ use crate::bail;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda;
-use crate::recipe::schema;
+use crate::spec;
 use candle_core::Device;
 
 #[derive(Debug, clap::Args)]
@@ -26,7 +26,7 @@ pub enum DTypeArg {
     Bf16,
 }
 
-impl From<DTypeArg> for schema::DType {
+impl From<DTypeArg> for spec::DType {
     fn from(d: DTypeArg) -> Self {
         match d {
             DTypeArg::Auto => Self::Auto,
@@ -38,7 +38,7 @@ impl From<DTypeArg> for schema::DType {
 
 impl Args {
     /// What the argument says of the type, if it is given.
-    pub fn dtype(&self) -> Option<schema::DType> {
+    pub fn dtype(&self) -> Option<spec::DType> {
         self.dtype.map(Into::into)
     }
 

@@ -73,7 +73,7 @@ fn value_of(flag: &str, args: &[String]) -> Option<String> {
 fn stage(args: &[String]) -> Option<String> {
     let path = args.iter().skip(2).find(|a| a.ends_with(".toml"))?;
     let recipe = crate::recipe::load(std::path::Path::new(path), &[]).ok()?;
-    let sft = |s: &&String| recipe.stage[*s].objective == crate::recipe::schema::Objective::Sft;
+    let sft = |s: &&String| recipe.stage[*s].objective == crate::spec::Objective::Sft;
     recipe.stages.iter().rev().find(sft).or(recipe.stages.last()).cloned()
 }
 

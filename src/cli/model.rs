@@ -8,8 +8,8 @@ use crate::model::vlm::Vlm;
 use crate::model::weights::{is_whole, source};
 use crate::pipeline::assemble::{Assembly, assemble, sight};
 use crate::pipeline::{Opened, loading, newline, open_run};
-use crate::recipe::schema::{Alpha, Data, Recipe, Resize, Template};
 use crate::report::Reporter;
+use crate::spec::{Alpha, Data, Recipe, Resize, Template};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

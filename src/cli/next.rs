@@ -1,7 +1,7 @@
 //! What to do when a run is finished: where its results lie, and how to ask the model.
 
 use crate::data::source::{self, IMAGE_PLACEHOLDER, Role};
-use crate::recipe::schema::{Data, Metric, Objective, Recipe, Template};
+use crate::spec::{Data, Metric, Objective, Recipe, Template};
 use std::path::Path;
 
 /// A data file larger than this is not read once more only for an example.

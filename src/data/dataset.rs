@@ -5,7 +5,7 @@ use super::file;
 use super::image::ImageRef;
 use super::source;
 use crate::error::{Error, Result, near};
-use crate::recipe::schema::{Data, Template};
+use crate::spec::{Data, Template};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
     use crate::data::encode::TextSettings;
     use crate::data::sight::Sight;
-    use crate::recipe::schema::Deliver;
+    use crate::spec::Deliver;
     use std::path::PathBuf;
 
     fn golden(name: &str) -> PathBuf {

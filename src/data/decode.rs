@@ -11,7 +11,7 @@ use super::narrow;
 use super::orientation::{self, Orientation};
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::recipe::schema::Alpha;
+use crate::spec::Alpha;
 use image::DynamicImage;
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder};
 use std::io::{BufReader, Cursor, Read, Seek};

@@ -16,7 +16,7 @@ use super::tokenizer::TokenizerFiles;
 use super::tokenizer::guard::{self, Growth};
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::recipe::schema::{Deliver, Template};
+use crate::spec::{Deliver, Template};
 use jiff::civil::Date;
 use std::collections::BTreeSet;
 use std::path::Path;

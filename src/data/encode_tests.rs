@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::source;
-use crate::recipe::schema::{Alpha, Data, Deliver, Resize};
+use crate::spec::{Alpha, Data, Deliver, Resize};
 use serde_json::Value;
 use std::path::PathBuf;
 

@@ -317,7 +317,7 @@ fn frame(code: u8, frame: &[u8], jpeg: &mut Jpeg) -> Result<[usize; 2]> {
 mod tests {
     use super::*;
     use crate::data::image::load_rgb;
-    use crate::recipe::schema::Alpha;
+    use crate::spec::Alpha;
 
     #[test]
     fn the_header_says_what_the_decoder_gives() {

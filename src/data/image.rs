@@ -8,7 +8,7 @@ use super::resize::{Filter, resize};
 use super::tiles::{Tiles, fitted};
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::recipe::schema::{Alpha, Resize};
+use crate::spec::{Alpha, Resize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 

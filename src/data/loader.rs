@@ -260,7 +260,7 @@ fn bytes(image: &ImageRef) -> usize {
 mod tests {
     use super::*;
     use crate::data::encode::Sample;
-    use crate::recipe::schema::{Alpha, Resize};
+    use crate::spec::{Alpha, Resize};
     use std::path::{Path, PathBuf};
     use std::sync::mpsc;
     use std::time::Duration;

@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::image::load_rgb;
-use crate::recipe::schema::{Alpha, Resize};
+use crate::spec::{Alpha, Resize};
 use std::path::Path;
 
 const TESTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");

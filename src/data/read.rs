@@ -5,7 +5,7 @@ use super::forms::{self, Form};
 use crate::bail;
 use crate::error::words::plain;
 use crate::error::{Error, Result};
-use crate::recipe::schema::Data;
+use crate::spec::Data;
 use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use std::io::{BufRead, BufReader, Read};
 

@@ -8,7 +8,7 @@ use super::dataset::{Dataset, Item};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::random::Key;
-use crate::recipe::schema::{Batch, GroupBy};
+use crate::spec::{Batch, GroupBy};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
     use crate::data::encode::Sample;
     use crate::data::image::ImageRef;
-    use crate::recipe::schema::{Alpha, Resize};
+    use crate::spec::{Alpha, Resize};
 
     /// Items of the lengths 1, 2, 3, …; every third one without a picture.
     fn dataset(n: usize) -> Dataset {

@@ -6,7 +6,7 @@ use super::source::Picture;
 use super::tiles::{self, GRIDS, Tiles};
 use crate::bail;
 use crate::error::Result;
-use crate::recipe::schema::{Deliver, Resize};
+use crate::spec::{Deliver, Resize};
 
 /// How a stage's model sees pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use super::raw::{Id, Paths, RawConversation, RawPreference, RawTurn, Unread};
 use super::read::read;
 use crate::bail;
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Alpha, Data, Resize};
+use crate::spec::{Alpha, Data, Resize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

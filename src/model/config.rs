@@ -15,7 +15,7 @@ mod tests;
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::model::weights::source::read_text;
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use fields::Fields;
 pub use generation::{GENERATION, Generation};
 pub use llava::{LlavaConfig, is_original};

@@ -6,7 +6,7 @@ use crate::bail;
 use crate::error::Result;
 use crate::ops::host;
 use crate::ops::random::{Key, normal, uniform};
-use crate::recipe::schema;
+use crate::spec;
 use candle_core::{DType, Device, Tensor};
 
 /// Where a model computes, and in which type: f32 or bf16 (f64 in tests).
@@ -18,18 +18,18 @@ pub struct Place {
 
 impl Place {
     /// What the recipe's `model.dtype` means on a device.
-    pub fn new(device: Device, dtype: schema::DType) -> Self {
+    pub fn new(device: Device, dtype: spec::DType) -> Self {
         let dtype = match dtype {
-            schema::DType::Auto if device.is_cpu() => DType::F32,
-            schema::DType::F32 => DType::F32,
-            schema::DType::Auto | schema::DType::Bf16 => DType::BF16,
+            spec::DType::Auto if device.is_cpu() => DType::F32,
+            spec::DType::F32 => DType::F32,
+            spec::DType::Auto | spec::DType::Bf16 => DType::BF16,
         };
         Self { device, dtype }
     }
 
     /// f32 on the CPU.
     pub fn cpu() -> Self {
-        Self::new(Device::Cpu, schema::DType::F32)
+        Self::new(Device::Cpu, spec::DType::F32)
     }
 
     /// The type of values that are trained beside it: f32 with bf16.

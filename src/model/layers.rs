@@ -6,7 +6,7 @@ use crate::model::island::Vars;
 use crate::model::params::{Module, Param};
 use crate::ops::attention::{Segment, Sequences};
 use crate::ops::graph;
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use candle_core::Tensor;
 
 const NORM_EPS: f64 = 1e-5;

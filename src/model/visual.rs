@@ -3,7 +3,7 @@
 use crate::bail;
 use crate::error::Result;
 use crate::ops::attention::{Segment, Sequences};
-use crate::recipe::schema::Sees;
+use crate::spec::Sees;
 use candle_core::Tensor;
 
 /// The visual tokens of a micro-batch, and who sees them.

@@ -5,7 +5,7 @@
 use super::launch::{Arg, Grid, Path, empty, launch, narrow, pack, path, wide, widen};
 use super::{Real, Shared, data, dispatch, rows_per_task, scratch, tensor};
 use crate::error::Result;
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use candle_core::Tensor;
 use rayon::prelude::*;
 

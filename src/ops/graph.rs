@@ -9,7 +9,7 @@ use super::matmul::{self, Mat, matmul as product, matmul_wide, sum_rows};
 use super::norm::{self, Kind};
 use super::random::{self, Key};
 use crate::error::{Error, Result};
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, InplaceOp1, Layout, Shape, Storage, Tensor,
 };

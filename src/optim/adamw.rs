@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::ops::Weight;
 use crate::ops::adamw::{BLOCK, Codes, Gradient, Moments, Norms, Parameter, Plan, Rate, Step, step};
 use crate::ops::random::Key;
-use crate::recipe::schema::{self, MomentType};
+use crate::spec::{self, MomentType};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ pub struct AdamW {
     groups: Groups,
     /// Of each group.
     schedules: Vec<Schedule>,
-    hyper: schema::AdamW,
+    hyper: spec::AdamW,
     max_grad_norm: f64,
     /// Stream of the noise that rounds bf16 parameters and 8-bit moments.
     noise: Key,
@@ -82,7 +82,7 @@ pub struct GroupReport {
 impl AdamW {
     /// A fresh optimizer at step 0. `schedule` is that of the groups that have none of their own. `max_grad_norm` 0 switches
     /// clipping off. `noise` rounds what is rounded stochastically.
-    pub fn new(hyper: schema::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64, noise: Key) -> Self {
+    pub fn new(hyper: spec::AdamW, groups: Groups, schedule: Schedule, max_grad_norm: f64, noise: Key) -> Self {
         let own = |g: &Group| g.scheduler.as_ref().map_or_else(|| schedule.clone(), |own| schedule.like(own));
         let schedules = groups.list().iter().map(own).collect();
         Self { groups, schedules, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
@@ -91,14 +91,14 @@ impl AdamW {
     /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape) of backbones of
     /// these `depths`, of which some have a multiple of their group's learning rate (name → factor).
     pub fn of_stage(
-        stage: &schema::Stage,
+        stage: &spec::Stage,
         name: &str,
         total_steps: usize,
         trained: &BTreeMap<String, Vec<usize>>,
         depths: Depths,
         factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
-        let schema::Optimizer::Adamw(hyper) = &stage.optimizer;
+        let spec::Optimizer::Adamw(hyper) = &stage.optimizer;
         let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?
             .multiplied(factors)?
             .decay_layers(stage.layer_decay, depths)?;

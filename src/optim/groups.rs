@@ -7,8 +7,8 @@
 use super::layers::Depths;
 use crate::bail;
 use crate::error::{Context, Result};
-use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{ParamGroup, Scheduler};
+use crate::spec::pattern::Patterns;
+use crate::spec::{ParamGroup, Scheduler};
 use std::collections::BTreeMap;
 
 /// Name of the group of everything that no entry of `param_groups` takes.

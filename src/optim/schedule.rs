@@ -3,7 +3,7 @@
 //! Formulas of transformers' `get_{cosine,linear,constant}_schedule_with_warmup`: the warm-up is linear from 0, so the
 //! first step has factor 0 when there is one; cosine and linear then fall to 0 at `total` steps.
 
-use crate::recipe::schema::Scheduler;
+use crate::spec::Scheduler;
 use std::f64::consts::PI;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,7 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::schema::Warmup;
+    use crate::spec::Warmup;
 
     fn steps(n: usize) -> Warmup {
         Warmup { warmup_steps: Some(n), ..Warmup::default() }

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::ops::Weight;
 use crate::ops::launch::host;
 use crate::ops::random::{Key, normal};
-use crate::recipe::schema::{self, MomentType, ParamGroup, Scheduler, Warmup};
+use crate::spec::{self, MomentType, ParamGroup, Scheduler, Warmup};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
@@ -51,7 +51,7 @@ pub fn optimizer(form: Form, elements: usize) -> Result<AdamW> {
     };
     let groups = Groups::resolve(&[group("a", 2e-2, 0.1), group("b*", 5e-3, 0.0)], 1.0, 0.0, &shapes(elements))?;
     let schedule = Schedule::new(&Scheduler::Constant(Warmup::default()), STEPS as usize);
-    let hyper = schema::AdamW { betas: [0.9, 0.95], eps: 1e-6, moments: form.moments, ..Default::default() };
+    let hyper = spec::AdamW { betas: [0.9, 0.95], eps: 1e-6, moments: form.moments, ..Default::default() };
     Ok(AdamW::new(hyper, groups, schedule, 1.0, Key::new(7, "noise")))
 }
 

@@ -15,7 +15,7 @@ use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{BESIDE_LORA, Weights, source};
 use crate::ops::random::Key;
-use crate::recipe::schema::{self, MlpProjector, Recipe, START_ADAPTER};
+use crate::spec::{self, MlpProjector, Recipe, START_ADAPTER};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,7 @@ pub struct Assembly {
     /// Where it computes.
     pub place: Place,
     /// How the adapter of `model.adapter` was made, if there is one.
-    pub start_adapter: Option<schema::Adapter>,
+    pub start_adapter: Option<spec::Adapter>,
     /// Has a run begun to change the weights?
     pub used: bool,
     /// Sees pictures as the first stage does.
@@ -99,17 +99,12 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
             peft::Loaded::Lora(loaded) => {
                 adapters::lora::attach_loaded(&mut vlm, &loaded)?;
                 parts.begins.extend(never_computed(&vlm, &loaded));
-                schema::Adapter::Lora(described(&loaded))
+                spec::Adapter::Lora(described(&loaded))
             }
             peft::Loaded::Prompt(embeddings) => {
                 adapters::inserts::attach_loaded_prefix(&mut vlm, &embeddings, START_ADAPTER)?;
                 let (name, tokens) = (Some(START_ADAPTER.to_string()), embeddings.dim(0)?);
-                schema::Adapter::Prefix(schema::Prefix {
-                    name,
-                    tokens,
-                    before: schema::PrefixPlace::Text,
-                    freeze: false,
-                })
+                spec::Adapter::Prefix(spec::Prefix { name, tokens, before: spec::PrefixPlace::Text, freeze: false })
             }
         });
     }
@@ -135,7 +130,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
     })
 }
 
-fn seen(tower: &Tower, projector: &Projector, deliver: schema::Deliver) -> Result<Sight> {
+fn seen(tower: &Tower, projector: &Projector, deliver: spec::Deliver) -> Result<Sight> {
     let grid = tower.grid();
     Ok(Sight { size: grid.image_size, tokens: projector.tokens(grid)?, side: projector.square(grid), deliver })
 }
@@ -161,9 +156,9 @@ fn grids(path: &Path) -> Result<Option<Vec<[usize; 2]>>> {
 }
 
 /// A loaded adapter in the words of a recipe.
-fn described(a: &LoraAdapter) -> schema::Lora {
+fn described(a: &LoraAdapter) -> spec::Lora {
     let target = a.tensors.keys().cloned().collect();
-    schema::Lora {
+    spec::Lora {
         name: Some(a.name.clone()),
         rank: a.rank,
         alpha: a.alpha,
@@ -171,12 +166,12 @@ fn described(a: &LoraAdapter) -> schema::Lora {
         target,
         rslora: a.rslora,
         dora: a.dora(),
-        ..schema::Lora::default()
+        ..spec::Lora::default()
     }
 }
 
 /// A part of the projector that begins with fresh values only if the recipe says so must be in its source.
-fn has_all_but(cfg: &schema::Projector, weights: &Weights, source: &str) -> Result<()> {
+fn has_all_but(cfg: &spec::Projector, weights: &Weights, source: &str) -> Result<()> {
     let mut lacks = cfg.may_be_fresh();
     lacks.retain(|p| !cfg.fresh().contains(p) && !weights.names().any(|n| n.starts_with(p)));
     let Some(first) = lacks.first() else { return Ok(()) };
@@ -406,7 +401,7 @@ impl Parts {
         let tiles = recipe.has_tiles() || whole.is_some_and(|w| w.config.newline);
         let newline = |src: &mut dyn Source| tiles.then(|| src.master(NEWLINE.to_string(), &[d_out])).transpose();
         let from_whole = |w: &Whole| {
-            schema::Projector::Mlp(MlpProjector {
+            spec::Projector::Mlp(MlpProjector {
                 source: Some(w.dir.display().to_string()),
                 depth: 2,
                 hidden: None,
@@ -483,7 +478,7 @@ impl Parts {
     }
 
     /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.
-    fn published(&mut self, cfg: &schema::Projector, dir: &Path) -> Result<()> {
+    fn published(&mut self, cfg: &spec::Projector, dir: &Path) -> Result<()> {
         let file = dir.join("config.json");
         if !dir.is_dir() || !file.is_file() {
             return Ok(());

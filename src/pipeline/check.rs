@@ -19,8 +19,8 @@ use crate::error::{Context, Error, Result};
 use crate::model::init::{NEWLINE, Place};
 use crate::model::params::{Module, adapter_of};
 use crate::optim::AdamW;
-use crate::recipe::schema::{DType, Recipe, START_ADAPTER, Scheduler, Stage};
 use crate::report::{Reporter, Table, human};
+use crate::spec::{DType, Recipe, START_ADAPTER, Scheduler, Stage};
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -227,7 +227,7 @@ impl<'a> Check<'a> {
         };
         random.extend(known.iter().filter(|n| declared(n)).cloned());
         if !stage.reset.is_empty() {
-            let reset = crate::recipe::pattern::Patterns::new(&stage.reset, &known).context("reset")?;
+            let reset = crate::spec::pattern::Patterns::new(&stage.reset, &known).context("reset")?;
             random.extend(known.iter().filter(|n| reset.matches(n)).cloned());
         }
         let trained: BTreeSet<String> = state.vlm.trainable().into_keys().collect();

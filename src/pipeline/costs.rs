@@ -1,7 +1,7 @@
 //! How long the parts of a run take beside each other: for the time that is left.
 
 use crate::data::{Dataset, Item};
-use crate::recipe::schema::{Eval, Objective, Recipe, Stage};
+use crate::spec::{Eval, Objective, Recipe, Stage};
 use std::collections::BTreeMap;
 
 /// What the parts of a run cost, in tokens through the model, a pass without gradients being a third of one with them: by it the

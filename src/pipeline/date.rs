@@ -3,7 +3,7 @@
 use super::assemble::Assembly;
 use super::run_dir::RunDir;
 use crate::error::{Context, Result};
-use crate::recipe::schema::{Recipe, Template};
+use crate::spec::{Recipe, Template};
 use jiff::civil::Date;
 
 /// `model.template_date`.

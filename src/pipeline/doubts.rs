@@ -5,7 +5,7 @@ use crate::bail;
 use crate::data::{Dataset, Item, TextEncoder};
 use crate::error::Result;
 use crate::optim::AdamW;
-use crate::recipe::schema::{Eval, Metric, Pictures};
+use crate::spec::{Eval, Metric, Pictures};
 use std::collections::BTreeSet;
 
 /// Samples that a message names.

@@ -10,7 +10,7 @@ use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
 use crate::model::params::{Module, adapter_of};
 use crate::model::weights::source;
-use crate::recipe::schema::{Adapter, PrefixPlace, Recipe};
+use crate::spec::{Adapter, PrefixPlace, Recipe};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -10,8 +10,8 @@ use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
 use crate::ops::host;
 use crate::optim::AdamW;
-use crate::recipe::schema::{Activations, Stage};
 use crate::report::{human, peak_memory_bytes, reset_peak_memory};
+use crate::spec::{Activations, Stage};
 use candle_core::Device;
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -8,8 +8,8 @@ use crate::bail;
 use crate::data::{Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::{Mode, Vlm};
-use crate::recipe::schema::{HandOver, Recipe};
 use crate::report::Reporter;
+use crate::spec::{HandOver, Recipe};
 use crate::train::collate::collate;
 use crate::train::step::finite_logps;
 

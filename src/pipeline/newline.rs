@@ -6,8 +6,8 @@ use super::state::{is_adapter, lineage};
 use crate::error::{Context, Result};
 use crate::model::init::NEWLINE;
 use crate::model::params::Module;
-use crate::recipe::pattern::Patterns;
-use crate::recipe::schema::{Data, Recipe};
+use crate::spec::pattern::Patterns;
+use crate::spec::{Data, Recipe};
 
 /// Is the newline still random at the end of `stage`: it began so, or was reset, and no stage on the way has trained it?
 pub fn untrained(recipe: &Recipe, assembly: &mut Assembly, stage: &str) -> Result<bool> {

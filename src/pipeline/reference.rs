@@ -12,7 +12,7 @@ use crate::data::{Dataset, Item, load_pixels};
 use crate::error::{Context, Result};
 use crate::model::vlm::Vlm;
 use crate::ops::tensor;
-use crate::recipe::schema::{Objective, Reference, Stage};
+use crate::spec::{Objective, Reference, Stage};
 use crate::train::step::{ReferenceTable, pair_logps};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;

@@ -2,9 +2,9 @@
 //! name.
 
 use super::merge::{DEFAULTS, Setting, Step, lookup, show_path};
-use super::schema::{Model, Stage};
 use crate::error::words::plain;
 use crate::error::{Error, near};
+use crate::spec::{Model, Stage};
 use serde_path_to_error::Segment;
 use toml::{Table, Value};
 

@@ -6,10 +6,10 @@
 
 use super::explain::{File, Sources, explain};
 use super::merge::{Setting, expand_defaults, kind, merge};
-use super::schema::Recipe;
 use super::{limits, validate, vars};
 use crate::bail;
 use crate::error::{Context, Error, Result, near};
+use crate::spec::Recipe;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};

@@ -1,12 +1,10 @@
-//! What the user writes: the structs ([`schema`]), how a file becomes one ([`load()`]: `extends`, `[defaults]`, `--set`,
-//! `${VAR}`), the rules it must keep ([`validate()`]), and the patterns that select parameters ([`pattern`]).
+//! From the text that the user writes to a [`Recipe`](crate::spec::Recipe): `extends`, `[defaults]`, `--set` and `${VAR}` ([`load()`]),
+//! errors that say where and what to write instead, and the rules that no type can state ([`validate()`]).
 
 mod explain;
 mod limits;
 mod load;
 mod merge;
-pub mod pattern;
-pub mod schema;
 mod validate;
 mod vars;
 

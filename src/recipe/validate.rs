@@ -1,9 +1,9 @@
 //! The rules between the values of a recipe, checked before anything is read or downloaded. Errors name the key.
 
 use super::explain::suggestion;
-use super::schema::*;
 use crate::bail;
 use crate::error::{Context, Result};
+use crate::spec::*;
 use std::collections::BTreeMap;
 
 /// Checks what the types alone do not say.

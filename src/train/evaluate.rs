@@ -12,7 +12,7 @@ use crate::data::{
 };
 use crate::error::Result;
 use crate::model::vlm::{Batch, Mode, Vlm};
-use crate::recipe::schema::{Metric, Pictures};
+use crate::spec::{Metric, Pictures};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -326,7 +326,7 @@ fn mean(v: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::schema::{Alpha, Resize};
+    use crate::spec::{Alpha, Resize};
     use std::path::Path;
 
     #[test]

@@ -15,7 +15,7 @@
 
 use crate::bail;
 use crate::error::Result;
-use crate::recipe::schema::{Dpo, DpoLoss};
+use crate::spec::{Dpo, DpoLoss};
 use serde::Serialize;
 
 /// dL/dlogp of every label token of a global batch under the SFT loss −Σ logp / `targets`.
@@ -148,7 +148,7 @@ impl DpoMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::schema::Reference;
+    use crate::spec::Reference;
     use serde_json::Value;
 
     const LOSSES: [(DpoLoss, &str); 4] =

@@ -13,7 +13,7 @@ use crate::model::params::Grads;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Mode, Vlm};
 use crate::ops::random::Key;
-use crate::recipe::schema::Dpo;
+use crate::spec::Dpo;
 use std::collections::BTreeMap;
 
 /// Summed log-probabilities of chosen and rejected under the reference, by the index of the pair in the data.

@@ -153,7 +153,7 @@ const A: Role = Role::Assistant;
 
 fn talk(turns: &[(Role, &str)], pictures: usize) -> Conversation {
     let turns = turns.iter().map(|&(role, text)| Turn { role, text: text.into() }).collect();
-    let picture = || Picture::new("a.png".into(), &adfreeze::recipe::schema::Data::new("d.json".into()));
+    let picture = || Picture::new("a.png".into(), &adfreeze::spec::Data::new("d.json".into()));
     let images = (0..pictures).map(|_| picture()).collect();
     Conversation { id: "s".into(), images, turns, category: None, absent: vec![] }
 }

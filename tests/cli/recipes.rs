@@ -11,7 +11,7 @@ use adfreeze::model::params::Module;
 use adfreeze::model::vision::Tower;
 use adfreeze::ops::random::Key;
 use adfreeze::recipe;
-use adfreeze::recipe::schema::{Objective, Recipe, SelectFeature, Template};
+use adfreeze::spec::{Objective, Recipe, SelectFeature, Template};
 use std::fs;
 use std::path::{Path, PathBuf};
 

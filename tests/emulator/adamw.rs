@@ -6,7 +6,7 @@ use adfreeze::ops::Weight;
 use adfreeze::ops::launch::{Emulator, Grid, HostArg, emulated};
 use adfreeze::ops::random::{Key, normal};
 use adfreeze::optim::verify::{self, FORMS, train};
-use adfreeze::recipe::schema::MomentType;
+use adfreeze::spec::MomentType;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! TRL's loss variants on fixed log-probabilities.
 
 use super::Golden;
-use adfreeze::recipe::schema::{Dpo, DpoLoss, Reference};
+use adfreeze::spec::{Dpo, DpoLoss, Reference};
 use adfreeze::train::objective::{Pair, dpo};
 
 pub fn run(g: &Golden) {

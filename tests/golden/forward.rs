@@ -2,7 +2,7 @@
 
 use super::{Golden, distance};
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
-use adfreeze::recipe::schema::Template;
+use adfreeze::spec::Template;
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 

@@ -4,7 +4,7 @@ use super::{Golden, distance, flat};
 use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::segment::Kept;
 use adfreeze::model::vlm::{Mode, Vlm};
-use adfreeze::recipe::schema::Template;
+use adfreeze::spec::Template;
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
 

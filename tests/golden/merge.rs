@@ -3,7 +3,7 @@
 use super::{Golden, distance};
 use adfreeze::adapters::lora;
 use adfreeze::model::params::Module;
-use adfreeze::recipe::schema::Template;
+use adfreeze::spec::Template;
 
 /// PEFT's own promise for a merge in f32.
 const PEFT: f64 = 1e-5;

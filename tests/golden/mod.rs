@@ -20,7 +20,7 @@ use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Vlm};
 use adfreeze::model::weights::Weights;
-use adfreeze::recipe::schema::{self, Deliver, MlpProjector, Template};
+use adfreeze::spec::{self, Deliver, MlpProjector, Template};
 use adfreeze::train::collate::collate;
 use candle_core::{DType, Tensor};
 use serde_json::Value;
@@ -133,9 +133,9 @@ impl Golden {
         Vlm::new(Some(tower), Some(projector), language, config.image_token_index)
     }
 
-    fn projector_config(&self, config: &LlavaConfig) -> schema::Projector {
+    fn projector_config(&self, config: &LlavaConfig) -> spec::Projector {
         let (act, hidden) = (config.projector_act, None);
-        schema::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden, act, input_norm: false, norm: false })
+        spec::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden, act, input_norm: false, norm: false })
     }
 
     /// The model with the fixture's adapter.
@@ -173,7 +173,7 @@ impl Golden {
         ImageProcessor::from_dir(&self.path("model")).unwrap()
     }
 
-    fn data(&self, file: &str) -> schema::Data {
+    fn data(&self, file: &str) -> spec::Data {
         toml::from_str(&format!("path = {:?}\nimages = {:?}", self.path(file), self.path("images"))).unwrap()
     }
 

@@ -2,7 +2,7 @@
 
 use super::Golden;
 use adfreeze::data::image::{ImageRef, Rgb};
-use adfreeze::recipe::schema::{Alpha, Resize};
+use adfreeze::spec::{Alpha, Resize};
 
 /// Our arithmetic after the 8-bit resize is the reference's up to rounding.
 const EXACT: f64 = 1e-6;

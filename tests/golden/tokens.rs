@@ -2,7 +2,7 @@
 
 use super::Golden;
 use adfreeze::data::{Item, Sample};
-use adfreeze::recipe::schema::Template;
+use adfreeze::spec::Template;
 use serde_json::Value;
 
 pub fn run(g: &Golden) {

@@ -9,7 +9,7 @@ use adfreeze::model::vlm::Vlm;
 use adfreeze::ops::Weight;
 use adfreeze::ops::random::Key;
 use adfreeze::optim::{AdamW, Groups, Schedule};
-use adfreeze::recipe::schema::{self, Dpo, DpoLoss, ParamGroup, Reference, Scheduler, Template, Warmup};
+use adfreeze::spec::{self, Dpo, DpoLoss, ParamGroup, Reference, Scheduler, Template, Warmup};
 use adfreeze::train::step::{ReferenceTable, StepConfig, Task, compute, pair_logps};
 use candle_core::Tensor;
 use serde_json::Value;
@@ -130,7 +130,7 @@ fn optimizer(want: &Value, vlm: &mut Vlm) -> AdamW {
     let warmup = Warmup { warmup_ratio: None, warmup_steps: Some(hyper["warmup_steps"].as_u64().unwrap() as usize) };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), hyper["steps"].as_u64().unwrap() as usize);
     let beta = |i: usize| hyper["betas"][i].as_f64().unwrap();
-    let adamw = schema::AdamW { betas: [beta(0), beta(1)], eps: hyper["eps"].as_f64().unwrap(), ..Default::default() };
+    let adamw = spec::AdamW { betas: [beta(0), beta(1)], eps: hyper["eps"].as_f64().unwrap(), ..Default::default() };
     AdamW::new(adamw, groups, schedule, hyper["max_grad_norm"].as_f64().unwrap(), Key::new(1, "noise"))
 }
 

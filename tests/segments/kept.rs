@@ -7,7 +7,7 @@ use adfreeze::model::language::Language;
 use adfreeze::model::segment::Kept;
 use adfreeze::model::vlm::{Load, Mode, Vlm};
 use adfreeze::pipeline::memory::choose;
-use adfreeze::recipe::schema::{Activations, Lora, SelectFeature};
+use adfreeze::spec::{Activations, Lora, SelectFeature};
 use candle_core::DType;
 
 fn adapted(vlm: &mut Vlm, name: &str, rank: usize, target: &str) {

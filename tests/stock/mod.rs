@@ -12,7 +12,7 @@ use adfreeze::model::config::{LlamaConfig, VisionConfig};
 use adfreeze::model::language::rope::Rope;
 use adfreeze::model::params::Module;
 use adfreeze::model::vlm::{Batch, Vlm};
-use adfreeze::recipe::schema::Activation;
+use adfreeze::spec::Activation;
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops;
 use std::collections::BTreeMap;

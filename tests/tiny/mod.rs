@@ -11,7 +11,7 @@ use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
 use adfreeze::ops::random::{Key, normal};
-use adfreeze::recipe::schema::{self, Activation, MlpProjector, SelectFeature};
+use adfreeze::spec::{self, Activation, MlpProjector, SelectFeature};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -66,8 +66,8 @@ pub fn clip() -> VisionConfig {
     }
 }
 
-pub fn mlp(input_norm: bool) -> schema::Projector {
-    schema::Projector::Mlp(MlpProjector {
+pub fn mlp(input_norm: bool) -> spec::Projector {
+    spec::Projector::Mlp(MlpProjector {
         source: None,
         depth: 2,
         hidden: Some(9),
@@ -138,7 +138,7 @@ pub fn vlm(
     vision: VisionConfig,
     select_layer: i64,
     select: SelectFeature,
-    projector: &schema::Projector,
+    projector: &spec::Projector,
     text: LlamaConfig,
 ) -> Vlm {
     let (d_in, d_out) = (vision.hidden_size, text.hidden_size);

@@ -4,7 +4,7 @@ use super::{Item, Shapes, Work};
 use crate::bench::constant_optimizer;
 use crate::model::init::Place;
 use crate::ops::Weight;
-use crate::recipe::schema::{self, MomentType};
+use crate::spec::{self, MomentType};
 use candle_core::DType;
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ pub(super) fn items(s: Shapes, place: &Place) -> Vec<Item> {
     }
     let elements: usize = shapes.values().map(|s| s.iter().product::<usize>()).sum();
     let copy = if rounds { place.dtype.size_in_bytes() } else { 0 };
-    let (exact, eight) = (schema::AdamW::default(), schema::AdamW { moments: MomentType::Eight, ..Default::default() });
+    let (exact, eight) = (spec::AdamW::default(), spec::AdamW { moments: MomentType::Eight, ..Default::default() });
     // Bytes an element: value, gradient and both moments are read; all but the gradient are written, and the rounded copy. The
     // norm, which must be known before, reads the gradient once more.
     let forms = [
@@ -31,7 +31,7 @@ pub(super) fn items(s: Shapes, place: &Place) -> Vec<Item> {
         ("AdamW, f32 values, 8-bit moments", false, eight.clone(), 4 + 16 + copy),
         ("AdamW, bf16, 8-bit moments", true, eight, 4 + 12),
     ];
-    let item = |(name, alone, hyper, bytes): (&'static str, bool, schema::AdamW, usize)| {
+    let item = |(name, alone, hyper, bytes): (&'static str, bool, spec::AdamW, usize)| {
         let (shape, shapes) = (format!("{} tensors, {elements}", shapes.len()), shapes.clone());
         Item::new("adamw", name, shape, Work { flops: 0, bytes: elements * bytes }, move |noise| {
             let (mut weights, mut grads) = (BTreeMap::new(), BTreeMap::new());

@@ -8,7 +8,7 @@ use crate::ops::matmul::{add_, scale_rows, sum_rows};
 use crate::ops::norm::{self, Kind, Stats};
 use crate::ops::random::{Key, dropout};
 use crate::ops::{activation, embedding, patches, rope};
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use candle_core::Tensor;
 
 /// Bytes of an f32, in which statistics, angles and factors stand, and of an index.

@@ -5,7 +5,7 @@ use crate::data::source::Conversation;
 use crate::data::template::Source;
 use crate::data::tokenizer::guard;
 use crate::error::Result;
-use crate::recipe::schema::Template;
+use crate::spec::Template;
 use jiff::civil::Date;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};

@@ -6,7 +6,7 @@ use super::{
     whole_of_another_kind,
 };
 use crate::error::{Error, Result};
-use crate::recipe::schema::{Activation, SelectFeature};
+use crate::spec::{Activation, SelectFeature};
 use serde_json::{Value, json};
 use std::path::Path;
 

@@ -9,7 +9,7 @@ use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::ops::graph::activate;
-use crate::recipe::schema::{Activation, BottleneckAdapter};
+use crate::spec::{Activation, BottleneckAdapter};
 use candle_core::Tensor;
 
 /// `norm` if the recipe asks for it, `down`, `up`.

@@ -14,7 +14,7 @@ use crate::model::layers::{FeedForward, LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::ops::attention::Config;
 use crate::ops::graph::{attention, gated};
-use crate::recipe::schema::{CrossAttention as Recipe, CrossAttentionForm, Sees};
+use crate::spec::{CrossAttention as Recipe, CrossAttentionForm, Sees};
 use candle_core::Tensor;
 
 /// One block.

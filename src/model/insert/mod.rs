@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::ops::attention::Sequences;
 use crate::ops::bytes;
 use crate::ops::embedding::gather;
-use crate::recipe::schema::Sees;
+use crate::spec::Sees;
 use candle_core::Tensor;
 use std::fmt::Debug;
 

@@ -11,7 +11,7 @@ use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
-use crate::recipe::schema::{Activation, BottleneckProjector};
+use crate::spec::{Activation, BottleneckProjector};
 use candle_core::Tensor;
 
 /// `norm`, `down`, `up`, `out`.

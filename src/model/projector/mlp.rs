@@ -10,7 +10,7 @@ use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
-use crate::recipe::schema::{Activation, Layers, LinearProjector, MlpProjector};
+use crate::spec::{Activation, Layers, LinearProjector, MlpProjector};
 use candle_core::Tensor;
 
 /// `input_norm`, `linear_1` … `linear_depth`, `norm`; the norms only where the recipe asks for them.

@@ -18,7 +18,7 @@ use super::params::{Module, Param};
 use super::vision::Grid;
 use crate::error::Result;
 use crate::ops::random::Key;
-use crate::recipe::schema;
+use crate::spec;
 use bottleneck::Bottleneck;
 use candle_core::Tensor;
 use mlp::Mlp;
@@ -93,7 +93,7 @@ pub struct Projector(Box<dyn Kind>);
 impl Projector {
     /// From features of width `vision` to embeddings of width `language`.
     pub fn new(
-        cfg: &schema::Projector,
+        cfg: &spec::Projector,
         vision: usize,
         language: usize,
         bias: bool,
@@ -101,14 +101,14 @@ impl Projector {
     ) -> Result<Self> {
         let ends = Ends { vision, language, bias };
         Ok(Self(match cfg {
-            schema::Projector::Linear(p) => Box::new(Mlp::linear(p, ends, src)?),
-            schema::Projector::Mlp(p) => Box::new(Mlp::new(p, ends, src)?),
-            schema::Projector::Bottleneck(p) => Box::new(Bottleneck::new(p, ends, src)?),
-            schema::Projector::PixelShuffle(p) => Box::new(PixelShuffle::new(p, ends, src)?),
-            schema::Projector::Perceiver(p) => Box::new(Perceiver::new(p, ends, src)?),
-            schema::Projector::Resampler(p) => Box::new(Resampler::new(p, ends, src)?),
-            schema::Projector::VisualPrefix(p) => Box::new(VisualPrefix::new(p, ends, src)?),
-            schema::Projector::Qformer(p) => Box::new(Qformer::new(p, ends, src)?),
+            spec::Projector::Linear(p) => Box::new(Mlp::linear(p, ends, src)?),
+            spec::Projector::Mlp(p) => Box::new(Mlp::new(p, ends, src)?),
+            spec::Projector::Bottleneck(p) => Box::new(Bottleneck::new(p, ends, src)?),
+            spec::Projector::PixelShuffle(p) => Box::new(PixelShuffle::new(p, ends, src)?),
+            spec::Projector::Perceiver(p) => Box::new(Perceiver::new(p, ends, src)?),
+            spec::Projector::Resampler(p) => Box::new(Resampler::new(p, ends, src)?),
+            spec::Projector::VisualPrefix(p) => Box::new(VisualPrefix::new(p, ends, src)?),
+            spec::Projector::Qformer(p) => Box::new(Qformer::new(p, ends, src)?),
         }))
     }
 

@@ -14,7 +14,7 @@ use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
-use crate::recipe::schema::PerceiverProjector;
+use crate::spec::PerceiverProjector;
 use candle_core::Tensor;
 
 /// `modality_projection`, `perceiver_resampler.{latents, layers.N, norm}`.

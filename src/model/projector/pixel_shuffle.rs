@@ -12,7 +12,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
-use crate::recipe::schema::PixelShuffleProjector;
+use crate::spec::PixelShuffleProjector;
 use candle_core::Tensor;
 
 /// The layers have the names of an `mlp`'s.

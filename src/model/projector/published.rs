@@ -4,7 +4,7 @@
 use crate::bail;
 use crate::error::Result;
 use crate::model::config::ACTIVATIONS;
-use crate::recipe::schema::{Activation, PerceiverProjector, Projector, QformerProjector};
+use crate::spec::{Activation, PerceiverProjector, Projector, QformerProjector};
 use serde_json::Value;
 
 /// Is the recipe's projector the one that `config` describes? A `config` of any other model says nothing of it. Keys that it

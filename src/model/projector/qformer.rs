@@ -14,7 +14,7 @@ use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{activate, attention, repeat};
-use crate::recipe::schema::{Activation, QformerProjector};
+use crate::spec::{Activation, QformerProjector};
 use candle_core::Tensor;
 
 /// BERT's ε.

@@ -12,7 +12,7 @@ use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
-use crate::recipe::schema::ResamplerProjector;
+use crate::spec::ResamplerProjector;
 use candle_core::Tensor;
 
 /// `perceiver.{latents, layers.N.0, layers.N.1, norm}`, `out`.

@@ -9,7 +9,7 @@ use crate::model::layers::Linear;
 use crate::model::params::{Module, Param};
 use crate::model::vision::Grid;
 use crate::ops::launch::widen;
-use crate::recipe::schema::VisualPrefixProjector;
+use crate::spec::VisualPrefixProjector;
 use candle_core::Tensor;
 
 /// `visual_prefix`.

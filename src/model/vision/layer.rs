@@ -9,7 +9,7 @@ use crate::model::segment::{Kept, Segment, Side, kept_or, outputs_per_row, sum_b
 use crate::ops::matmul::add_;
 use crate::ops::norm::Stats;
 use crate::ops::{activation, attention, bytes};
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 use candle_core::Tensor;
 
 /// x → x + attention(norm(x)) → that + mlp(norm(that)); adapters may be inserted behind attention and MLP.

@@ -18,7 +18,7 @@ use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::matmul::{Mat, matmul, matmul_wide, sum_rows};
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, patches};
-use crate::recipe::schema::SelectFeature;
+use crate::spec::SelectFeature;
 use candle_core::Tensor;
 use layer::Layer;
 use positions::Positions;

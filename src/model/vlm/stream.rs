@@ -4,7 +4,7 @@ use super::{Batch, Prefix, Vlm};
 use crate::bail;
 use crate::error::Result;
 use crate::model::visual::{self, Shown};
-use crate::recipe::schema::{Deliver, PrefixPlace};
+use crate::spec::{Deliver, PrefixPlace};
 
 /// The rows that the language model computes on.
 pub(super) struct Stream {

@@ -4,7 +4,7 @@ use super::super::activation;
 use super::{Case, SIZES};
 use crate::bail;
 use crate::ops::launch::host;
-use crate::recipe::schema::Activation;
+use crate::spec::Activation;
 
 pub(super) fn cases() -> Vec<Case> {
     use Activation::{Gelu, GeluTanh, QuickGelu, Relu, Silu};

@@ -1,5 +1,5 @@
 use super::*;
-use crate::recipe::schema::{ParamGroup, Scheduler, Warmup};
+use crate::spec::{ParamGroup, Scheduler, Warmup};
 use serde_json::Value;
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -33,7 +33,7 @@ fn optimizer(run: &Value) -> AdamW {
     let groups = Groups::resolve(&[b, a], 5e-3, 0.1, &shapes).unwrap();
     let warmup = Warmup { warmup_steps: Some(2), warmup_ratio: None };
     let schedule = Schedule::new(&Scheduler::Cosine(warmup), 6);
-    let hyper = schema::AdamW { betas: [0.9, 0.95], eps: 1e-6, weight_decay: 0.1, ..Default::default() };
+    let hyper = spec::AdamW { betas: [0.9, 0.95], eps: 1e-6, weight_decay: 0.1, ..Default::default() };
     AdamW::new(hyper, groups, schedule, 1.0, Key::new(1, "noise"))
 }
 
@@ -87,7 +87,7 @@ fn follows_the_formula() {
     let shapes = BTreeMap::from([("w".to_string(), vec![1, 1])]);
     let groups = Groups::resolve(&[], lr, decay, &shapes).unwrap();
     let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 10);
-    let hyper = schema::AdamW { betas: [b1, b2], eps, weight_decay: decay, ..Default::default() };
+    let hyper = spec::AdamW { betas: [b1, b2], eps, weight_decay: decay, ..Default::default() };
     let mut opt = AdamW::new(hyper, groups, constant, 0.0, Key::new(1, "noise"));
     let w = Tensor::new(&[[0.7f64]], &Device::Cpu).unwrap();
     let params = Tensors::from([("w".to_string(), w.clone())]);
@@ -191,7 +191,7 @@ fn stochastic_rounding_moves_weights_on_the_average_by_steps_below_a_place() {
     for moments in [MomentType::F32, MomentType::Eight] {
         let groups = Groups::resolve(&[], 1e-4, 0.0, &shapes).unwrap();
         let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 50);
-        let hyper = schema::AdamW { moments, ..Default::default() };
+        let hyper = spec::AdamW { moments, ..Default::default() };
         let mut opt = AdamW::new(hyper, groups, constant, 0.0, Key::new(1, "noise"));
         let w = Tensor::full(half::bf16::from_f32(1.25), N, &Device::Cpu).unwrap();
         let params = Weight::plain(&Tensors::from([("w".to_string(), w.clone())]));
@@ -212,7 +212,7 @@ fn eight_bit_moments_resume_to_the_bit_and_are_not_taken_for_f32() {
     let optimizer = |moments| {
         let groups = Groups::resolve(&[], 1e-2, 0.0, &shapes).unwrap();
         let constant = Schedule::new(&Scheduler::Constant(Warmup::default()), 6);
-        AdamW::new(schema::AdamW { moments, ..Default::default() }, groups, constant, 1.0, Key::new(1, "noise"))
+        AdamW::new(spec::AdamW { moments, ..Default::default() }, groups, constant, 1.0, Key::new(1, "noise"))
     };
     let draw = |what: &str, n: usize| crate::ops::random::normal(Key::new(2, what), &[n], 1.0, DType::F32).unwrap();
     let grads = |s: usize| {

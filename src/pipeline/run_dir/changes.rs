@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::pipeline::state::lineage;
-use crate::recipe::schema::Recipe;
+use crate::spec::Recipe;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Values of a recipe by their dotted keys, without those that may change freely.

@@ -5,7 +5,7 @@ use crate::bail;
 use crate::checkpoint::atomic::write_bytes;
 use crate::checkpoint::sums::{self, Fit, Sums, sha256_file};
 use crate::error::{Context, Result};
-use crate::recipe::schema::Recipe;
+use crate::spec::Recipe;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -9,8 +9,8 @@ use crate::checkpoint::atomic::storage_error;
 use crate::checkpoint::sums::sha256;
 use crate::error::Result;
 use crate::pipeline::state::lineage;
-use crate::recipe::schema::Recipe;
 use crate::report::MetricsFile;
+use crate::spec::Recipe;
 use std::fs;
 use std::path::Path;
 

@@ -6,7 +6,7 @@ use crate::error::{Context, Result};
 use crate::ops::adamw::sum_of_squares;
 use crate::pipeline::run_dir::RunDir;
 use crate::pipeline::state::TRAINED;
-use crate::recipe::schema::Recipe;
+use crate::spec::Recipe;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -1,7 +1,7 @@
 mod shipped_tests;
 
 use super::*;
-use crate::recipe::schema::*;
+use crate::spec::*;
 
 const MODEL: &str = "[model]\nlanguage = { source = 'lm' }\nvision = { source = 'tower' }\nprojector = { mlp = {} }\n";
 const STAGES: &str = "[stage.align]\ntrain = ['projector.*']\ndata = [{ path = 'a.json' }]\nbatch = { global = 8 }\nlr = 1e-3\n\

@@ -1,7 +1,7 @@
 //! The recipes of the repository have the values that they are known for.
 
 use super::*;
-use crate::recipe::pattern::Patterns;
+use crate::spec::pattern::Patterns;
 
 #[test]
 fn every_recipe_of_the_repository_parses() {

@@ -1,13 +1,13 @@
-//! The recipe as the user writes it (TOML) and as it is saved, resolved, in the run directory.
+//! What a user writes, as types: the recipe (TOML), as it is read and as it is saved, resolved, in the run directory, and the
+//! [patterns](pattern) that select parameters. Every room may use these; this one uses none but `error`.
 //!
 //! Every struct denies unknown keys; a variant is named by its key (`{ lora = { … } }`).
-
-#![warn(missing_docs)]
 
 mod adapters;
 mod data;
 mod objective;
 mod optimizer;
+pub mod pattern;
 mod projectors;
 mod resamplers;
 
