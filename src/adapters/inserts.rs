@@ -16,14 +16,9 @@ use candle_core::Tensor;
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
 fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&str, usize, &mut Inserts) -> Result<()>) -> Result<()> {
     const PARTS: [&str; 2] = ["self_attn", "mlp"];
-    for l in vlm.vision.iter_mut().flat_map(|v| &mut v.layers) {
-        let d = l.out_proj.dims()?.0;
-        for (part, inserts) in PARTS.iter().zip(&mut l.after) {
-            f(&format!("{}.{part}", l.name), d, inserts)?;
-        }
-    }
-    for l in &mut vlm.language.layers {
-        let d = l.o_proj.dims()?.0;
+    let tower = vlm.vision.iter_mut().flat_map(|v| &mut v.layers);
+    for l in tower.chain(&mut vlm.language.layers) {
+        let d = l.width()?;
         for (part, inserts) in PARTS.iter().zip(&mut l.after) {
             f(&format!("{}.{part}", l.name), d, inserts)?;
         }

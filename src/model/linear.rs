@@ -196,22 +196,28 @@ impl Linear {
 
 /// `x` `[N, in]` → `[N, out]` of each layer.
 pub fn forward_all<const N: usize>(layers: [&Linear; N], x: &Tensor, side: &Side) -> Result<([Tensor; N], Saved)> {
-    let mut y = Vec::with_capacity(N);
+    let (y, saved) = forward_list(&layers, x, side)?;
+    match y.try_into() {
+        Ok(y) => Ok((y, saved)),
+        Err(y) => bail!("{N} layers gave {} outputs", y.len()),
+    }
+}
+
+/// [`forward_all`] of any number of layers.
+pub fn forward_list(layers: &[&Linear], x: &Tensor, side: &Side) -> Result<(Vec<Tensor>, Saved)> {
+    let mut y = Vec::with_capacity(layers.len());
     for l in layers {
         y.push(linear(x, l.weight.compute(), l.bias.as_ref().map(Param::compute))?);
     }
     let mut saved = Vec::new();
-    for group in groups(&layers, x, side)? {
-        let updates = group.updates(&layers, side);
+    for group in groups(layers, x, side)? {
+        let updates = group.updates(layers, side);
         let h = lora::down(x, &updates)?;
         lora::up_(&group.of(&y), &h, &updates)?;
-        let scaled = scale(&layers, &group, x, &h, &updates, &mut y)?;
+        let scaled = scale(layers, &group, x, &h, &updates, &mut y)?;
         saved.push(Ran { group, h, scaled });
     }
-    match y.try_into() {
-        Ok(y) => Ok((y, Saved(saved))),
-        Err(y) => bail!("{N} layers gave {} outputs", y.len()),
-    }
+    Ok((y, Saved(saved)))
 }
 
 /// Adds the layers' gradients to `grads`, and the gradient of their common input to `dx` if it is wanted.

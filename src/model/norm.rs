@@ -34,12 +34,13 @@ impl Norm {
 
     /// dX; gradients of scale and shift go to `grads` if they train.
     pub fn backward(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads) -> Result<Tensor> {
-        let (dx, scale) = backward(self.kind, x, self.weight.compute(), stats, dy, self.scale_trains())?;
+        let (dx, scale) = backward(self.kind, x, self.weight.compute(), stats, dy, self.trains())?;
         self.add_scale(scale, grads)?;
         Ok(dx)
     }
 
-    fn scale_trains(&self) -> bool {
+    /// Does scale or shift train?
+    pub fn trains(&self) -> bool {
         self.weight.trainable || self.bias.as_ref().is_some_and(|b| b.trainable)
     }
 
@@ -57,7 +58,7 @@ impl Norm {
 
     /// dX added to the gradient that passes the norm by on the residual road.
     pub fn backward_into(&self, x: &Tensor, stats: &Stats, dy: &Tensor, grads: &mut Grads, sum: &Tensor) -> Result<()> {
-        let scale = backward_into(self.kind, x, self.weight.compute(), stats, dy, self.scale_trains(), sum)?;
+        let scale = backward_into(self.kind, x, self.weight.compute(), stats, dy, self.trains(), sum)?;
         self.add_scale(scale, grads)
     }
 }

@@ -2,13 +2,12 @@
 //!
 //! The head is computed on labelled rows only, in chunks. Gradients stop at the frontier.
 
-pub mod layer;
 pub mod rope;
 
-use super::build::{linear, norm, param};
+use super::block::{Block, Cache, MlpKind, Names, Shape};
+use super::build::{norm, param};
 use super::config::LlamaConfig;
 use super::init::Source;
-use super::insert::Inserts;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::params::{Grads, Module, Param};
@@ -23,16 +22,24 @@ use crate::ops::matmul::scale_rows;
 use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, random};
 use candle_core::{DType, Device, Tensor};
-use layer::{Cache, Layer};
 use rope::Rope;
 use tracing::debug_span;
+
+/// What the modules of a layer are called.
+const NAMES: Names = Names {
+    norms: ["input_layernorm", "post_attention_layernorm"],
+    qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    out: "self_attn.o_proj",
+    open: &["mlp.gate_proj", "mlp.up_proj"],
+    close: "mlp.down_proj",
+};
 
 /// The language model.
 #[derive(Debug, Clone)]
 pub struct Language {
     pub config: LlamaConfig,
     pub embed_tokens: Param,
-    pub layers: Vec<Layer>,
+    pub layers: Vec<Block>,
     norm: Norm,
     /// The embeddings themselves when tied.
     lm_head: Param,
@@ -44,7 +51,7 @@ pub struct Language {
 
 /// What a pass left for backward.
 pub struct Saved {
-    tape: Tape<Layer>,
+    tape: Tape<Block>,
     head: Option<Head>,
 }
 
@@ -81,32 +88,27 @@ impl Language {
             )
         }
         let (d, m, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
-        let (qw, kw) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let attention = attention::Config {
+            heads: c.num_attention_heads,
+            kv_heads: c.num_key_value_heads,
+            head_dim: c.head_dim,
+            causal: true,
+        };
+        let shape = Shape {
+            width: d,
+            attention,
+            norm: Kind::Rms,
+            eps,
+            qkv_bias: c.attention_bias,
+            out_bias: c.attention_bias,
+            mlp: MlpKind::Gated,
+            hidden: m,
+            mlp_bias: c.mlp_bias,
+        };
         let embed_tokens = param(src, "language.embed_tokens.weight".into(), &[c.vocab_size, d])?;
         let mut layers = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
-            let name = |part: &str| format!("language.layers.{i}.{part}");
-            layers.push(Layer {
-                name: format!("language.layers.{i}"),
-                policy: None,
-                attention: attention::Config {
-                    heads: c.num_attention_heads,
-                    kv_heads: c.num_key_value_heads,
-                    head_dim: c.head_dim,
-                    causal: true,
-                },
-                input_layernorm: norm(src, Kind::Rms, &name("input_layernorm"), d, eps)?,
-                q_proj: linear(src, &name("self_attn.q_proj"), qw, d, c.attention_bias)?,
-                k_proj: linear(src, &name("self_attn.k_proj"), kw, d, c.attention_bias)?,
-                v_proj: linear(src, &name("self_attn.v_proj"), kw, d, c.attention_bias)?,
-                o_proj: linear(src, &name("self_attn.o_proj"), d, qw, c.attention_bias)?,
-                post_attention_layernorm: norm(src, Kind::Rms, &name("post_attention_layernorm"), d, eps)?,
-                gate_proj: linear(src, &name("mlp.gate_proj"), m, d, c.mlp_bias)?,
-                up_proj: linear(src, &name("mlp.up_proj"), m, d, c.mlp_bias)?,
-                down_proj: linear(src, &name("mlp.down_proj"), d, m, c.mlp_bias)?,
-                before: Inserts::default(),
-                after: Default::default(),
-            });
+            layers.push(Block::new(format!("language.layers.{i}"), &shape, &NAMES, src)?);
         }
         let last = norm(src, Kind::Rms, "language.norm", d, eps)?;
         let lm_head = if c.tie_word_embeddings {

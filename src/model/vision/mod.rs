@@ -1,10 +1,10 @@
 //! The CLIP vision tower (Radford et al. 2021; HF `CLIPVisionModel`): pictures → hidden states of the selected layer.
 //! Layers past the selected one are loaded but never computed.
 
-pub mod layer;
 pub mod positions;
 
-use super::build::{linear, norm};
+use super::block::{Block, MlpKind, Names, Shape};
+use super::build::norm;
 use super::config::VisionConfig;
 use super::init::Source;
 use super::linear::Linear;
@@ -20,7 +20,6 @@ use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, patches};
 use crate::spec::SelectFeature;
 use candle_core::Tensor;
-use layer::Layer;
 use positions::Positions;
 
 /// The features of one picture: a square of patches row by row, a class token before it or none.
@@ -44,6 +43,15 @@ impl Grid {
     }
 }
 
+/// What the modules of a layer are called.
+const NAMES: Names = Names {
+    norms: ["layer_norm1", "layer_norm2"],
+    qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    out: "self_attn.out_proj",
+    open: &["mlp.fc1"],
+    close: "mlp.fc2",
+};
+
 /// The tower.
 #[derive(Debug, Clone)]
 pub struct Tower {
@@ -57,7 +65,7 @@ pub struct Tower {
     patch_embedding: Param,
     position_embedding: Param,
     pre_layrnorm: Norm,
-    pub layers: Vec<Layer>,
+    pub layers: Vec<Block>,
     post_layernorm: Norm,
     /// Layers that run: up to the selected hidden state.
     depth: usize,
@@ -71,7 +79,7 @@ pub struct Saved {
     patches: Tensor,
     embedded: Tensor,
     stats: Stats,
-    tape: Tape<Layer>,
+    tape: Tape<Block>,
 }
 
 impl Saved {
@@ -114,29 +122,24 @@ impl Tower {
             |name: &str, src: &mut dyn Source| norm(src, Kind::Layer, &format!("vision.{name}"), d, c.layer_norm_eps);
         let pre_layrnorm = ln("pre_layrnorm", src)?;
         let mut layers = Vec::with_capacity(n);
+        let shape = Shape {
+            width: d,
+            attention: attention::Config {
+                heads: c.num_attention_heads,
+                kv_heads: c.num_attention_heads,
+                head_dim: d / c.num_attention_heads,
+                causal: false,
+            },
+            norm: Kind::Layer,
+            eps: c.layer_norm_eps,
+            qkv_bias: true,
+            out_bias: true,
+            mlp: MlpKind::Plain(c.hidden_act),
+            hidden: c.intermediate_size,
+            mlp_bias: true,
+        };
         for i in 0..n {
-            let name = |part: &str| format!("vision.encoder.layers.{i}.{part}");
-            let (m, bias) = (c.intermediate_size, true);
-            layers.push(Layer {
-                name: format!("vision.encoder.layers.{i}"),
-                policy: None,
-                attention: attention::Config {
-                    heads: c.num_attention_heads,
-                    kv_heads: c.num_attention_heads,
-                    head_dim: d / c.num_attention_heads,
-                    causal: false,
-                },
-                act: c.hidden_act,
-                layer_norm1: norm(src, Kind::Layer, &name("layer_norm1"), d, c.layer_norm_eps)?,
-                q_proj: linear(src, &name("self_attn.q_proj"), d, d, bias)?,
-                k_proj: linear(src, &name("self_attn.k_proj"), d, d, bias)?,
-                v_proj: linear(src, &name("self_attn.v_proj"), d, d, bias)?,
-                out_proj: linear(src, &name("self_attn.out_proj"), d, d, bias)?,
-                layer_norm2: norm(src, Kind::Layer, &name("layer_norm2"), d, c.layer_norm_eps)?,
-                fc1: linear(src, &name("mlp.fc1"), m, d, bias)?,
-                fc2: linear(src, &name("mlp.fc2"), d, m, bias)?,
-                after: Default::default(),
-            });
+            layers.push(Block::new(format!("vision.encoder.layers.{i}"), &shape, &NAMES, src)?);
         }
         let post_layernorm = ln("post_layernorm", src)?;
         let depth = depth as usize;
