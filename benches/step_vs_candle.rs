@@ -13,7 +13,7 @@
 mod stock;
 
 use adfreeze::adapters::lora;
-use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use adfreeze::model::backbone::{LANGUAGES, LanguageConfig, RopeScaling, TOWERS, VisionConfig};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
@@ -62,6 +62,7 @@ fn main() -> ExitCode {
 /// A tower of 3.0 M parameters and a language model of 7.9 M; the tower's last layer but one is selected.
 fn model(task: &str) -> Vlm {
     let vision = VisionConfig {
+        architecture: TOWERS[0],
         hidden_size: 192,
         intermediate_size: 768,
         num_hidden_layers: 6,
@@ -72,7 +73,8 @@ fn model(task: &str) -> Vlm {
         hidden_act: Activation::QuickGelu,
         layer_norm_eps: 1e-5,
     };
-    let text = LlamaConfig {
+    let text = LanguageConfig {
+        architecture: LANGUAGES[0],
         vocab_size: 2048,
         hidden_size: 256,
         intermediate_size: 704,
@@ -141,7 +143,7 @@ fn batch(vlm: &Vlm) -> (Batch, Vec<f64>) {
 
 /// Runs the steps and prints: milliseconds of the median step, processor milliseconds a step, peak MiB, last loss.
 fn child(engine: &str, task: &str) {
-    let mut vlm = model(task);
+    let vlm = model(task);
     let (batch, coefs) = batch(&vlm);
     let mut step: Box<dyn FnMut() -> f64> = match engine {
         "candle" => stock_step(vlm, batch, coefs),

@@ -5,7 +5,7 @@ mod tiny;
 
 use adfreeze::adapters::{attach, lora};
 use adfreeze::error::Result;
-use adfreeze::model::config::LlamaConfig;
+use adfreeze::model::backbone::LanguageConfig;
 use adfreeze::model::init::{Place, Source};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Module, adapter_of};
@@ -263,7 +263,7 @@ fn behind_the_last_picture_the_first_is_seen_or_not() {
         attach(&mut vlm, &config(&text), "new", key("adapter")).unwrap();
         perturb(&mut vlm);
         // Nothing passes from row to row behind the block.
-        vlm.visit(&mut |p| {
+        vlm.visit_mut(&mut |p| {
             if p.name == "language.layers.1.self_attn.o_proj.weight" {
                 p.value = p.value.zeros_like().unwrap();
             }
@@ -363,7 +363,7 @@ impl Source for Weightless {
 
 #[test]
 fn a_known_number_of_parameters() {
-    let shape = LlamaConfig {
+    let shape = LanguageConfig {
         vocab_size: 32_000,
         hidden_size: 4096,
         intermediate_size: 11_008,
@@ -384,7 +384,7 @@ fn a_known_number_of_parameters() {
 #[test]
 fn a_row_of_zeros_has_no_direction() {
     let mut vlm = plain("lora");
-    vlm.visit(&mut |p| {
+    vlm.visit_mut(&mut |p| {
         if p.name == "language.layers.1.self_attn.v_proj.weight" {
             let rows: Vec<f64> = (0..12).map(|i| if i == 7 { 0.0 } else { 1.0 }).collect();
             p.value =
@@ -427,7 +427,7 @@ fn merged_they_give_the_same() {
 fn a_reset_gives_magnitudes_the_lengths_of_their_rows() {
     let text = TABLE[9].0;
     let (mut fresh, mut vlm) = (adapted(text), adapted(text));
-    vlm.visit(&mut |p| {
+    vlm.visit_mut(&mut |p| {
         if p.name.contains("magnitude") {
             p.value = (&p.value * 1.5).unwrap();
         }
@@ -463,7 +463,7 @@ fn lengths_follow_the_weight() {
     vlm.train_only(&[name.to_string()].into());
     assert_eq!(logps(&vlm, &batch, Mode::default()), replaced);
     let tripled = (&vlm.params()[name] * 3.0).unwrap();
-    vlm.visit(&mut |p| {
+    vlm.visit_mut(&mut |p| {
         if p.name == name {
             p.overwrite(&tripled).unwrap();
         }

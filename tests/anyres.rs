@@ -47,7 +47,7 @@ fn anyres() -> Data {
 }
 
 fn model() -> Vlm {
-    let (config, mut weights) = Weights::llava(&golden("model")).unwrap();
+    let (config, mut weights) = Weights::whole(&golden("model")).unwrap();
     let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
     let tower = Tower::new(config.vision.clone(), config.select_layer, config.select_feature, &mut src).unwrap();
     let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);

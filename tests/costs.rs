@@ -28,8 +28,8 @@ fn stage(text: &str) -> Stage {
 /// Wide enough that matrices have 4096 elements and more, which 8-bit moments ask for.
 fn model(dtype: DType) -> Vlm {
     let mut source = Fresh { key: key("weights"), place: Place { dtype, ..Place::cpu() } };
-    let vision = adfreeze::model::config::VisionConfig { hidden_size: 16, intermediate_size: 24, ..clip() };
-    let text = adfreeze::model::config::LlamaConfig {
+    let vision = adfreeze::model::backbone::VisionConfig { hidden_size: 16, intermediate_size: 24, ..clip() };
+    let text = adfreeze::model::backbone::LanguageConfig {
         hidden_size: 64,
         intermediate_size: 80,
         head_dim: 16,
@@ -53,7 +53,7 @@ fn size(t: &Tensor) -> u64 {
 /// Every parameter in all types in which it stands.
 fn standing(vlm: &mut Vlm) -> u64 {
     let (mut all, mut seen) = (0, BTreeSet::new());
-    vlm.visit(&mut |p| {
+    vlm.visit_mut(&mut |p| {
         if seen.insert(p.name.clone()) {
             all += size(&p.value) + p.weight().rounded.as_ref().map_or(0, size);
         }
@@ -91,7 +91,7 @@ fn what_is_told_is_what_stands_in_memory() {
             let less = Load { pictures: 1, tokens: tokens / 2 };
             let none = BTreeSet::new();
             let training = Training { stage: &stage, optimizer: &optimizer, loads: &[less, load], masters: &none };
-            let told = rows(&mut state, &training).unwrap();
+            let told = rows(&state, &training).unwrap();
             let sum = |of: fn(&Row) -> u64| told.iter().map(of).sum::<u64>();
 
             // As a stage begins.
@@ -140,7 +140,7 @@ fn the_table_names_layers_by_their_pattern_and_says_where_backward_stops() {
         let load = [Load { pictures: 2, tokens: 40 }];
         let none = BTreeSet::new();
         let training = Training { stage: &stage, optimizer: &optimizer, loads: &load, masters: &none };
-        let rows = rows(&mut state, &training).unwrap();
+        let rows = rows(&state, &training).unwrap();
         let line = notes(&state.vlm, &rows, &load, Kept::All).unwrap();
         let parts: Vec<String> = rows.iter().map(|r| format!("{} {} by {}", r.component, r.state, r.what)).collect();
         let kept: BTreeMap<String, u64> =

@@ -125,7 +125,7 @@ fn in_bf16_it_is_as_near_as_bf16_can_be() {
 
 #[test]
 fn it_has_as_many_parameters() {
-    let mut block = CrossAttention::new(&recipe("{}"), "eyes", PLACE, 4096, &mut Shapes(Place::cpu())).unwrap();
+    let block = CrossAttention::new(&recipe("{}"), "eyes", PLACE, 4096, &mut Shapes(Place::cpu())).unwrap();
     // As tests/golden/flamingo/make.py prints.
     assert_eq!(block.params().values().map(Tensor::elem_count).sum::<usize>(), 142_622_722);
 }

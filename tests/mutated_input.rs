@@ -6,7 +6,8 @@
 use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::image::{ImageProcessor, decode};
 use adfreeze::data::{Picture, Sight, TextEncoder, TextSettings, source};
-use adfreeze::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
+use adfreeze::model::backbone::{Config, LanguageConfig, VisionConfig};
+use adfreeze::model::container::WholeConfig;
 use adfreeze::model::weights::{Tensors, Weights};
 use adfreeze::ops::random::Key;
 use adfreeze::spec::pattern::Patterns;
@@ -193,10 +194,10 @@ fn pictures() {
 #[test]
 fn configurations() {
     in_folder("LLaVA config", "a/model", "config.json", 600, |dir| {
-        let _ = LlavaConfig::from_dir(dir).map_err(|e| e.report());
+        let _ = WholeConfig::from_dir(dir).map_err(|e| e.report());
     });
     in_folder("LLaMA config", "a/language", "config.json", 600, |dir| {
-        let _ = LlamaConfig::from_dir(dir).map_err(|e| e.report());
+        let _ = LanguageConfig::from_dir(dir).map_err(|e| e.report());
     });
     in_folder("CLIP config", "a/vision_clip_full", "config.json", 600, |dir| {
         let _ = VisionConfig::from_dir(dir).map_err(|e| e.report());

@@ -5,7 +5,7 @@ mod stock;
 mod tiny;
 
 use adfreeze::adapters::lora;
-use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use adfreeze::model::backbone::{LanguageConfig, RopeScaling, VisionConfig};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::{Grads, Module};
@@ -23,7 +23,7 @@ use tiny::*;
 /// The module's parameters in f32 under the names that candle-transformers reads.
 fn builder(m: &mut dyn Module, rename: impl Fn(&str) -> String) -> VarBuilder<'static> {
     let mut tensors = HashMap::new();
-    m.visit(&mut |p| {
+    m.visit_mut(&mut |p| {
         p.value = p.value.to_dtype(DType::F32).unwrap();
         tensors.insert(rename(&p.name), p.value.clone());
     });
@@ -40,7 +40,7 @@ fn source32() -> Fresh {
 
 /// Perturbs in f64, so that the noise has one type.
 fn perturb32(m: &mut dyn Module) {
-    m.visit(&mut |p| p.value = p.value.to_dtype(DType::F64).unwrap());
+    m.visit_mut(&mut |p| p.value = p.value.to_dtype(DType::F64).unwrap());
     perturb(m);
 }
 
@@ -55,7 +55,7 @@ fn llama_gives_the_logits_of_candle_transformers() {
     for (kv_heads, tie, rope_scaling) in
         [(4, false, RopeScaling::None), (2, true, RopeScaling::None), (1, false, scaled)]
     {
-        let config = LlamaConfig {
+        let config = LanguageConfig {
             hidden_size: 16,
             head_dim: 4,
             num_key_value_heads: kv_heads,
@@ -163,7 +163,7 @@ fn the_chain_gives_the_gradients_of_stock_candle() {
     ];
     for tie in [false, true] {
         let mut vlm =
-            vlm(clip(), -2, SelectFeature::Patch, &mlp(false), LlamaConfig { tie_word_embeddings: tie, ..llama() });
+            vlm(clip(), -2, SelectFeature::Patch, &mlp(false), LanguageConfig { tie_word_embeddings: tie, ..llama() });
         let target = vec!["*".to_string()];
         let cfg = Lora { rank: 2, alpha: 1.0, target, ..Lora::default() };
         lora::attach(&mut vlm, &cfg, "sft", key("lora")).unwrap();

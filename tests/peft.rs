@@ -40,7 +40,7 @@ fn expected() -> BTreeMap<String, Tensor> {
 }
 
 fn model(dtype: DType) -> Vlm {
-    let (config, mut weights) = Weights::llava(&golden("a/model")).unwrap();
+    let (config, mut weights) = Weights::whole(&golden("a/model")).unwrap();
     let place = Place { device: Device::Cpu, dtype };
     let mut src = FromWeights { weights: &mut weights, place: &place };
     let tower = Tower::new(config.vision.clone(), config.select_layer, config.select_feature, &mut src).unwrap();
@@ -184,7 +184,7 @@ fn lora_plus() {
     let own: BTreeSet<String> = vlm.params().into_keys().filter(|n| adapter_of(n).is_some()).collect();
     vlm.train_only(&own);
     let cfg = spec::Lora { rank: 4, alpha: 8.0, dora: true, lr_ratio: Some(16.0), ..Default::default() };
-    let mut state = State::new(vlm, Some(Adapter::Lora(cfg)));
+    let state = State::new(vlm, Some(Adapter::Lora(cfg)));
     let factors = state.lr_factors();
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
     let groups = Groups::resolve(&[], LR, 0.0, &shapes).unwrap().multiplied(&factors).unwrap();
@@ -231,7 +231,7 @@ fn saved_again_they_are_the_same_files() {
     for folder in ["dora", "rslora", "dora_rslora", "prompt"] {
         let (theirs, ours) = (golden("lora").join(folder), dir.path().join(folder));
         match peft::load(&theirs, "x").unwrap() {
-            peft::Loaded::Lora(a) => a.save(&ours, peft::Base::Llava, None).unwrap(),
+            peft::Loaded::Lora(a) => a.save(&ours, peft::Base::Whole, None).unwrap(),
             peft::Loaded::Prompt(t) => peft::save_prompt(&ours, &t, &language().language.config, None).unwrap(),
         }
         assert!(bytes(&theirs) == bytes(&ours), "{folder}");
@@ -259,7 +259,7 @@ fn written_for_peft() {
         attach(&mut vlm, &Adapter::Lora(cfg.clone()), case, Key::new(1, case)).unwrap();
         nudge(&mut vlm, &base);
         told.insert(case, logps(&vlm, &batch(&vlm, 1)));
-        lora::export(&mut vlm, case, &cfg).unwrap().save(&out.join(case), peft::Base::Llava, None).unwrap();
+        lora::export(&vlm, case, &cfg).unwrap().save(&out.join(case), peft::Base::Whole, None).unwrap();
     }
     let mut vlm = language();
     let base = vlm.params();

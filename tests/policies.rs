@@ -28,7 +28,7 @@ fn stage(text: &str) -> Stage {
 
 /// Three tower layers, of which two run, and four language layers; the head is tied to the embeddings or not.
 fn model(tied: bool) -> Vlm {
-    let text = adfreeze::model::config::LlamaConfig { num_hidden_layers: 4, tie_word_embeddings: tied, ..llama() };
+    let text = adfreeze::model::backbone::LanguageConfig { num_hidden_layers: 4, tie_word_embeddings: tied, ..llama() };
     vlm(clip(), -2, SelectFeature::Patch, &mlp(false), text)
 }
 

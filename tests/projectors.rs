@@ -114,7 +114,7 @@ fn saved_and_loaded_they_give_the_same() {
     for (text, _) in TABLE {
         let mut fresh = Fresh { key: key("weights"), place: Place::cpu() };
         let mut p = Projector::new(&config(text), 8, 12, true, &mut fresh).unwrap();
-        p.visit(&mut |p| {
+        p.visit_mut(&mut |p| {
             p.value = (&p.value + noise(&p.name, p.value.dims(), 0.3).to_dtype(DType::F32).unwrap()).unwrap()
         });
         hf::save_projector(&path, &p.params()).unwrap();
@@ -128,7 +128,7 @@ fn saved_and_loaded_they_give_the_same() {
 
 /// Parameters of all tensors whose name `keep` accepts.
 fn count(text: &str, vision: usize, language: usize, keep: impl Fn(&str) -> bool) -> usize {
-    let mut p = Projector::new(&config(text), vision, language, true, &mut Shapes(Place::cpu())).unwrap();
+    let p = Projector::new(&config(text), vision, language, true, &mut Shapes(Place::cpu())).unwrap();
     p.params().iter().filter(|(n, _)| keep(n)).map(|(_, t)| t.elem_count()).sum()
 }
 
@@ -194,7 +194,7 @@ fn fresh_queries_differ_and_norms_and_biases_are_neutral() {
         ("{ resampler = { queries = 3, depth = 1 } }", "projector.perceiver.latents"),
         ("{ qformer = { queries = 3, width = 24, layers = 1 } }", "projector.query_tokens"),
     ] {
-        let mut p = Projector::new(&config(text), 8, 16, true, &mut source()).unwrap();
+        let p = Projector::new(&config(text), 8, 16, true, &mut source()).unwrap();
         let params = p.params();
         let q = bits(&params[queries].reshape(((), params[queries].dims().last().copied().unwrap())).unwrap());
         assert!(q.len() == 3 && q[0] != q[1] && q[1] != q[2], "{text}");
@@ -379,7 +379,7 @@ fn qformer_agrees_with_transformers_and_loads_a_model_of_its_own() {
         let fresh = Fresh { key: key("weights"), place: Place::cpu() };
         let place = Place::cpu();
         let from = FromWeights { weights: &mut weights, place: &place };
-        let mut p = Projector::new(&cfg, 7, 5, true, &mut Partly { weights: from, fresh, prefixes: &cfg.fresh() })?;
+        let p = Projector::new(&cfg, 7, 5, true, &mut Partly { weights: from, fresh, prefixes: &cfg.fresh() })?;
         weights.finish()?;
         Ok::<_, adfreeze::error::Error>(p.params())
     };

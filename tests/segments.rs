@@ -6,8 +6,9 @@ mod kept;
 mod tiny;
 
 use adfreeze::adapters::lora;
+use adfreeze::model::backbone::{LanguageConfig, RopeScaling};
+use adfreeze::model::block::Block;
 use adfreeze::model::build;
-use adfreeze::model::config::{LlamaConfig, RopeScaling};
 use adfreeze::model::dora::Magnitude;
 use adfreeze::model::language::Language;
 use adfreeze::model::linear::{InputGrad, Linear, LowRank};
@@ -175,15 +176,9 @@ fn norms() {
 }
 
 /// One layer: everything trained, LoRA on everything, and frozen with dX alone.
-fn check_layer<S: Segment + Clone>(
-    what: &str,
-    layer: &S,
-    linears: impl Fn(&mut S, &mut dyn FnMut(&mut Linear)),
-    x: &Tensor,
-    side: &Side,
-) {
+fn check_layer(what: &str, layer: &Block, x: &Tensor, side: &Side) {
     let mut adapted = layer.clone();
-    linears(&mut adapted, &mut |l| {
+    for l in adapted.linears_mut() {
         let (out, d) = l.dims().unwrap();
         let name = l.name().to_string();
         let matrix = |m: &str, shape: &[usize]| {
@@ -198,20 +193,20 @@ fn check_layer<S: Segment + Clone>(
             scale: 0.5,
             dropout: 0.3,
         });
-    });
+    }
     let mut stacked = adapted.clone();
-    linears(&mut stacked, &mut |l| {
+    for l in stacked.linears_mut() {
         let name = l.name().to_string();
         let lora = l.deltas[0].clone();
         let renamed = |p: &Param| Param::new(p.name.replace(".sft.", ".dpo."), p.value.clone());
         let m = Some(magnitude(&name, "dpo", lora.b.value.dims()[0]));
         let (a, b) = (renamed(&lora.a), renamed(&lora.b));
         l.deltas.push(LowRank { adapter: "dpo".into(), a, b, magnitude: m, scale: 0.8, dropout: 0.2 });
-    });
+    }
     let g = noise("g", x.dims(), 1.0);
     let everything: fn(&str) -> bool = |_| true;
     #[allow(clippy::type_complexity, reason = "a table of name, segment, and what trains")]
-    let cases: [(&str, &S, fn(&str) -> bool); 7] = [
+    let cases: [(&str, &Block, fn(&str) -> bool); 7] = [
         ("everything", layer, everything),
         ("LoRA", &adapted, |n| n.contains("lora")),
         ("DoRA on LoRA", &stacked, |n| n.contains("lora")),
@@ -226,11 +221,10 @@ fn check_layer<S: Segment + Clone>(
         let chosen = names(&mut layer[0], trains);
         layer[0].set_trainable(&chosen);
         let before = snapshot(&mut layer[0]);
-        let mut at = Lengths::new();
-        linears(&mut layer[0], &mut |l| at.extend(lengths(l)));
-        let run = |layer: &S, x: &Tensor| {
+        let at: Lengths = layer[0].linears().flat_map(lengths).collect();
+        let run = |layer: &Block, x: &Tensor| {
             let mut layer = layer.clone();
-            linears(&mut layer, &mut |l| hold(l, &at));
+            layer.linears_mut().for_each(|l| hold(l, &at));
             against(&layer.forward(x, side, Kept::Minimal).unwrap().0, &g)
         };
         let mut results = Vec::new();
@@ -261,7 +255,7 @@ fn check_layer<S: Segment + Clone>(
     }
 }
 
-fn llama_variants() -> Vec<(&'static str, LlamaConfig)> {
+fn llama_variants() -> Vec<(&'static str, LanguageConfig)> {
     let scaled = RopeScaling::Llama3 {
         factor: 4.0,
         low_freq_factor: 1.0,
@@ -269,14 +263,14 @@ fn llama_variants() -> Vec<(&'static str, LlamaConfig)> {
         original_max_position_embeddings: 16.0,
     };
     vec![
-        ("one head a group", LlamaConfig { num_key_value_heads: 4, head_dim: 2, ..llama() }),
+        ("one head a group", LanguageConfig { num_key_value_heads: 4, head_dim: 2, ..llama() }),
         ("grouped queries", llama()),
         (
             "one key head, biases",
-            LlamaConfig { num_key_value_heads: 1, attention_bias: true, mlp_bias: true, ..llama() },
+            LanguageConfig { num_key_value_heads: 1, attention_bias: true, mlp_bias: true, ..llama() },
         ),
-        ("linear scaling", LlamaConfig { rope_scaling: RopeScaling::Linear { factor: 2.5 }, ..llama() }),
-        ("llama3 scaling", LlamaConfig { rope_scaling: scaled, ..llama() }),
+        ("linear scaling", LanguageConfig { rope_scaling: RopeScaling::Linear { factor: 2.5 }, ..llama() }),
+        ("llama3 scaling", LanguageConfig { rope_scaling: scaled, ..llama() }),
     ]
 }
 
@@ -288,7 +282,7 @@ fn llama_layers() {
         let mut side = language.side(&[4, 1, 6], None, false).unwrap();
         side.dropout = Some(key("dropout"));
         let x = noise("x", &[11, 12], 1.0);
-        check_layer(what, &language.layers[1], |l, f| l.for_each_linear(f), &x, &side);
+        check_layer(what, &language.layers[1], &x, &side);
     }
 }
 
@@ -296,12 +290,12 @@ fn llama_layers() {
 fn clip_layers() {
     for act in [Activation::QuickGelu, Activation::Gelu, Activation::GeluTanh] {
         let mut tower =
-            tower(adfreeze::model::config::VisionConfig { hidden_act: act, ..clip() }, -1, SelectFeature::Patch);
+            tower(adfreeze::model::backbone::VisionConfig { hidden_act: act, ..clip() }, -1, SelectFeature::Patch);
         perturb(&mut tower);
         let mut side = Side::packed(&[5, 5]);
         side.dropout = Some(key("dropout"));
         let x = noise("x", &[10, 8], 1.0);
-        check_layer(&format!("{act:?}"), &tower.layers[0], |l, f| l.for_each_linear(f), &x, &side);
+        check_layer(&format!("{act:?}"), &tower.layers[0], &x, &side);
     }
 }
 
@@ -396,7 +390,7 @@ fn check_chain(what: &str, vlm: &mut Vlm, trains: impl Fn(&str) -> bool, sequenc
 #[test]
 fn language_models_alone() {
     for tie in [false, true] {
-        let config = LlamaConfig { tie_word_embeddings: tie, ..llama() };
+        let config = LanguageConfig { tie_word_embeddings: tie, ..llama() };
         let mut vlm = Vlm::new(None, None, Language::new(config, &mut source()).unwrap(), IMAGE);
         perturb(&mut vlm);
         let text = || sequences().into_iter().map(|s| Sequence { pictures: vec![], ..s }).collect::<Vec<_>>();
@@ -412,7 +406,7 @@ fn language_models_alone() {
 
 #[test]
 fn the_padding_token_has_no_gradient() {
-    let config = LlamaConfig { pad_token_id: Some(7), ..llama() };
+    let config = LanguageConfig { pad_token_id: Some(7), ..llama() };
     let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &mlp(false), config);
     let embeddings = names(&mut vlm, |n| n.contains("embed_tokens"));
     vlm.train_only(&embeddings);
@@ -429,7 +423,7 @@ fn the_padding_token_has_no_gradient() {
 #[test]
 fn whole_models() {
     for (layer, select, tie) in [(-2, SelectFeature::Patch, false), (-1, SelectFeature::Full, true)] {
-        let config = LlamaConfig { tie_word_embeddings: tie, ..llama() };
+        let config = LanguageConfig { tie_word_embeddings: tie, ..llama() };
         let fresh = || vlm(clip(), layer, select, &mlp(true), config.clone());
         let what = |case: &str| format!("{case}, select {layer} {select:?}");
         check_chain(&what("everything"), &mut fresh(), |_| true, &sequences(), false);
@@ -480,7 +474,7 @@ fn adapters_switched_off_leave_the_base_model() {
         |v: &Vlm, adapters_off| v.forward(&batch, Mode { adapters_off, ..Mode::default() }).unwrap().0.logps().unwrap();
     let want = logps(&base, false);
     assert_eq!(logps(&adapted, false), want, "B = 0");
-    adapted.visit(&mut |p| {
+    adapted.visit_mut(&mut |p| {
         if p.name.contains(".lora_B.") {
             p.value = noise(&p.name, p.value.dims(), 0.5);
         }

@@ -16,8 +16,7 @@ use candle_core::Tensor;
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
 fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&str, usize, &mut Inserts) -> Result<()>) -> Result<()> {
     const PARTS: [&str; 2] = ["self_attn", "mlp"];
-    let tower = vlm.vision.iter_mut().flat_map(|v| &mut v.layers);
-    for l in tower.chain(&mut vlm.language.layers) {
+    for l in vlm.blocks_mut() {
         let d = l.width()?;
         for (part, inserts) in PARTS.iter().zip(&mut l.after) {
             f(&format!("{}.{part}", l.name), d, inserts)?;

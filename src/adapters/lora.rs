@@ -14,7 +14,7 @@ use crate::ops::random::Key;
 use crate::spec;
 use crate::spec::pattern::Patterns;
 use candle_core::Tensor;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023).
 pub fn scale(rank: usize, alpha: f64, rslora: bool) -> f64 {
@@ -69,7 +69,7 @@ fn part(module: &str, tensor: &str, adapter: &str) -> String {
 const MAGNITUDE: &str = "magnitude_vector";
 
 /// Names of the linear layers that `cfg.target` means, in order. A pattern that means none is an error.
-pub fn targets(vlm: &mut Vlm, cfg: &spec::Lora) -> Result<Vec<String>> {
+pub fn targets(vlm: &Vlm, cfg: &spec::Lora) -> Result<Vec<String>> {
     let names = vlm.linear_names();
     let patterns = Patterns::new(&cfg.target, &names)?;
     Ok(names.into_iter().filter(|n| patterns.matches(n)).collect())
@@ -96,18 +96,16 @@ pub fn attach(vlm: &mut Vlm, cfg: &spec::Lora, adapter: &str, key: Key) -> Resul
 }
 
 /// Gives magnitudes whose names `which` picks the lengths that the rows have with A and B as they are.
-pub fn reset_magnitudes(vlm: &mut Vlm, which: impl Fn(&str) -> bool) -> Result<()> {
-    let mut result = Ok(());
-    vlm.for_each_linear(&mut |l| {
+pub fn reset_magnitudes(vlm: &Vlm, which: impl Fn(&str) -> bool) -> Result<()> {
+    for l in vlm.linears() {
         for d in &l.deltas {
-            let picked = d.magnitude.as_ref().filter(|m| which(&m.param.name));
-            if let (Ok(()), Some(m)) = (&result, picked) {
-                let unchanged = dora::unchanged(l.name(), l.weight.compute(), d.a.compute(), d.b.compute(), d.scale);
-                result = unchanged.and_then(|value| m.param.overwrite(&value));
+            if let Some(m) = d.magnitude.as_ref().filter(|m| which(&m.param.name)) {
+                let value = dora::unchanged(l.name(), l.weight.compute(), d.a.compute(), d.b.compute(), d.scale)?;
+                m.param.overwrite(&value)?;
             }
         }
-    });
-    result
+    }
+    Ok(())
 }
 
 /// Grafts an adapter that was read from a PEFT folder.
@@ -154,35 +152,26 @@ pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
 }
 
 fn graft(vlm: &mut Vlm, names: &[String], adapter: &str, make: impl Fn(&Linear) -> Result<LowRank>) -> Result<()> {
-    let mut result = Ok(());
-    vlm.for_each_linear(&mut |l| {
-        if result.is_err() || !names.iter().any(|n| n == l.name()) {
-            return;
-        }
+    for l in vlm.linears_mut().filter(|l| names.iter().any(|n| n == l.name())) {
         if l.deltas.iter().any(|d| d.adapter == adapter) {
-            result = Err(crate::error::Error::new(format!("{} already has an adapter named `{adapter}`", l.name()))
-                .hint("give one of the two another `name`"));
-            return;
+            bail!("{} already has an adapter named `{adapter}`", l.name(); "give one of the two another `name`")
         }
-        match make(l) {
-            Ok(d) => l.deltas.push(d),
-            Err(e) => result = Err(e),
-        }
-    });
-    result
+        let delta = make(l)?;
+        l.deltas.push(delta);
+    }
+    Ok(())
 }
 
 /// Puts all adapters into the weights, in the weight's dtype, and takes them off. Each layer's go in the order in which they act:
 /// W += s·B·A, and with a magnitude the rows of the sum are scaled as the layer scales its outputs.
 pub fn merge(vlm: &mut Vlm) -> Result<()> {
-    let mut result = Ok(());
-    vlm.for_each_linear(&mut |l| {
+    for l in vlm.linears_mut() {
         let deltas = std::mem::take(&mut l.deltas);
-        if result.is_ok() && !deltas.is_empty() {
-            result = merge_into(&l.weight, &deltas);
+        if !deltas.is_empty() {
+            merge_into(&l.weight, &deltas)?;
         }
-    });
-    result
+    }
+    Ok(())
 }
 
 /// The sum is in f32 (or the weight's own type) until it is whole.
@@ -200,14 +189,13 @@ fn merge_into(w: &Param, deltas: &[LowRank]) -> Result<()> {
 }
 
 /// Names of all adapters on the model, sorted.
-pub fn names(vlm: &mut Vlm) -> Vec<String> {
-    let mut out = std::collections::BTreeSet::new();
-    vlm.for_each_linear(&mut |l| out.extend(l.deltas.iter().map(|d| d.adapter.clone())));
-    out.into_iter().collect()
+pub fn names(vlm: &Vlm) -> Vec<String> {
+    let all = vlm.linears().flat_map(|l| &l.deltas).map(|d| d.adapter.clone());
+    all.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// An adapter as it is saved. Modules whose scale comes from an alpha of their own keep it.
-pub fn export(vlm: &mut Vlm, adapter: &str, cfg: &spec::Lora) -> Result<LoraAdapter> {
+pub fn export(vlm: &Vlm, adapter: &str, cfg: &spec::Lora) -> Result<LoraAdapter> {
     let (mut tensors, mut magnitudes, mut alphas) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, d) in vlm.deltas(adapter) {
         let rank = d.a.value.dim(0)? as f64;

@@ -4,7 +4,7 @@
 
 use super::preset::Preset;
 use crate::error::Result;
-use crate::model::config::{LlamaConfig, VisionConfig};
+use crate::model::backbone::{LanguageConfig, VisionConfig};
 use serde::Serialize;
 
 /// The formula, as it is printed.
@@ -80,24 +80,24 @@ impl Flops {
 }
 
 /// (in, out) of a decoder layer's linear layers: q, k, v, o, gate, up, down.
-fn layer(c: &LlamaConfig) -> [(u64, u64); 7] {
+fn layer(c: &LanguageConfig) -> [(u64, u64); 7] {
     let (d, m) = (c.hidden_size as u64, c.intermediate_size as u64);
     let [q, kv] = [c.num_attention_heads, c.num_key_value_heads].map(|heads| (heads * c.head_dim) as u64);
     [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]
 }
 
 /// Weights of the language model's linear layers, the head left out.
-pub fn linears(c: &LlamaConfig) -> u64 {
+pub fn linears(c: &LanguageConfig) -> u64 {
     c.num_hidden_layers as u64 * layer(c).iter().map(|(i, o)| i * o).sum::<u64>()
 }
 
 /// Weights of the first layer's q, k and v.
-fn first_qkv(c: &LlamaConfig) -> u64 {
+fn first_qkv(c: &LanguageConfig) -> u64 {
     layer(c)[..3].iter().map(|(i, o)| i * o).sum()
 }
 
 /// Σ in + out of the linear layers.
-fn update_widths(c: &LlamaConfig) -> u64 {
+fn update_widths(c: &LanguageConfig) -> u64 {
     c.num_hidden_layers as u64 * layer(c).iter().map(|(i, o)| i + o).sum::<u64>()
 }
 

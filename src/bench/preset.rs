@@ -3,13 +3,14 @@
 use super::noise::Noise;
 use crate::bail;
 use crate::error::{Result, near};
-use crate::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use crate::model::backbone::{Config, LanguageConfig, VisionConfig};
 use crate::model::init::{Place, Shapes};
 use crate::model::language::Language;
 use crate::model::projector::{Projector, Work};
 use crate::model::vision::{Grid, Tower};
 use crate::model::vlm::Vlm;
 use crate::spec::{self, Activation, MlpProjector, SelectFeature};
+use serde_json::json;
 
 /// A model's shape and the batches that it is usually trained on.
 #[derive(Debug, Clone)]
@@ -21,7 +22,7 @@ pub struct Preset {
     /// Which of its hidden states becomes the features.
     pub select_layer: i64,
     /// The language model.
-    pub language: LlamaConfig,
+    pub language: LanguageConfig,
     /// Id of a visual token.
     pub image_token: u32,
     /// Rank of low-rank updates.
@@ -43,9 +44,9 @@ impl Preset {
     /// The preset of this name.
     pub fn named(name: &str) -> Result<Self> {
         match name {
-            "llava-1.5-7b" => Ok(llava()),
-            "smollm2-135m-dinov2-s" => Ok(smollm2()),
-            "tiny" => Ok(tiny()),
+            "llava-1.5-7b" => llava(),
+            "smollm2-135m-dinov2-s" => smollm2(),
+            "tiny" => tiny(),
             other => bail!("there is no preset `{other}`"; "{}", near::suggestion(other, &NAMES)),
         }
     }
@@ -80,87 +81,72 @@ fn projector() -> spec::Projector {
     spec::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden: None, act, input_norm: false, norm: false })
 }
 
-fn clip(hidden: usize, mlp: usize, layers: usize, heads: usize, edge: usize, patch: usize) -> VisionConfig {
-    VisionConfig {
-        hidden_size: hidden,
-        intermediate_size: mlp,
-        num_hidden_layers: layers,
-        num_attention_heads: heads,
-        num_channels: 3,
-        image_size: edge,
-        patch_size: patch,
-        hidden_act: Activation::QuickGelu,
-        layer_norm_eps: 1e-5,
-    }
-}
-
-fn llama(vocab: usize, hidden: usize, mlp: usize, layers: usize, [heads, kv_heads]: [usize; 2]) -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: vocab,
-        hidden_size: hidden,
-        intermediate_size: mlp,
-        num_hidden_layers: layers,
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim: hidden / heads,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        max_position_embeddings: 4096,
-        attention_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: false,
-        bos_token_id: Some(1),
-        eos_token_ids: vec![2],
-        pad_token_id: None,
-    }
-}
-
 /// CLIP ViT-L/14 at 336 pixels and Vicuna-7B v1.5, whose vocabulary llava-hf/llava-1.5-7b-hf pads to 32,064.
-fn llava() -> Preset {
-    Preset {
+fn llava() -> Result<Preset> {
+    Ok(Preset {
         name: NAMES[0],
-        vision: clip(1024, 4096, 24, 16, 336, 14),
+        vision: VisionConfig::from_init(&json!({
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 336, "patch_size": 14
+        }))?,
         select_layer: -2,
-        language: llama(32_064, 4096, 11_008, 32, [32, 32]),
+        language: LanguageConfig::from_init(&json!({
+            "vocab_size": 32_064, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096
+        }))?,
         image_token: 32_000,
         rank: 128,
         dropout: 0.05,
         caption: 44,
         sequence: 2048,
         micro: [16, 8, 4],
-    }
+    })
 }
 
 /// The models of `recipes/smollm2-dinov2-easyvqa.toml`.
-fn smollm2() -> Preset {
-    let language = llama(49_152, 576, 1536, 30, [9, 3]);
-    Preset {
+fn smollm2() -> Result<Preset> {
+    Ok(Preset {
         name: NAMES[1],
-        vision: VisionConfig { hidden_act: Activation::Gelu, ..clip(384, 1536, 12, 6, 112, 14) },
+        vision: VisionConfig::from_init(&json!({
+            "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
+            "image_size": 112, "patch_size": 14, "hidden_act": "gelu"
+        }))?,
         select_layer: -1,
-        language: LlamaConfig { rope_theta: 100_000.0, tie_word_embeddings: true, ..language },
+        language: LanguageConfig::from_init(&json!({
+            "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "rope_theta": 100_000.0, "tie_word_embeddings": true
+        }))?,
         image_token: 4,
         rank: 16,
         dropout: 0.0,
         caption: 24,
         sequence: 104,
         micro: [8, 8, 4],
-    }
+    })
 }
 
 /// Seconds on a CPU.
-fn tiny() -> Preset {
-    Preset {
+fn tiny() -> Result<Preset> {
+    Ok(Preset {
         name: NAMES[2],
-        vision: clip(32, 64, 3, 2, 16, 4),
+        vision: VisionConfig::from_init(&json!({
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 4
+        }))?,
         select_layer: -2,
-        language: llama(96, 48, 80, 2, [4, 2]),
+        language: LanguageConfig::from_init(&json!({
+            "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096
+        }))?,
         image_token: 95,
         rank: 4,
         dropout: 0.1,
         caption: 6,
         sequence: 32,
         micro: [4, 2, 2],
-    }
+    })
 }

@@ -1,14 +1,15 @@
 //! Hugging Face model folders that `from_pretrained` of transformers 4 and 5 reads: a vision tower, a language model, a whole
-//! LLaVA. Names and fields are those of the hub, which both versions understand.
+//! model. Names and fields are those of the hub, which both versions understand.
 
 use super::{atomic, safetensors};
 use crate::bail;
 use crate::data::ImageProcessor;
 use crate::error::{Context, Result};
-use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig};
-use crate::model::weights::names::{self, Family};
-use crate::model::weights::shapes::{self, Shapes};
-use crate::spec::SelectFeature;
+use crate::model::backbone::{Config, LanguageConfig, VisionConfig};
+use crate::model::container::WholeConfig;
+use crate::model::language::Language;
+use crate::model::projector::names;
+use crate::model::vision::Tower;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -26,67 +27,64 @@ const TOKENIZER: [&str; 6] = [
 const PREPROCESSOR: &str = "preprocessor_config.json";
 const PROCESSOR: &str = "processor_config.json";
 
-/// Writes `dir` as a `CLIPVisionModel` with its preprocessor. Of `tensors` (canonical names), those of the tower are written.
+/// Writes `dir` as a vision tower with its preprocessor. Of `tensors` (canonical names), those of the tower are written.
 pub fn save_vision(
     dir: &Path,
     config: &VisionConfig,
     images: &ImageProcessor,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<()> {
-    let list = complete(Family::Clip, &shapes::vision(config), tensors)?;
+    let list = complete(config.architecture.stored, &Tower::parameters(config)?, tensors)?;
     atomic::directory(dir, |dir| {
         write_json(&dir.join(PREPROCESSOR), &images.to_json())?;
         write_model(dir, config.to_json(), list)
     })
 }
 
-/// Writes `dir` as a `LlamaForCausalLM`. Of `tensors` (canonical names), those of the language model are written; the files
+/// Writes `dir` as a language model. Of `tensors` (canonical names), those of the language model are written; the files
 /// of the tokenizer are copied from the first of `files_from` that has them.
 pub fn save_language(
     dir: &Path,
-    config: &LlamaConfig,
+    config: &LanguageConfig,
     tensors: &BTreeMap<String, Tensor>,
     files_from: &[&Path],
 ) -> Result<()> {
-    let list = complete(Family::Llama, &shapes::language(config), tensors)?;
+    let list = complete(config.architecture.stored, &Language::parameters(config)?, tensors)?;
     atomic::directory(dir, |dir| {
         copy(dir, &TOKENIZER, files_from)?;
         write_model(dir, config.to_json(), list)
     })
 }
 
-/// Writes `dir` as a `LlavaForConditionalGeneration` with tokenizer (copied as by [`save_language`]) and processor.
+/// Writes `dir` as a whole model with tokenizer (copied as by [`save_language`]) and processor.
 /// `tensors` must be exactly its tensors: the projector needs two layers and no norm.
-pub fn save_llava(
+pub fn save_whole(
     dir: &Path,
-    config: &LlavaConfig,
+    config: &WholeConfig,
     images: &ImageProcessor,
     image_token: &str,
     tensors: &BTreeMap<String, Tensor>,
     files_from: &[&Path],
 ) -> Result<()> {
-    let shapes = shapes::llava(config);
+    let shapes = config.parameters()?;
     if let Some(extra) = tensors.keys().find(|name| !shapes.contains_key(*name)) {
-        bail!("LlavaForConditionalGeneration has no tensor `{extra}`";
+        bail!("a whole `{}` has no tensor `{extra}`", config.container.model_type;
             "only a projector `mlp` of depth 2, with hidden size and activation of the language model's side and no \
              norm, fits; merge adapters before the export");
     }
-    let list = complete(Family::Llava, &shapes, tensors)?;
+    let list = complete(|name| config.stored(name), &shapes, tensors)?;
     atomic::directory(dir, |dir| {
         copy(dir, &TOKENIZER, files_from)?;
         write_json(&dir.join(PREPROCESSOR), &images.to_json())?;
-        write_json(&dir.join(PROCESSOR), &processor(config, image_token))?;
+        write_json(&dir.join(PROCESSOR), &(config.container.processor)(config, image_token))?;
         write_model(dir, config.to_json(), list)
     })
 }
 
 /// Saves `projector.*` of `tensors` in one file that [`crate::model::weights::Weights::projector`] reads.
 pub fn save_projector(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-    let named: Vec<(String, &Tensor)> = tensors
-        .iter()
-        .filter(|(name, _)| name.starts_with("projector."))
-        .filter_map(|(name, t)| Some((names::for_file(Family::Llava, name)?, t)))
-        .collect();
+    let named: Vec<(String, &Tensor)> =
+        tensors.iter().filter_map(|(name, t)| Some((names::stored(name)?, t))).collect();
     if named.is_empty() {
         bail!("there is no projector to save at {}", path.display());
     }
@@ -94,26 +92,10 @@ pub fn save_projector(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result
     safetensors::save_list(path, list, &format())
 }
 
-/// How LlavaProcessor of transformers expands the image token.
-fn processor(config: &LlavaConfig, image_token: &str) -> Value {
-    let strategy = match config.select_feature {
-        SelectFeature::Patch => "default",
-        SelectFeature::Full => "full",
-    };
-    json!({
-        "processor_class": "LlavaProcessor",
-        "image_token": image_token,
-        "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": strategy,
-        // The class token, which the strategy `default` takes off again.
-        "num_additional_image_tokens": 1,
-    })
-}
-
 /// Every tensor of the architecture under its name in the file; a missing or misshaped one is an error.
 fn complete<'a>(
-    family: Family,
-    shapes: &Shapes,
+    stored: impl Fn(&str) -> Option<String>,
+    shapes: &BTreeMap<String, Vec<usize>>,
     tensors: &'a BTreeMap<String, Tensor>,
 ) -> Result<Vec<(String, &'a Tensor)>> {
     let mut list = Vec::new();
@@ -124,7 +106,7 @@ fn complete<'a>(
         if tensor.dims() != shape.as_slice() {
             bail!("tensor `{name}` has the shape {:?}, but {shape:?} is expected", tensor.dims());
         }
-        let Some(stored) = names::for_file(family, name) else { bail!("`{name}` has no name in a {family:?} file") };
+        let Some(stored) = stored(name) else { bail!("`{name}` has no name in the files of this architecture") };
         list.push((stored, tensor));
     }
     Ok(list)
@@ -186,14 +168,14 @@ mod tests {
 
     #[test]
     fn folders_round_trip_and_carry_the_tokenizer_and_processor() {
-        let (config, weights) = Weights::llava(&golden("model")).unwrap();
+        let (config, weights) = Weights::whole(&golden("model")).unwrap();
         let tensors = all(weights);
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let from = golden("model");
         let images = ImageProcessor::from_dir(&from).unwrap();
-        save_llava(&at("llava"), &config, &images, "<image>", &tensors, &[&from]).unwrap();
-        let (again, weights) = Weights::llava(&at("llava")).unwrap();
+        save_whole(&at("llava"), &config, &images, "<image>", &tensors, &[&from]).unwrap();
+        let (again, weights) = Weights::whole(&at("llava")).unwrap();
         assert!(again == config && same(&tensors, &all(weights)));
         for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
             assert_eq!(
@@ -222,14 +204,14 @@ mod tests {
 
     #[test]
     fn an_incomplete_or_foreign_model_is_not_written() {
-        let (config, weights) = Weights::llava(&golden("model")).unwrap();
+        let (config, weights) = Weights::whole(&golden("model")).unwrap();
         let mut tensors = all(weights);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("llava");
         let bias = tensors.remove("vision.post_layernorm.bias").unwrap();
         let save = |tensors: &_| {
             let images = ImageProcessor::clip(config.vision.image_size);
-            save_llava(&path, &config, &images, "<image>", tensors, &[]).unwrap_err().report()
+            save_whole(&path, &config, &images, "<image>", tensors, &[]).unwrap_err().report()
         };
         assert!(save(&tensors).contains("tensor `vision.post_layernorm.bias` is missing"));
         tensors.insert("vision.post_layernorm.bias".into(), bias.reshape((1, 32)).unwrap());

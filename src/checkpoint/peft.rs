@@ -9,7 +9,8 @@ use super::{atomic, safetensors};
 pub use crate::adapters::lora::LoraAdapter;
 use crate::bail;
 use crate::error::{Context, Error, Result};
-use crate::model::weights::{Tensors, names, source};
+use crate::model::container;
+use crate::model::weights::{Tensors, source};
 use candle_core::{Device, Tensor};
 pub use prompt::save_prompt;
 use serde_json::{Value, json};
@@ -19,9 +20,9 @@ use std::path::{Path, PathBuf};
 /// What an adapter sits on; decides how PEFT names its modules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Base {
-    /// `LlavaForConditionalGeneration`.
-    Llava,
-    /// `LlamaForCausalLM` alone.
+    /// A whole model.
+    Whole,
+    /// A language model alone.
     Language,
 }
 
@@ -301,8 +302,8 @@ fn load_modules(tensors: &Tensors) -> Result<Modules> {
         let Some((path, part)) = split_key(key) else {
             bail!("`{key}` is no part of a LoRA on a linear layer"; "{BEYOND}");
         };
-        let Some(module) = names::module(path) else {
-            bail!("`{key}` adapts `{path}`, which is no module of a LLaVA, LLaMA or CLIP model";
+        let Some(module) = container::module(path) else {
+            bail!("`{key}` adapts `{path}`, which is no module of a model that is built";
                 "the adapter belongs to another model");
         };
         let of = found.entry(module.clone()).or_insert_with(|| Triple { path: path.to_string(), ..Triple::default() });
@@ -360,9 +361,9 @@ fn peft_path(base: Base, module: &str) -> Result<String> {
     let path = match (base, module.split_once('.')) {
         (_, Some(("language", "lm_head"))) => "lm_head".to_string(),
         (Base::Language, Some(("language", rest))) => format!("model.{rest}"),
-        (Base::Llava, Some(("language", rest))) => format!("model.language_model.{rest}"),
-        (Base::Llava, Some(("vision", rest))) => format!("model.vision_tower.{rest}"),
-        (Base::Llava, Some(("projector", rest))) => format!("model.multi_modal_projector.{rest}"),
+        (Base::Whole, Some(("language", rest))) => format!("model.language_model.{rest}"),
+        (Base::Whole, Some(("vision", rest))) => format!("model.vision_tower.{rest}"),
+        (Base::Whole, Some(("projector", rest))) => format!("model.multi_modal_projector.{rest}"),
         _ => bail!("`{module}` is no module of the model that the adapter is written for ({base:?})"),
     };
     Ok(path)
@@ -393,7 +394,7 @@ fn target_modules<'a>(modules: impl Iterator<Item = &'a str>, base: Base) -> Str
     for ((part, layers), names) in groups {
         let owner = match (base, part.starts_with("vision.")) {
             (_, true) => r"(.*\.)?vision_tower\.(vision_model\.)?encoder\.",
-            (Base::Llava, false) => r"(.*\.)?language_model\.(model\.)?",
+            (Base::Whole, false) => r"(.*\.)?language_model\.(model\.)?",
             (Base::Language, false) => r"(model\.)?",
         };
         let layers: Vec<_> = layers.iter().map(usize::to_string).collect();

@@ -3,9 +3,10 @@
 use super::device;
 use crate::bail;
 use crate::error::{Result, near};
+use crate::model::container::is_whole;
 use crate::model::init::Place;
 use crate::model::vlm::Vlm;
-use crate::model::weights::{is_whole, source};
+use crate::model::weights::source;
 use crate::pipeline::assemble::{Assembly, assemble, sight};
 use crate::pipeline::{Opened, loading, newline, open_run};
 use crate::report::Reporter;
@@ -208,8 +209,8 @@ impl Args {
 
 /// A recipe without stages around one model.
 fn bare(model: &str, adapter: Option<&str>) -> Result<Recipe> {
-    let llava = is_whole(&source::resolve(model, &["config.json"])?.dir);
-    let mut m = if llava {
+    let whole = is_whole(&source::resolve(model, &["config.json"])?.dir);
+    let mut m = if whole {
         serde_json::json!({ "source": model })
     } else {
         serde_json::json!({ "language": { "source": model } })

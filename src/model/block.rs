@@ -10,7 +10,7 @@ use super::init::Source;
 use super::insert::{Inputs, Inserts};
 use super::linear::{self, InputGrad, Linear};
 use super::norm::Norm;
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, module};
 use super::segment::{Kept, Segment, Side, kept_or, outputs_per_row, sum_bytes};
 use crate::error::Result;
 use crate::ops::matmul::add_;
@@ -149,10 +149,13 @@ impl Block {
     }
 
     /// Every linear layer, in order.
-    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
-        self.qkv.iter_mut().for_each(&mut *f);
-        f(&mut self.out);
-        self.mlp.layers_mut().for_each(f);
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.qkv.iter().chain([&self.out]).chain(self.mlp.layers())
+    }
+
+    /// [`Block::linears`], to change them.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.qkv.iter_mut().chain([&mut self.out]).chain(self.mlp.layers_mut())
     }
 
     fn qkv(&self) -> [&Linear; 3] {
@@ -231,7 +234,7 @@ impl Segment for Block {
         // x, mid; q, o; k, v; before the activation; log-sum-exp and the norms' statistics.
         let inner = self.mlp.open.len() * m;
         let mut all = e * (2 * d + 2 * q + 2 * kv + inner) + sums * (self.attention.heads + 4);
-        for l in self.qkv.iter().chain([&self.out]).chain(self.mlp.layers()) {
+        for l in self.linears() {
             all += l.saved_bytes()?;
         }
         if kept == Kept::All {
@@ -283,12 +286,4 @@ impl Segment for Block {
     }
 }
 
-impl Module for Block {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.before.visit(f);
-        self.norms[0].visit(f);
-        self.for_each_linear(&mut |l| l.visit(f));
-        self.norms[1].visit(f);
-        self.after.iter_mut().for_each(|i| i.visit(f));
-    }
-}
+module!(Block: before, norms, qkv, out, mlp, after);

@@ -5,7 +5,7 @@
 //! Nothing of the weight's size is made: with w a row of W and b of B,
 //! ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ, and ‖w‖² of a frozen weight is computed once.
 
-use super::params::Param;
+use super::params::{Param, module};
 use crate::bail;
 use crate::error::Result;
 use crate::ops::launch::{host, widen};
@@ -21,6 +21,8 @@ pub struct Magnitude {
     /// ‖w‖² of the layer's rows and the weight that they are of, once they were needed; copies of the layer share it.
     squares: Arc<Mutex<Option<(TensorId, Tensor)>>>,
 }
+
+module!(Magnitude: param);
 
 impl Magnitude {
     /// A magnitude with a value of its own.

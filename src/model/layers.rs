@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
-use crate::model::params::{Module, Param};
+use crate::model::params::{Param, module};
 use crate::ops::attention::{Segment, Sequences};
 use crate::ops::graph;
 use crate::spec::Activation;
@@ -45,12 +45,7 @@ impl Linear {
     }
 }
 
-impl Module for Linear {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.weight);
-        self.bias.iter_mut().for_each(f);
-    }
-}
+module!(Linear: weight, bias);
 
 /// LayerNorm over rows.
 #[derive(Debug, Clone)]
@@ -83,12 +78,7 @@ impl LayerNorm {
     }
 }
 
-impl Module for LayerNorm {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.weight);
-        f(&mut self.bias);
-    }
-}
+module!(LayerNorm: weight, bias);
 
 /// RMSNorm over rows.
 #[derive(Debug, Clone)]
@@ -109,11 +99,7 @@ impl RmsNorm {
     }
 }
 
-impl Module for RmsNorm {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.weight);
-    }
-}
+module!(RmsNorm: weight);
 
 /// down(act(gate(x))·up(x)), without biases (Shazeer 2020).
 #[derive(Debug, Clone)]
@@ -149,11 +135,7 @@ impl GatedMlp {
     }
 }
 
-impl Module for GatedMlp {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        [&mut self.gate, &mut self.up, &mut self.down].into_iter().for_each(|l| l.visit(f));
-    }
-}
+module!(GatedMlp: gate, up, down);
 
 /// Flamingo's MLP: down(gelu(up(norm(x)))), without biases in its linear layers.
 #[derive(Debug, Clone)]
@@ -188,12 +170,7 @@ impl FeedForward {
     }
 }
 
-impl Module for FeedForward {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.norm.visit(f);
-        [&mut self.up, &mut self.down].into_iter().for_each(|l| l.visit(f));
-    }
-}
+module!(FeedForward: norm, up, down);
 
 /// Of each picture the rows of the one, then those of the other: `[I·A, D]` and `[I·B, D]` → `[I·(A + B), D]`.
 pub fn of_each(pictures: usize, [a, b]: [&Tensor; 2]) -> Result<Tensor> {

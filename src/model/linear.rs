@@ -10,7 +10,7 @@ mod scaled;
 
 use super::dora::Magnitude;
 use super::init::Place;
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Param, module};
 use super::segment::Side;
 use crate::bail;
 use crate::error::Result;
@@ -361,18 +361,5 @@ fn groups(layers: &[&Linear], x: &Tensor, side: &Side) -> Result<Vec<Group>> {
     Ok(groups)
 }
 
-impl Module for Linear {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.weight);
-        if let Some(b) = &mut self.bias {
-            f(b);
-        }
-        for d in &mut self.deltas {
-            f(&mut d.a);
-            f(&mut d.b);
-            if let Some(m) = &mut d.magnitude {
-                f(&mut m.param);
-            }
-        }
-    }
-}
+module!(Linear: weight, bias, deltas);
+module!(LowRank: a, b, magnitude);

@@ -3,9 +3,11 @@
 //! candle's autograd keeps every activation, computes gradients of frozen weights and cannot sum in place; the trunk
 //! therefore runs forward and backward by hand ([`segment`]), small trainable modules as islands ([`island`]).
 
+pub mod backbone;
 pub mod block;
 pub mod build;
 pub mod config;
+pub mod container;
 pub mod dora;
 pub mod init;
 pub mod insert;

@@ -1,6 +1,6 @@
 //! RMSNorm or LayerNorm with named parameters.
 
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Param, module};
 use crate::error::Result;
 use crate::ops::norm::{Kind, ScaleGrads, Stats, backward, backward_into, forward, forward_residual_, rebuild};
 use candle_core::Tensor;
@@ -63,11 +63,4 @@ impl Norm {
     }
 }
 
-impl Module for Norm {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.weight);
-        if let Some(b) = &mut self.bias {
-            f(b);
-        }
-    }
-}
+module!(Norm: weight, bias);

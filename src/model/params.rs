@@ -57,17 +57,20 @@ fn rounded(value: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
 /// Something that owns parameters.
 pub trait Module {
     /// Calls `f` on every parameter; a tied one may come twice, under one name.
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param));
+
+    /// [`Module::visit`], to change them.
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param));
 
     /// Does anything in here train?
-    fn trains(&mut self) -> bool {
+    fn trains(&self) -> bool {
         let mut any = false;
         self.visit(&mut |p| any |= p.trainable);
         any
     }
 
     /// All parameters by name.
-    fn params(&mut self) -> BTreeMap<String, Tensor> {
+    fn params(&self) -> BTreeMap<String, Tensor> {
         let mut all = BTreeMap::new();
         self.visit(&mut |p| {
             all.insert(p.name.clone(), p.value.clone());
@@ -75,13 +78,18 @@ pub trait Module {
         all
     }
 
+    /// Shapes of all parameters by name.
+    fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        self.params().into_iter().map(|(name, t)| (name, t.dims().to_vec())).collect()
+    }
+
     /// The parameters that train, by name.
-    fn trainable(&mut self) -> BTreeMap<String, Tensor> {
+    fn trainable(&self) -> BTreeMap<String, Tensor> {
         self.weights().into_iter().map(|(name, w)| (name, w.value)).collect()
     }
 
     /// The parameters that train, as the optimizer sees them, by name.
-    fn weights(&mut self) -> BTreeMap<String, Weight> {
+    fn weights(&self) -> BTreeMap<String, Weight> {
         let mut all = BTreeMap::new();
         self.visit(&mut |p| {
             if p.trainable {
@@ -96,7 +104,7 @@ pub trait Module {
     fn assign(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut set: BTreeMap<String, Weight> = BTreeMap::new();
         let mut result = Ok(());
-        self.visit(&mut |p| {
+        self.visit_mut(&mut |p| {
             if let (Ok(()), Some(v)) = (&result, values.get(&p.name)) {
                 let device = p.value.device().clone();
                 result = replace(p, &mut set, || Ok(v.to_device(&device)?));
@@ -109,7 +117,7 @@ pub trait Module {
     fn make_masters(&mut self) -> Result<()> {
         let mut set: BTreeMap<String, Weight> = BTreeMap::new();
         let mut result = Ok(());
-        self.visit(&mut |p| {
+        self.visit_mut(&mut |p| {
             if result.is_ok() && p.trainable && p.value.dtype() == DType::BF16 {
                 let value = p.value.clone();
                 result = replace(p, &mut set, || widen(&value));
@@ -125,7 +133,7 @@ pub trait Module {
     {
         let mut set: BTreeMap<String, Weight> = BTreeMap::new();
         let mut result = Ok(());
-        self.visit(&mut |p| {
+        self.visit_mut(&mut |p| {
             if let (Ok(()), true, Some(rounded)) = (&result, p.trainable && which(&p.name), p.rounded.clone()) {
                 result = replace(p, &mut set, || Ok(rounded));
             }
@@ -135,7 +143,83 @@ pub trait Module {
 
     /// Trains exactly the named parameters.
     fn set_trainable(&mut self, names: &BTreeSet<String>) {
-        self.visit(&mut |p| p.trainable = names.contains(&p.name));
+        self.visit_mut(&mut |p| p.trainable = names.contains(&p.name));
+    }
+}
+
+/// Implements [`Module`] for a type by the list of its fields, each a parameter, a module, or some of them.
+macro_rules! module {
+    ($of:ty: $($field:tt),+) => {
+        impl $crate::model::params::Module for $of {
+            fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a $crate::model::params::Param)) {
+                $($crate::model::params::Module::visit(&self.$field, f);)+
+            }
+
+            fn visit_mut(&mut self, f: &mut dyn FnMut(&mut $crate::model::params::Param)) {
+                $($crate::model::params::Module::visit_mut(&mut self.$field, f);)+
+            }
+        }
+    };
+}
+pub(crate) use module;
+
+impl Module for Param {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        f(self);
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(self);
+    }
+}
+
+impl<M: Module + ?Sized> Module for Box<M> {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        (**self).visit(f);
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        (**self).visit_mut(f);
+    }
+}
+
+impl<M: Module> Module for Option<M> {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        self.iter().for_each(|m| m.visit(f));
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.iter_mut().for_each(|m| m.visit_mut(f));
+    }
+}
+
+impl<M: Module> Module for [M] {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        self.iter().for_each(|m| m.visit(f));
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.iter_mut().for_each(|m| m.visit_mut(f));
+    }
+}
+
+impl<M: Module> Module for Vec<M> {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        self.as_slice().visit(f);
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.as_mut_slice().visit_mut(f);
+    }
+}
+
+impl<M: Module, const N: usize> Module for [M; N] {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        self.as_slice().visit(f);
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.as_mut_slice().visit_mut(f);
     }
 }
 

@@ -172,6 +172,6 @@ pub fn sum_bytes(dtype: DType) -> usize {
 
 /// Index of the first segment that a backward pass must reach: the first that trains, 0 if something below needs the
 /// gradient, `len` if nothing does.
-pub fn frontier<S: Segment>(segments: &mut [S], below: bool) -> usize {
-    if below { 0 } else { segments.iter_mut().position(Module::trains).unwrap_or(segments.len()) }
+pub fn frontier<S: Segment>(segments: &[S], below: bool) -> usize {
+    if below { 0 } else { segments.iter().position(Module::trains).unwrap_or(segments.len()) }
 }

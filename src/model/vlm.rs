@@ -2,11 +2,12 @@
 
 mod stream;
 
+use super::block::Block;
 use super::init::Place;
 use super::island;
 use super::language::{self, Language};
 use super::linear::{Linear, LowRank};
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Module, Param, module};
 use super::projector::Projector;
 use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
@@ -144,7 +145,7 @@ impl Vlm {
             v.plan();
         }
         self.projector_keeps = OnceLock::new();
-        self.projector_trains = self.projector.as_mut().is_some_and(Module::trains);
+        self.projector_trains = self.projector.as_ref().is_some_and(Module::trains);
         let visual = self.visual_learns();
         let prefixes = self.prefixes.iter().any(|p| p.embeddings.trainable);
         self.language.plan(prefixes || visual && self.deliver == Deliver::Splice, visual);
@@ -189,8 +190,8 @@ impl Vlm {
     }
 
     /// Trainable parameters that no gradient can reach, with the reason. `pictures`: does the data show any?
-    pub fn unreachable(&mut self, pictures: bool) -> Vec<(String, String)> {
-        let mut out = self.vision.as_mut().map_or_else(Vec::new, Tower::unreachable);
+    pub fn unreachable(&self, pictures: bool) -> Vec<(String, String)> {
+        let mut out = self.vision.as_ref().map_or_else(Vec::new, Tower::unreachable);
         let why = match (pictures, self.is_blind()) {
             (false, _) => "no sample of this stage has a picture",
             (true, true) => "no cross_attention adapter reads the visual tokens",
@@ -448,45 +449,46 @@ impl Vlm {
         Ok(most)
     }
 
+    /// The blocks of tower and language model.
+    pub fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.vision.iter().flat_map(|v| &v.layers).chain(&self.language.layers)
+    }
+
+    /// [`Vlm::blocks`], to change them.
+    pub fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block> {
+        self.vision.iter_mut().flat_map(|v| &mut v.layers).chain(&mut self.language.layers)
+    }
+
     /// Every linear layer of tower and language model that an adapter can sit on.
-    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
-        if let Some(v) = &mut self.vision {
-            v.for_each_linear(f);
-        }
-        self.language.for_each_linear(f);
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.blocks().flat_map(Block::linears)
+    }
+
+    /// [`Vlm::linears`], to change them.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.blocks_mut().flat_map(Block::linears_mut)
     }
 
     /// Lets the layers whose names match `patterns` recompute; the others follow the pass.
     pub fn recompute(&mut self, patterns: &[String]) -> Result<()> {
-        let towers = self.vision.iter().flat_map(|v| &v.layers).map(|l| l.name.clone());
-        let known: Vec<String> = towers.chain(self.language.layers.iter().map(|l| l.name.clone())).collect();
+        let known: Vec<String> = self.blocks().map(|b| b.name.clone()).collect();
         let matcher = if patterns.is_empty() { None } else { Some(Patterns::new(patterns, &known)?) };
         let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Kept::Input);
-        for l in self.vision.iter_mut().flat_map(|v| &mut v.layers) {
-            l.policy = policy(&l.name);
-        }
-        for l in &mut self.language.layers {
-            l.policy = policy(&l.name);
+        for b in self.blocks_mut() {
+            b.policy = policy(&b.name);
         }
         Ok(())
     }
 
     /// Names of those linear layers.
-    pub fn linear_names(&mut self) -> Vec<String> {
-        let mut names = Vec::new();
-        self.for_each_linear(&mut |l| names.push(l.name().to_string()));
-        names
+    pub fn linear_names(&self) -> Vec<String> {
+        self.linears().map(|l| l.name().to_string()).collect()
     }
 
     /// All low-rank updates of an adapter by the name of their layer.
-    pub fn deltas(&mut self, adapter: &str) -> BTreeMap<String, LowRank> {
-        let mut out = BTreeMap::new();
-        self.for_each_linear(&mut |l| {
-            if let Some(d) = l.deltas.iter().find(|d| d.adapter == adapter) {
-                out.insert(l.name().to_string(), d.clone());
-            }
-        });
-        out
+    pub fn deltas(&self, adapter: &str) -> BTreeMap<String, LowRank> {
+        let own = |l: &Linear| Some((l.name().to_string(), l.deltas.iter().find(|d| d.adapter == adapter)?.clone()));
+        self.linears().filter_map(own).collect()
     }
 }
 
@@ -508,16 +510,5 @@ struct Projected {
     saved: Option<vision::Saved>,
 }
 
-impl Module for Vlm {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        if let Some(v) = &mut self.vision {
-            v.visit(f);
-        }
-        if let Some(p) = &mut self.projector {
-            p.visit(f);
-        }
-        self.newline.iter_mut().for_each(&mut *f);
-        self.prefixes.iter_mut().for_each(|p| f(&mut p.embeddings));
-        self.language.visit(f);
-    }
-}
+module!(Prefix: embeddings);
+module!(Vlm: vision, projector, newline, prefixes, language);

@@ -24,9 +24,9 @@ pub const NAME: &str = "align_check";
 ///
 /// # Errors
 /// If the figures could not tell anything: no projector trains, or there are no two samples with pictures.
-pub fn samples<'a>(stage: &Stage, state: &mut State, data: &'a Dataset) -> Result<Vec<&'a Item>> {
+pub fn samples<'a>(stage: &Stage, state: &State, data: &'a Dataset) -> Result<Vec<&'a Item>> {
     let Some(check) = &stage.align_check else { return Ok(Vec::new()) };
-    if !state.vlm.projector.as_mut().is_some_and(Module::trains) {
+    if !state.vlm.projector.as_ref().is_some_and(Module::trains) {
         bail!("align_check: the projector does not train in this stage, so that nothing would be seen to change";
             "add \"projector.*\" to `train`, or drop align_check")
     }
@@ -40,9 +40,9 @@ pub fn samples<'a>(stage: &Stage, state: &mut State, data: &'a Dataset) -> Resul
 }
 
 /// The figures of a model as it stands.
-pub fn look(run: &Run, stage: &Stage, state: &mut State, items: &[&Item]) -> Result<Alignment> {
+pub fn look(run: &Run, stage: &Stage, state: &State, items: &[&Item]) -> Result<Alignment> {
     measure(&state.vlm, items, micro(stage), |part| load_pixels(part.iter().copied(), run.images))
-        .map_err(|e| name_broken(&mut state.vlm, e, |_| ()))
+        .map_err(|e| name_broken(&state.vlm, e, |_| ()))
         .context(NAME)
 }
 

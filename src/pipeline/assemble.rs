@@ -6,7 +6,9 @@ use crate::bail;
 use crate::checkpoint::peft;
 use crate::data::{GRIDS, ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
-use crate::model::config::{GENERATION, Generation, LlamaConfig, LlavaConfig, VisionConfig, remarks};
+use crate::model::backbone::{Config, LanguageConfig, VisionConfig};
+use crate::model::config::{GENERATION, Generation, remarks};
+use crate::model::container::WholeConfig;
 use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
 use crate::model::language::Language;
 use crate::model::params::{Module, Param};
@@ -15,7 +17,7 @@ use crate::model::vision::Tower;
 use crate::model::vlm::Vlm;
 use crate::model::weights::{BESIDE_LORA, Weights, source};
 use crate::ops::random::Key;
-use crate::spec::{self, MlpProjector, Recipe, START_ADAPTER};
+use crate::spec::{self, Recipe, START_ADAPTER};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -64,7 +66,7 @@ pub fn assemble(recipe: &Recipe, place: &Place) -> Result<Assembly> {
         begins: Vec::new(),
         newline_is_random: false,
     };
-    let whole = recipe.model.source.as_deref().map(|s| parts.llava(s, recipe)).transpose()?;
+    let whole = recipe.model.source.as_deref().map(|s| parts.whole(s, recipe)).transpose()?;
     let vision = parts.vision(recipe, whole.as_ref())?;
     let language = parts.language(recipe, whole.as_ref())?;
     let (mut tower, mut projector, mut newline, mut see) = (None, None, None, None);
@@ -186,7 +188,7 @@ fn part_name(prefix: &str) -> &str {
 }
 
 /// The end tokens of config.json, then those that only generation_config.json names.
-fn end_tokens(config: &LlamaConfig, generation: &Generation) -> Vec<u32> {
+fn end_tokens(config: &LanguageConfig, generation: &Generation) -> Vec<u32> {
     let mut all = config.eos_token_ids.clone();
     all.extend(generation.eos_token_ids.iter().filter(|id| !config.eos_token_ids.contains(id)));
     all
@@ -206,7 +208,7 @@ fn never_computed(vlm: &Vlm, adapter: &LoraAdapter) -> Option<String> {
 
 struct Whole {
     dir: PathBuf,
-    config: LlavaConfig,
+    config: WholeConfig,
     grids: Option<Vec<[usize; 2]>>,
 }
 
@@ -265,14 +267,14 @@ impl Parts {
         self.warnings.extend(remarks(dir));
     }
 
-    fn llava(&mut self, source: &str, recipe: &Recipe) -> Result<Whole> {
+    fn whole(&mut self, source: &str, recipe: &Recipe) -> Result<Whole> {
         let dir = self.find(
             "model.source",
             source,
             &[source::MODEL, source::OPTIONAL_TOKENIZER, source::IMAGE_PROCESSOR].concat(),
         )?;
         self.config(&dir);
-        let config = LlavaConfig::from_dir(&dir)?;
+        let config = WholeConfig::from_dir(&dir)?;
         let grids = if config.newline { grids(&dir.join("config.json"))? } else { None };
         if let Some(own) = grids.as_deref().filter(|_| recipe.has_tiles_of_usual_grids()) {
             self.warn_of_grids(&dir, own, config.vision.image_size);
@@ -363,7 +365,7 @@ impl Parts {
                 (model, Some(dir), None)
             }
             (None, Some(init), _) => {
-                let config = LlamaConfig::from_init(init).context("model.language.init")?;
+                let config = LanguageConfig::from_init(init).context("model.language.init")?;
                 (Language::new(config, &mut self.fresh())?, None, None)
             }
             (None, None, Some(w)) => {
@@ -400,19 +402,9 @@ impl Parts {
     ) -> Result<(Projector, Option<Param>)> {
         let tiles = recipe.has_tiles() || whole.is_some_and(|w| w.config.newline);
         let newline = |src: &mut dyn Source| tiles.then(|| src.master(NEWLINE.to_string(), &[d_out])).transpose();
-        let from_whole = |w: &Whole| {
-            spec::Projector::Mlp(MlpProjector {
-                source: Some(w.dir.display().to_string()),
-                depth: 2,
-                hidden: None,
-                act: w.config.projector_act,
-                input_norm: false,
-                norm: false,
-            })
-        };
         let cfg = match (&recipe.model.projector, whole) {
             (Some(p), _) => p.clone(),
-            (None, Some(w)) => from_whole(w),
+            (None, Some(w)) => w.config.projector(Some(w.dir.display().to_string())),
             (None, None) => {
                 bail!("the recipe names no projector"; "set model.projector, e.g. {{ mlp = {{ depth = 2 }} }}")
             }

@@ -152,16 +152,16 @@ impl<'a> Check<'a> {
             return Ok(());
         };
         state.enter(stage, name)?;
-        let fresh = self.fresh(name, &mut state)?;
+        let fresh = self.fresh(name, &state)?;
         self.ends.insert(name, state.clone());
         let sight = sight(&state.vlm)?;
         self.sights.extend(stage.eval.iter().map(|e| (e.as_str(), sight)));
         let data = dataset(self.recipe, stage, &self.assembly.encoder.seeing(sight))?;
-        check_reachable(&mut state, &data)?;
+        check_reachable(&state, &data)?;
         self.warnings.extend(positions::warning(&format!("stage.{name}"), &state.vlm, &data.items));
-        align::samples(stage, &mut state, &data)?;
+        align::samples(stage, &state, &data)?;
         let (total, epoch) = step_counts(stage, data.items.len());
-        let optimizer = optimizer(stage, name, &mut state, total)?;
+        let optimizer = optimizer(stage, name, &state, total)?;
         self.parts(name, &mut state, &data, &optimizer, total, out)?;
         writeln!(out)?;
         write!(out, "{}", groups(name, stage, &optimizer).for_stdout())?;
@@ -212,7 +212,7 @@ impl<'a> Check<'a> {
 
     /// Parameters that this stage trains and that are random until then: from the start, reset or newly declared, and
     /// trained by none of the stages that lead here.
-    fn fresh(&mut self, name: &'a str, state: &mut State) -> Result<BTreeSet<String>> {
+    fn fresh(&mut self, name: &'a str, state: &State) -> Result<BTreeSet<String>> {
         let stage = &self.recipe.stage[name];
         let before = parent(self.recipe, name)?;
         let known: Vec<String> = state.vlm.params().into_keys().collect();

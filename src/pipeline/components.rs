@@ -83,7 +83,7 @@ struct Place {
 }
 
 /// Every parameter in exactly one row.
-pub fn rows(state: &mut State, training: &Training) -> Result<Vec<Row>> {
+pub fn rows(state: &State, training: &Training) -> Result<Vec<Row>> {
     let own: Vec<String> = state.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
     let train = &training.stage.train;
     let patterns = if train.is_empty() { None } else { Some(Patterns::new(train, &own)?) };

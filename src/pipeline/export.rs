@@ -64,7 +64,7 @@ pub fn write_final(
     encoder: &TextEncoder,
 ) -> Result<String> {
     let mut trained = String::new();
-    let base = if state.vlm.vision.is_some() { peft::Base::Llava } else { peft::Base::Language };
+    let base = if state.vlm.vision.is_some() { peft::Base::Whole } else { peft::Base::Language };
     atomic::summed_directory(dir, |dir| {
         let mut sums = Sums::default();
         trained = state.save(dir)?;
@@ -88,7 +88,7 @@ pub fn write_final(
             let own: BTreeMap<_, _> = own.map(|(n, t)| (n.clone(), t.clone())).collect();
             let dir = dir.join("adapters").join(&name);
             match &cfg {
-                Adapter::Lora(cfg) => lora::export(&mut state.vlm, &name, cfg)?.save(&dir, base, base_model)?,
+                Adapter::Lora(cfg) => lora::export(&state.vlm, &name, cfg)?.save(&dir, base, base_model)?,
                 Adapter::Prefix(cfg) if cfg.before == PrefixPlace::Text => {
                     own.values().try_for_each(|t| peft::save_prompt(&dir, t, &state.vlm.language.config, base_model))?
                 }

@@ -30,7 +30,7 @@ pub fn thousands(n: usize) -> String {
 }
 
 /// Checksums of the frozen parameters.
-pub fn frozen_checksums(state: &mut State) -> Result<BTreeMap<String, String>> {
+pub fn frozen_checksums(state: &State) -> Result<BTreeMap<String, String>> {
     let trainable = state.vlm.trainable();
     let frozen: Vec<(String, Tensor)> =
         state.vlm.params().into_iter().filter(|(n, _)| !trainable.contains_key(n)).collect();
@@ -38,7 +38,7 @@ pub fn frozen_checksums(state: &mut State) -> Result<BTreeMap<String, String>> {
 }
 
 /// SHA-256 of all weights, of which the frozen ones have been summed.
-pub fn digest(state: &mut State, frozen: &BTreeMap<String, String>) -> Result<String> {
+pub fn digest(state: &State, frozen: &BTreeMap<String, String>) -> Result<String> {
     let trained = state.vlm.trainable();
     state.vlm.language.device().synchronize()?;
     let sum = |(n, t): (String, Tensor)| Ok((n, checksum(&t)?));
@@ -50,7 +50,7 @@ pub fn digest(state: &mut State, frozen: &BTreeMap<String, String>) -> Result<St
 }
 
 /// Checks the frozen parameters against their checksums at the stage's start; returns how many there are.
-pub fn prove_frozen(state: &mut State, before: &BTreeMap<String, String>) -> Result<usize> {
+pub fn prove_frozen(state: &State, before: &BTreeMap<String, String>) -> Result<usize> {
     let after = frozen_checksums(state)?;
     let moved: Vec<&String> = before.keys().filter(|n| before.get(*n) != after.get(*n)).collect();
     if !moved.is_empty() {
@@ -74,7 +74,7 @@ pub fn prove_finite(trained: &Sizes) -> Result<()> {
 
 /// Puts the first parameter, in the order of a pass, that is not a number in front of an error that it may have led to; if all
 /// are numbers, the first module that gives others when the pass runs `again`.
-pub fn name_broken<T>(vlm: &mut Vlm, e: Error, again: impl FnOnce(&Vlm) -> T) -> Error {
+pub fn name_broken<T>(vlm: &Vlm, e: Error, again: impl FnOnce(&Vlm) -> T) -> Error {
     let mut first = None;
     vlm.visit(&mut |p| {
         if first.is_none() && sum_of_squares(&p.value).is_ok_and(|s| !s.is_finite()) {

@@ -230,15 +230,15 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly, reporter: &Reporter) -> Resu
             state.enter(stage, name)?;
             let see = sight(&state.vlm)?;
             let data = dataset(recipe, stage, &assembly.encoder.seeing(see))?;
-            check_reachable(&mut state, &data)?;
-            align::samples(stage, &mut state, &data)?;
+            check_reachable(&state, &data)?;
+            align::samples(stage, &state, &data)?;
             let at = sights.iter().position(|s| *s == see).unwrap_or_else(|| {
                 sights.push(see);
                 sights.len() - 1
             });
             evals.extend(stage.eval.iter().map(|e| (e, at)));
             let steps = step_counts(stage, data.items.len()).0;
-            let optimizer = optimizer(stage, name, &mut state, steps)?;
+            let optimizer = optimizer(stage, name, &state, steps)?;
             let doubts = doubts::of_stage(&data, &assembly.encoder, &optimizer)?;
             doubts.iter().for_each(|w| reporter.warn(&format!("stage.{name}: {w}")));
             costs.add_stage(stage, name, &data, steps);

@@ -77,11 +77,11 @@ pub fn table(
 }
 
 /// The log-probabilities of some pairs.
-fn one(run: &Run, state: &mut State, part: &[(usize, &Item)], whose: Reference) -> Result<ReferenceTable> {
+fn one(run: &Run, state: &State, part: &[(usize, &Item)], whose: Reference) -> Result<ReferenceTable> {
     let pixels = load_pixels(part.iter().map(|(_, i)| *i), run.images)?;
     let rows = |vlm: &Vlm| pair_logps(vlm, part, &pixels, whose == Reference::Base);
     rows(&state.vlm)
-        .map_err(|e| freeze::name_broken(&mut state.vlm, e, rows))
+        .map_err(|e| freeze::name_broken(&state.vlm, e, rows))
         .context("the log-probabilities under the reference")
 }
 

@@ -56,7 +56,7 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
 }
 
 /// A fresh optimizer for what trains in an entered stage.
-pub fn optimizer(stage: &Stage, name: &str, state: &mut State, total: usize) -> Result<AdamW> {
+pub fn optimizer(stage: &Stage, name: &str, state: &State, total: usize) -> Result<AdamW> {
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
     let vision = state.vlm.vision.as_ref().map_or(0, Tower::depth);
     let depths = Depths { vision, language: state.vlm.language.layers.len() };
@@ -150,7 +150,7 @@ impl Ended<'_> {
         let kept = Kept::open(dir, if evals.is_empty() { String::new() } else { freeze::digest(state, &frozen)? });
         let figures = evals
             .run(run, &state.vlm, kept)
-            .map_err(|e| freeze::name_broken(&mut state.vlm, e, |_| ()))
+            .map_err(|e| freeze::name_broken(&state.vlm, e, |_| ()))
             .with_context(last)?;
         let Some(mut figures) = figures else { return Ok(None) };
         cut_answers(run.recipe, &figures).iter().for_each(|w| run.reporter.warn(&format!("{}: {w}", last())));
@@ -211,7 +211,7 @@ fn masters(stage: &Stage, state: &mut State) -> Result<()> {
 }
 
 /// Pictures must be seen, and every trained parameter must be one that a gradient of these samples can reach.
-pub fn check_reachable(state: &mut State, data: &Dataset) -> Result<()> {
+pub fn check_reachable(state: &State, data: &Dataset) -> Result<()> {
     let images = data.images();
     if !images.is_empty() && state.vlm.is_blind() {
         bail!("the data has pictures, but no cross_attention adapter reads the visual tokens";

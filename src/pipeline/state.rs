@@ -29,7 +29,7 @@ pub struct State {
 
 impl State {
     /// The model as assembled; a loaded start adapter is described by `start`.
-    pub fn new(mut vlm: Vlm, start: Option<Adapter>) -> Self {
+    pub fn new(vlm: Vlm, start: Option<Adapter>) -> Self {
         let projector = vlm.params().into_keys().filter(|n| n.starts_with("projector.")).collect();
         let adapters = start.map(|a| (START_ADAPTER.to_string(), a)).into_iter().collect();
         Self { vlm, adapters, changed: projector }
@@ -100,12 +100,12 @@ impl State {
             }
         }
         self.vlm.assign(&values)?;
-        lora::reset_magnitudes(&mut self.vlm, |n| patterns.matches(n))
+        lora::reset_magnitudes(&self.vlm, |n| patterns.matches(n))
     }
 
     /// What the learning rates of trained parameters are multiplied by, where LoRA+ (`lr_ratio`) does that: those of B and of
     /// magnitudes, as PEFT's `create_loraplus_optimizer` has it.
-    pub fn lr_factors(&mut self) -> BTreeMap<String, f64> {
+    pub fn lr_factors(&self) -> BTreeMap<String, f64> {
         let ratio = |name: &str| match self.adapters.get(adapter_of(name)?)? {
             Adapter::Lora(a) if [".lora_B.", ".lora_magnitude_vector."].iter().any(|p| name.contains(p)) => a.lr_ratio,
             _ => None,
@@ -129,7 +129,7 @@ impl State {
         Ok(trained)
     }
 
-    fn trainable(&mut self, stage: &Stage, continued: &[String], declared: &[String]) -> Result<BTreeSet<String>> {
+    fn trainable(&self, stage: &Stage, continued: &[String], declared: &[String]) -> Result<BTreeSet<String>> {
         let own: Vec<String> = self.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
         let mut out: BTreeSet<String> = if stage.train.is_empty() {
             BTreeSet::new()
@@ -152,14 +152,14 @@ impl State {
     }
 
     /// Everything that differs from the loaded backbones, by name.
-    pub fn own(&mut self) -> BTreeMap<String, Tensor> {
+    pub fn own(&self) -> BTreeMap<String, Tensor> {
         let mut all = self.vlm.params();
         all.retain(|n, _| is_adapter(n) || self.changed.contains(n));
         all
     }
 
     /// Writes [`State::own`] into `dir`; returns the file's SHA-256.
-    pub fn save(&mut self, dir: &Path) -> Result<String> {
+    pub fn save(&self, dir: &Path) -> Result<String> {
         save_summed(&dir.join(TRAINED), &self.own(), &BTreeMap::new())
     }
 

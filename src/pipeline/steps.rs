@@ -114,7 +114,7 @@ impl Steps<'_> {
     }
 
     /// A checkpoint of the stage's end, unless there is one.
-    pub fn save_last(&self, state: &mut State, optimizer: &AdamW, loss: f64) -> Result<()> {
+    pub fn save_last(&self, state: &State, optimizer: &AdamW, loss: f64) -> Result<()> {
         if checkpoints::newest(self.dir)?.is_some_and(|(steps, _)| steps >= self.total) {
             return Ok(());
         }
@@ -143,7 +143,7 @@ impl Course<'_> {
         };
         let at = || format!("{name}, step {}", step.step + 1);
         let pass = |vlm: &Vlm| compute_unless(vlm, &task, &items, &step.pixels, cfg, &|| run.signals.leave());
-        let done = pass(&state.vlm).map_err(|e| freeze::name_broken(&mut state.vlm, e, pass)).with_context(at)?;
+        let done = pass(&state.vlm).map_err(|e| freeze::name_broken(&state.vlm, e, pass)).with_context(at)?;
         let Some(done) = done else {
             self.save()?;
             return Ok(false);

@@ -164,7 +164,7 @@ pub struct Language {
     /// Folder, HF repository `owner/name[@revision]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
-    /// Random initialisation instead of `source`: the keys of HF's `LlamaConfig`.
+    /// Random initialisation instead of `source`: the keys of HF's `LanguageConfig`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<serde_json::Value>,
     /// Folder, file or repository of the tokenizer, when `source` has none.

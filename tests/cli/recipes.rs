@@ -4,7 +4,7 @@
 use super::folder::{Folder, golden, said};
 use adfreeze::checkpoint::hf;
 use adfreeze::data::ImageProcessor;
-use adfreeze::model::config::{LlamaConfig, VisionConfig};
+use adfreeze::model::backbone::{Config, LanguageConfig, VisionConfig};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::params::Module;
@@ -27,7 +27,7 @@ fn tower(dir: &Path, px: usize) {
     let config = serde_json::json!({ "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 12,
         "num_attention_heads": 2, "image_size": px, "patch_size": 14 });
     let config = VisionConfig::from_init(&config).unwrap();
-    let mut tower = Tower::new(config.clone(), -2, SelectFeature::Patch, &mut fresh()).unwrap();
+    let tower = Tower::new(config.clone(), -2, SelectFeature::Patch, &mut fresh()).unwrap();
     hf::save_vision(dir, &config, &ImageProcessor::clip(px), &tower.params()).unwrap();
 }
 
@@ -36,8 +36,8 @@ fn tower(dir: &Path, px: usize) {
 fn language(dir: &Path, bare: bool) {
     let config = serde_json::json!({ "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
         "num_attention_heads": 4, "vocab_size": if bare { IMAGE } else { 384 }, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2 });
-    let config = LlamaConfig::from_init(&config).unwrap();
-    let mut model = Language::new(config.clone(), &mut fresh()).unwrap();
+    let config = LanguageConfig::from_init(&config).unwrap();
+    let model = Language::new(config.clone(), &mut fresh()).unwrap();
     let beside = golden("language");
     let beside: &[&Path] = if bare { &[] } else { &[&beside] };
     hf::save_language(dir, &config, &model.params(), beside).unwrap();

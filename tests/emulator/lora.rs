@@ -62,7 +62,7 @@ fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) 
             dropout: *dropout,
         });
     }
-    l.visit(&mut |p| p.trainable = p.name.contains("lora_"));
+    l.visit_mut(&mut |p| p.trainable = p.name.contains("lora_"));
     l
 }
 

@@ -13,7 +13,7 @@ use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::data::image::ImageProcessor;
 use adfreeze::data::source;
 use adfreeze::data::{Item, Pixels, Sample, Sight, TextEncoder, TextSettings, load_pixels};
-use adfreeze::model::config::LlavaConfig;
+use adfreeze::model::container::WholeConfig;
 use adfreeze::model::init::{FromWeights, Place};
 use adfreeze::model::language::Language;
 use adfreeze::model::projector::Projector;
@@ -102,7 +102,7 @@ impl Golden {
 
     /// The whole model in a folder (`model`, `model_hub_naming`).
     pub fn model(&self, folder: &str) -> Vlm {
-        let (config, mut weights) = Weights::llava(&self.path(folder)).unwrap();
+        let (config, mut weights) = Weights::whole(&self.path(folder)).unwrap();
         let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let projector = self.projector_config(&config);
         let tower = Tower::new(config.vision.clone(), config.select_layer, config.select_feature, &mut src).unwrap();
@@ -115,7 +115,7 @@ impl Golden {
 
     /// The same model from its three parts.
     pub fn parts(&self, vision: &str) -> Vlm {
-        let config = LlavaConfig::from_dir(&self.path("model")).unwrap();
+        let config = WholeConfig::from_dir(&self.path("model")).unwrap();
         let (v, mut weights) = Weights::vision(&self.path(vision)).unwrap();
         let mut src = FromWeights { weights: &mut weights, place: &Place::cpu() };
         let tower = Tower::new(v, config.select_layer, config.select_feature, &mut src).unwrap();
@@ -133,7 +133,7 @@ impl Golden {
         Vlm::new(Some(tower), Some(projector), language, config.image_token_index)
     }
 
-    fn projector_config(&self, config: &LlavaConfig) -> spec::Projector {
+    fn projector_config(&self, config: &WholeConfig) -> spec::Projector {
         let (act, hidden) = (config.projector_act, None);
         spec::Projector::Mlp(MlpProjector { source: None, depth: 2, hidden, act, input_norm: false, norm: false })
     }
@@ -148,7 +148,7 @@ impl Golden {
     }
 
     pub fn encoder(&self) -> TextEncoder {
-        let config = LlavaConfig::from_dir(&self.path("model")).unwrap();
+        let config = WholeConfig::from_dir(&self.path("model")).unwrap();
         let settings = TextSettings {
             image_token: "<image>".into(),
             image_token_id: Some(config.image_token_index),

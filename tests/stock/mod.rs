@@ -8,7 +8,7 @@
     reason = "the stock model uses the fast forward where nothing is tracked, as one would"
 )]
 
-use adfreeze::model::config::{LlamaConfig, VisionConfig};
+use adfreeze::model::backbone::{LanguageConfig, VisionConfig};
 use adfreeze::model::language::rope::Rope;
 use adfreeze::model::params::Module;
 use adfreeze::model::vlm::{Batch, Vlm};
@@ -22,7 +22,7 @@ type Result<T> = candle_core::Result<T>;
 /// Parameters of a model as candle sees them, and what is needed to run it.
 pub struct Stock {
     vision: VisionConfig,
-    text: LlamaConfig,
+    text: LanguageConfig,
     /// Layers of the tower that run; patches are selected.
     depth: usize,
     image: Option<u32>,
@@ -47,12 +47,12 @@ impl Stock {
             })
             .collect();
         let mut deltas = BTreeMap::new();
-        vlm.for_each_linear(&mut |l| {
+        for l in vlm.linears() {
             let all: Vec<(String, f64)> = l.deltas.iter().map(|d| (d.adapter.clone(), d.scale)).collect();
             if !all.is_empty() {
                 deltas.insert(l.name().to_string(), all);
             }
-        });
+        }
         let text = vlm.language.config.clone();
         let vision = vlm.vision.as_ref().expect("a tower").config.clone();
         Self { vision, rope: Rope::new(&text), text, depth, image: vlm.image_token_id, vars, tensors, deltas }

@@ -1,7 +1,7 @@
 //! Tiny models and batches in f64, and the checks that `tests/segments.rs` and `tests/oracle.rs` share.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use adfreeze::model::config::{LlamaConfig, RopeScaling, VisionConfig};
+use adfreeze::model::backbone::{LANGUAGES, LanguageConfig, RopeScaling, TOWERS, VisionConfig};
 use adfreeze::model::dora;
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
@@ -30,8 +30,9 @@ pub fn noise(what: &str, shape: &[usize], std: f64) -> Tensor {
     normal(key(what), shape, std, DType::F64).unwrap()
 }
 
-pub fn llama() -> LlamaConfig {
-    LlamaConfig {
+pub fn llama() -> LanguageConfig {
+    LanguageConfig {
+        architecture: LANGUAGES[0],
         vocab_size: 23,
         hidden_size: 12,
         intermediate_size: 10,
@@ -54,6 +55,7 @@ pub fn llama() -> LlamaConfig {
 
 pub fn clip() -> VisionConfig {
     VisionConfig {
+        architecture: TOWERS[0],
         hidden_size: 8,
         intermediate_size: 14,
         num_hidden_layers: 3,
@@ -80,7 +82,7 @@ pub fn mlp(input_norm: bool) -> spec::Projector {
 /// Moves every parameter away from its initial value: LoRA's B off 0, norms off 1 and 0. Tied parameters stay tied.
 pub fn perturb(m: &mut dyn Module) {
     let mut moved: BTreeMap<String, Tensor> = BTreeMap::new();
-    m.visit(&mut |p| {
+    m.visit_mut(&mut |p| {
         let new = moved.entry(p.name.clone()).or_insert_with(|| {
             let width = p.value.dims().last().copied().unwrap_or(1).max(1) as f64;
             let std = if p.value.rank() > 1 { 1.0 / width.sqrt() } else { 0.2 };
@@ -119,14 +121,12 @@ pub fn held_loss(vlm: &Vlm, lengths: &Lengths, batch: &Batch, coefs: &[f64], mod
         return loss(vlm, batch, coefs, mode);
     }
     let mut vlm = vlm.clone();
-    vlm.for_each_linear(&mut |l| hold(l, lengths));
+    vlm.linears_mut().for_each(|l| hold(l, lengths));
     loss(&vlm, batch, coefs, mode)
 }
 
-pub fn all_lengths(vlm: &mut Vlm) -> Lengths {
-    let mut all = Lengths::new();
-    vlm.for_each_linear(&mut |l| all.extend(lengths(l)));
-    all
+pub fn all_lengths(vlm: &Vlm) -> Lengths {
+    vlm.linears().flat_map(lengths).collect()
 }
 
 pub fn tower(config: VisionConfig, select_layer: i64, select: SelectFeature) -> Tower {
@@ -139,7 +139,7 @@ pub fn vlm(
     select_layer: i64,
     select: SelectFeature,
     projector: &spec::Projector,
-    text: LlamaConfig,
+    text: LanguageConfig,
 ) -> Vlm {
     let (d_in, d_out) = (vision.hidden_size, text.hidden_size);
     let tower = tower(vision, select_layer, select);
@@ -223,7 +223,7 @@ pub fn bits(t: &Tensor) -> Vec<u64> {
 /// Bits of every parameter by name.
 pub fn snapshot(m: &mut dyn Module) -> BTreeMap<String, Vec<u64>> {
     let mut all = BTreeMap::new();
-    m.visit(&mut |p| {
+    m.visit_mut(&mut |p| {
         all.insert(p.name.clone(), bits(&p.value));
     });
     all
@@ -283,7 +283,7 @@ pub fn check_params<M: Module>(
         );
         check_slope(&format!("{what}: {name}"), value, &grads[name], 5, |v| {
             let set = |m: &mut M, v: &Tensor| {
-                m.visit(&mut |p| {
+                m.visit_mut(&mut |p| {
                     if &p.name == name {
                         p.value = v.clone();
                     }
@@ -300,7 +300,7 @@ pub fn check_params<M: Module>(
 /// Names of all parameters that `keep` accepts.
 pub fn names(m: &mut dyn Module, keep: impl Fn(&str) -> bool) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
-    m.visit(&mut |p| {
+    m.visit_mut(&mut |p| {
         if keep(&p.name) {
             all.insert(p.name.clone());
         }

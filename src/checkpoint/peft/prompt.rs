@@ -3,7 +3,7 @@
 use super::{atomic, named, safetensors, weight_file};
 use crate::bail;
 use crate::error::{Context, Result};
-use crate::model::config::LlamaConfig;
+use crate::model::backbone::LanguageConfig;
 use crate::model::weights::Tensors;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ pub(super) const TYPE: &str = "PROMPT_TUNING";
 const EMBEDDINGS: &str = "prompt_embeddings";
 
 /// Writes soft tokens `[tokens, D]` of a model as the folder `dir`; `base_model` as in [`super::LoraAdapter::save`].
-pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LlamaConfig, base_model: Option<&str>) -> Result<()> {
+pub fn save_prompt(dir: &Path, embeddings: &Tensor, language: &LanguageConfig, base_model: Option<&str>) -> Result<()> {
     let (base_model, revision) = named(base_model);
     let (tokens, width) = embeddings.dims2()?;
     let config = json!({

@@ -46,7 +46,7 @@ fn an_adapter_of_peft_round_trips_to_the_byte() {
     assert_eq!((a.dims(), b.dims()), ([4, 88].as_slice(), [32, 4].as_slice()));
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("adapter");
-    adapter.save(&path, Base::Llava, Some("model")).unwrap();
+    adapter.save(&path, Base::Whole, Some("model")).unwrap();
     let bytes = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
     assert!(bytes(&path) == bytes(&golden("lora_init")));
     let again = LoraAdapter::load(&path, "sft").unwrap();
@@ -120,13 +120,13 @@ fn patterns_of_target_modules() {
         "language.layers.10.self_attn.q_proj",
     ];
     assert_eq!(
-        modules(&both, Base::Llava),
+        modules(&both, Base::Whole),
         r"(.*\.)?language_model\.(model\.)?layers\.(0|10)\.(mlp\.up_proj|self_attn\.q_proj)"
     );
     assert_eq!(modules(&both[..1], Base::Language), r"(model\.)?layers\.(0)\.(mlp\.up_proj)");
     let mixed = ["language.lm_head", "projector.linear_1", "vision.encoder.layers.3.mlp.fc1"];
     assert_eq!(
-        modules(&mixed, Base::Llava),
+        modules(&mixed, Base::Whole),
         r"(.*\.)?lm_head|(.*\.)?multi_modal_projector\.linear_1|(.*\.)?vision_tower\.(vision_model\.)?encoder\.layers\.(3)\.(mlp\.fc1)"
     );
 }

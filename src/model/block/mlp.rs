@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::model::build::linear;
 use crate::model::init::Source;
 use crate::model::linear::{self, InputGrad, Linear};
-use crate::model::params::Grads;
+use crate::model::params::{Grads, module};
 use crate::model::segment::{Side, kept_or};
 use crate::ops::activation::{self, swiglu, swiglu_backward};
 use crate::spec::Activation;
@@ -29,6 +29,8 @@ pub struct Mlp {
     /// On the activation.
     pub(super) close: Linear,
 }
+
+module!(Mlp: open, close);
 
 /// Rows before the activation, `[N, hidden]` of each layer that the MLP begins with.
 pub(super) type Inner = Vec<Tensor>;

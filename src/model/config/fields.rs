@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 /// One JSON object and the path that leads to it, e.g. `text_config.`.
-pub(super) struct Fields<'a> {
+pub struct Fields<'a> {
     map: &'a Map<String, Value>,
     path: String,
     read: RefCell<BTreeSet<&'static str>>,

@@ -13,7 +13,7 @@ const SEES_AND_WRITES: [&str; 6] =
 const WRITES: [&str; 4] = ["ForConditionalGeneration", "ForCausalLM", "ForVision2Seq", "ForImageTextToText"];
 
 /// The error for a whole vision-language model that is none of those that are built; `None` if it is something else.
-pub(super) fn whole_of_another_kind(f: &Fields) -> Option<Error> {
+pub(in crate::model) fn whole_of_another_kind(f: &Fields) -> Option<Error> {
     let class = f.class();
     let writes = class.is_some_and(|c| WRITES.iter().any(|end| c.ends_with(end)));
     let whole = SEES_AND_WRITES.iter().any(|key| f.get(key).is_some()) || writes && f.get("vision_config").is_some();
@@ -24,15 +24,15 @@ pub(super) fn whole_of_another_kind(f: &Fields) -> Option<Error> {
             "`model_type` is {kind}{class}: a whole vision-language model of another kind than those that are built"
         ))
         .hint(
-            "whole models that load are llava and llava_next, e.g. llava-hf/llava-1.5-7b-hf; \
-             or build one from parts: a CLIP tower under model.vision, a LLaMA under model.language",
+            "docs/models.md has those that load, as model.source; or build one from parts: a tower under model.vision, a language \
+             model under model.language",
         ),
     )
 }
 
 /// A class with code of its own (`auto_map`) may compute anything: unless its name begins as those of the classes that are
 /// built, it is an error.
-pub(super) fn code_of_its_own(f: &Fields, built: &[&str]) -> Result<()> {
+pub(in crate::model) fn code_of_its_own(f: &Fields, built: &[&str]) -> Result<()> {
     let Some((class, code)) = f.class().zip(code(f)) else { return Ok(()) };
     if built.iter().any(|begin| class.starts_with(begin)) {
         return Ok(());

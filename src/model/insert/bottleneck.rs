@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
-use crate::model::params::{Module, Param};
+use crate::model::params::module;
 use crate::ops::graph::activate;
 use crate::spec::{Activation, BottleneckAdapter};
 use candle_core::Tensor;
@@ -63,10 +63,4 @@ impl Insert for Bottleneck {
     }
 }
 
-impl Module for Bottleneck {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.norm.iter_mut().for_each(|n| n.visit(f));
-        self.down.visit(f);
-        self.up.visit(f);
-    }
-}
+module!(Bottleneck: norm, down, up);

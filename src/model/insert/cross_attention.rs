@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{FeedForward, LayerNorm, Linear};
-use crate::model::params::{Module, Param};
+use crate::model::params::{Module, Param, module};
 use crate::ops::attention::Config;
 use crate::ops::graph::{attention, gated};
 use crate::spec::{CrossAttention as Recipe, CrossAttentionForm, Sees};
@@ -119,18 +119,21 @@ impl Insert for CrossAttention {
     }
 }
 
-impl Module for CrossAttention {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.to_q.visit(f);
-        self.to_kv.visit(f);
-        self.to_out.visit(f);
-        match &mut self.form {
-            Form::PostNorm(norm) => norm.visit(f),
-            Form::Gated(g) => {
-                g.norm.visit(f);
-                g.gates.iter_mut().for_each(&mut *f);
-                g.ff.visit(f);
-            }
+module!(CrossAttention: to_q, to_kv, to_out, form);
+module!(Gated: norm, gates, ff);
+
+impl Module for Form {
+    fn visit<'a>(&'a self, f: &mut dyn FnMut(&'a Param)) {
+        match self {
+            Self::Gated(gated) => gated.visit(f),
+            Self::PostNorm(norm) => norm.visit(f),
+        }
+    }
+
+    fn visit_mut(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        match self {
+            Self::Gated(gated) => gated.visit_mut(f),
+            Self::PostNorm(norm) => norm.visit_mut(f),
         }
     }
 }

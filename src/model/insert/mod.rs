@@ -8,7 +8,7 @@ pub mod bottleneck;
 pub mod cross_attention;
 
 use super::island::{self, Pass, Tape, Vars};
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Module, module};
 use super::segment::Side;
 use crate::bail;
 use crate::error::Result;
@@ -157,14 +157,4 @@ impl Clone for Inserts {
     }
 }
 
-impl Module for Inserts {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.0.iter_mut().for_each(|i| i.visit(f));
-    }
-}
-
-impl Module for Box<dyn Insert> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        (**self).visit(f);
-    }
-}
+module!(Inserts: 0);

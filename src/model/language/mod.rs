@@ -4,13 +4,12 @@
 
 pub mod rope;
 
-use super::block::{Block, Cache, MlpKind, Names, Shape};
+use super::backbone::LanguageConfig;
+use super::block::{Block, Cache};
 use super::build::{norm, param};
-use super::config::LlamaConfig;
-use super::init::Source;
-use super::linear::Linear;
+use super::init::{Place, Shapes, Source};
 use super::norm::Norm;
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Module, Param, module};
 use super::segment::{self, Kept, Side, Tape};
 use super::visual::Visual;
 use super::watch;
@@ -23,21 +22,13 @@ use crate::ops::norm::{Kind, Stats};
 use crate::ops::{attention, random};
 use candle_core::{DType, Device, Tensor};
 use rope::Rope;
+use std::collections::BTreeMap;
 use tracing::debug_span;
-
-/// What the modules of a layer are called.
-const NAMES: Names = Names {
-    norms: ["input_layernorm", "post_attention_layernorm"],
-    qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    out: "self_attn.o_proj",
-    open: &["mlp.gate_proj", "mlp.up_proj"],
-    close: "mlp.down_proj",
-};
 
 /// The language model.
 #[derive(Debug, Clone)]
 pub struct Language {
-    pub config: LlamaConfig,
+    pub config: LanguageConfig,
     pub embed_tokens: Param,
     pub layers: Vec<Block>,
     norm: Norm,
@@ -74,7 +65,7 @@ impl Saved {
 
 impl Language {
     /// Builds the model from `src`.
-    pub fn new(config: LlamaConfig, src: &mut dyn Source) -> Result<Self> {
+    pub fn new(config: LanguageConfig, src: &mut dyn Source) -> Result<Self> {
         let c = &config;
         if c.num_key_value_heads == 0
             || !c.num_attention_heads.is_multiple_of(c.num_key_value_heads)
@@ -87,28 +78,11 @@ impl Language {
                 c.head_dim
             )
         }
-        let (d, m, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
-        let attention = attention::Config {
-            heads: c.num_attention_heads,
-            kv_heads: c.num_key_value_heads,
-            head_dim: c.head_dim,
-            causal: true,
-        };
-        let shape = Shape {
-            width: d,
-            attention,
-            norm: Kind::Rms,
-            eps,
-            qkv_bias: c.attention_bias,
-            out_bias: c.attention_bias,
-            mlp: MlpKind::Gated,
-            hidden: m,
-            mlp_bias: c.mlp_bias,
-        };
+        let (d, eps) = (c.hidden_size, c.rms_norm_eps);
         let embed_tokens = param(src, "language.embed_tokens.weight".into(), &[c.vocab_size, d])?;
         let mut layers = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
-            layers.push(Block::new(format!("language.layers.{i}"), &shape, &NAMES, src)?);
+            layers.push(Block::new(format!("language.layers.{i}"), &c.block(), &c.architecture.block, src)?);
         }
         let last = norm(src, Kind::Rms, "language.norm", d, eps)?;
         let lm_head = if c.tie_word_embeddings {
@@ -120,11 +94,16 @@ impl Language {
         Ok(Self { config, embed_tokens, layers, norm: last, lm_head, rope, frontier, below: false })
     }
 
+    /// Names and shapes of all its parameters; a tied head is not one of them.
+    pub fn parameters(config: &LanguageConfig) -> Result<BTreeMap<String, Vec<usize>>> {
+        Ok(Self::new(config.clone(), &mut Shapes(Place::cpu()))?.shapes())
+    }
+
     /// Recomputes where backward has to go. `below`: something that feeds the embeddings needs a gradient; `visual`: so do
     /// the visual tokens that layers read.
     pub fn plan(&mut self, below: bool, visual: bool) {
         self.below = below || self.embed_tokens.trainable;
-        self.frontier = segment::frontier(&mut self.layers, self.below);
+        self.frontier = segment::frontier(&self.layers, self.below);
         if let (true, Some(first)) = (visual, self.first_that_sees()) {
             self.frontier = self.frontier.min(first);
         }
@@ -274,11 +253,6 @@ impl Language {
     pub fn device(&self) -> &Device {
         self.embed_tokens.compute().device()
     }
-
-    /// Every linear layer, in order.
-    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
-        self.layers.iter_mut().for_each(|l| l.for_each_linear(f));
-    }
 }
 
 /// Keys and values of all layers for one sequence.
@@ -302,11 +276,4 @@ fn text_rows(n: usize, spliced: &[u32]) -> Vec<u32> {
     (0..n as u32).filter(|r| !taken[*r as usize]).collect()
 }
 
-impl Module for Language {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.embed_tokens);
-        self.layers.iter_mut().for_each(|l| l.visit(f));
-        self.norm.visit(f);
-        f(&mut self.lm_head);
-    }
-}
+module!(Language: embed_tokens, layers, norm, lm_head);

@@ -1,7 +1,7 @@
 //! Rotary angles of LLaMA, with the scalings `linear` and `llama3` (HF `modeling_rope_utils`).
 
 use crate::error::Result;
-use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::model::backbone::{LanguageConfig, RopeScaling};
 use crate::ops::Real;
 use candle_core::{DType, Device, Tensor};
 
@@ -13,7 +13,7 @@ pub struct Rope {
 
 impl Rope {
     /// Frequencies of a config.
-    pub fn new(cfg: &LlamaConfig) -> Self {
+    pub fn new(cfg: &LanguageConfig) -> Self {
         let half = cfg.head_dim / 2;
         let base = (0..half).map(|i| 1.0 / cfg.rope_theta.powf(2.0 * i as f64 / cfg.head_dim as f64));
         Self { inv_freq: base.map(|f| stretch(f, &cfg.rope_scaling)).collect() }

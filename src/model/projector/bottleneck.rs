@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
-use crate::model::params::{Module, Param};
+use crate::model::params::module;
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
 use crate::spec::{Activation, BottleneckProjector};
@@ -66,11 +66,4 @@ impl Kind for Bottleneck {
     }
 }
 
-impl Module for Bottleneck {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.norm.visit(f);
-        self.down.visit(f);
-        self.up.visit(f);
-        self.out.iter_mut().for_each(|l| l.visit(f));
-    }
-}
+module!(Bottleneck: norm, down, up, out);

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
-use crate::model::params::{Module, Param};
+use crate::model::params::module;
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
 use crate::spec::{Activation, Layers, LinearProjector, MlpProjector};
@@ -99,10 +99,4 @@ impl Kind for Mlp {
     }
 }
 
-impl Module for Mlp {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.input_norm.iter_mut().for_each(|n| n.visit(f));
-        self.layers.iter_mut().for_each(|l| l.visit(f));
-        self.norm.iter_mut().for_each(|n| n.visit(f));
-    }
-}
+module!(Mlp: input_norm, layers, norm);

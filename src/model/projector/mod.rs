@@ -5,6 +5,7 @@
 
 pub mod bottleneck;
 pub mod mlp;
+pub mod names;
 pub mod perceiver;
 pub mod pixel_shuffle;
 pub mod published;
@@ -14,7 +15,7 @@ pub mod visual_prefix;
 
 use super::init::{Place, Source};
 use super::island::{self, Pass, Tape, Vars};
-use super::params::{Module, Param};
+use super::params::{Module, module};
 use super::vision::Grid;
 use crate::error::Result;
 use crate::ops::random::Key;
@@ -148,8 +149,4 @@ impl Clone for Projector {
     }
 }
 
-impl Module for Projector {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.0.visit(f);
-    }
-}
+module!(Projector: 0);

@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{GatedMlp, Linear, RmsNorm, each_picture, of_each};
-use crate::model::params::{Module, Param};
+use crate::model::params::{Param, module};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
@@ -137,19 +137,6 @@ impl Kind for Perceiver {
     }
 }
 
-impl Module for Perceiver {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.project.visit(f);
-        f(&mut self.latents);
-        self.layers.iter_mut().for_each(|l| l.visit(f));
-        self.norm.visit(f);
-    }
-}
+module!(Perceiver: project, latents, layers, norm);
 
-impl Module for Layer {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        [&mut self.latents_norm, &mut self.context_norm, &mut self.mlp_norm].into_iter().for_each(|n| n.visit(f));
-        [&mut self.q, &mut self.k, &mut self.v, &mut self.o].into_iter().for_each(|l| l.visit(f));
-        self.mlp.visit(f);
-    }
-}
+module!(Layer: latents_norm, context_norm, mlp_norm, q, k, v, o, mlp);

@@ -10,7 +10,7 @@ use crate::bail;
 use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
-use crate::model::params::{Module, Param};
+use crate::model::params::module;
 use crate::model::vision::Grid;
 use crate::spec::PixelShuffleProjector;
 use candle_core::Tensor;
@@ -68,8 +68,4 @@ impl Kind for PixelShuffle {
     }
 }
 
-impl Module for PixelShuffle {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.then.visit(f);
-    }
-}
+module!(PixelShuffle: then);

@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear, each_picture};
-use crate::model::params::{Module, Param};
+use crate::model::params::{Param, module};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{activate, attention, repeat};
@@ -181,34 +181,10 @@ impl Kind for Qformer {
     }
 }
 
-impl Module for Qformer {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.query_tokens);
-        self.norm.visit(f);
-        self.layers.iter_mut().for_each(|l| l.visit(f));
-        self.out.visit(f);
-    }
-}
+module!(Qformer: query_tokens, norm, layers, out);
 
-impl Module for Layer {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.own.visit(f);
-        self.features.iter_mut().for_each(|a| a.visit(f));
-        self.up.visit(f);
-        self.down.visit(f);
-    }
-}
+module!(Layer: own, features, up, down);
 
-impl Module for Attention {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|l| l.visit(f));
-        self.close.visit(f);
-    }
-}
+module!(Attention: q, k, v, close);
 
-impl Module for Close {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.dense.visit(f);
-        self.norm.visit(f);
-    }
-}
+module!(Close: dense, norm);

@@ -8,7 +8,7 @@ use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{FeedForward, LayerNorm, Linear, each_picture, of_each};
-use crate::model::params::{Module, Param};
+use crate::model::params::{Param, module};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
@@ -116,15 +116,5 @@ impl Kind for Resampler {
     }
 }
 
-impl Module for Resampler {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.latents);
-        for l in &mut self.layers {
-            [&mut l.norm_media, &mut l.norm_latents].into_iter().for_each(|n| n.visit(f));
-            [&mut l.to_q, &mut l.to_kv, &mut l.to_out].into_iter().for_each(|l| l.visit(f));
-            l.ff.visit(f);
-        }
-        self.norm.visit(f);
-        self.out.iter_mut().for_each(|l| l.visit(f));
-    }
-}
+module!(Resampler: latents, layers, norm, out);
+module!(Layer: norm_media, norm_latents, to_q, to_kv, to_out, ff);

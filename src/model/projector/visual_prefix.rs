@@ -6,7 +6,7 @@ use crate::error::{Context, Result};
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::Linear;
-use crate::model::params::{Module, Param};
+use crate::model::params::module;
 use crate::model::vision::Grid;
 use crate::ops::launch::widen;
 use crate::spec::VisualPrefixProjector;
@@ -52,8 +52,4 @@ impl Kind for VisualPrefix {
     }
 }
 
-impl Module for VisualPrefix {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.layer.visit(f);
-    }
-}
+module!(VisualPrefix: layer);

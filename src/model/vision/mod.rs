@@ -3,13 +3,12 @@
 
 pub mod positions;
 
-use super::block::{Block, MlpKind, Names, Shape};
+use super::backbone::VisionConfig;
+use super::block::Block;
 use super::build::norm;
-use super::config::VisionConfig;
-use super::init::Source;
-use super::linear::Linear;
+use super::init::{Place, Shapes, Source};
 use super::norm::Norm;
-use super::params::{Grads, Module, Param};
+use super::params::{Grads, Module, Param, module};
 use super::segment::{self, Kept, Side, Tape};
 use super::watch;
 use crate::bail;
@@ -17,10 +16,11 @@ use crate::error::Result;
 use crate::ops::embedding::{gather, scatter_, scatter_add_};
 use crate::ops::matmul::{Mat, matmul, matmul_wide, sum_rows};
 use crate::ops::norm::{Kind, Stats};
-use crate::ops::{attention, patches};
+use crate::ops::patches;
 use crate::spec::SelectFeature;
 use candle_core::Tensor;
 use positions::Positions;
+use std::collections::BTreeMap;
 
 /// The features of one picture: a square of patches row by row, a class token before it or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,15 +42,6 @@ impl Grid {
         self.side() * self.side() + usize::from(self.class_token)
     }
 }
-
-/// What the modules of a layer are called.
-const NAMES: Names = Names {
-    norms: ["layer_norm1", "layer_norm2"],
-    qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    out: "self_attn.out_proj",
-    open: &["mlp.fc1"],
-    close: "mlp.fc2",
-};
 
 /// The tower.
 #[derive(Debug, Clone)]
@@ -122,24 +113,8 @@ impl Tower {
             |name: &str, src: &mut dyn Source| norm(src, Kind::Layer, &format!("vision.{name}"), d, c.layer_norm_eps);
         let pre_layrnorm = ln("pre_layrnorm", src)?;
         let mut layers = Vec::with_capacity(n);
-        let shape = Shape {
-            width: d,
-            attention: attention::Config {
-                heads: c.num_attention_heads,
-                kv_heads: c.num_attention_heads,
-                head_dim: d / c.num_attention_heads,
-                causal: false,
-            },
-            norm: Kind::Layer,
-            eps: c.layer_norm_eps,
-            qkv_bias: true,
-            out_bias: true,
-            mlp: MlpKind::Plain(c.hidden_act),
-            hidden: c.intermediate_size,
-            mlp_bias: true,
-        };
         for i in 0..n {
-            layers.push(Block::new(format!("vision.encoder.layers.{i}"), &shape, &NAMES, src)?);
+            layers.push(Block::new(format!("vision.encoder.layers.{i}"), &c.block(), &c.architecture.block, src)?);
         }
         let post_layernorm = ln("post_layernorm", src)?;
         let depth = depth as usize;
@@ -157,6 +132,11 @@ impl Tower {
             select,
             frontier: None,
         })
+    }
+
+    /// Names and shapes of all its parameters.
+    pub fn parameters(config: &VisionConfig) -> Result<BTreeMap<String, Vec<usize>>> {
+        Ok(Self::new(config.clone(), -1, SelectFeature::Patch, &mut Shapes(Place::cpu()))?.shapes())
     }
 
     /// Layers that run.
@@ -203,7 +183,7 @@ impl Tower {
     /// Recomputes where backward has to go; called when what trains has changed.
     pub fn plan(&mut self) {
         let below = self.embeddings_train();
-        let f = segment::frontier(&mut self.layers[..self.depth], below);
+        let f = segment::frontier(&self.layers[..self.depth], below);
         self.frontier = (below || f < self.depth).then_some(f);
     }
 
@@ -213,9 +193,9 @@ impl Tower {
     }
 
     /// Names of parameters that no gradient can reach, with the reason.
-    pub fn unreachable(&mut self) -> Vec<(String, String)> {
+    pub fn unreachable(&self) -> Vec<(String, String)> {
         let (mut out, depth, n) = (Vec::new(), self.depth, self.layers.len());
-        let mut note = |p: &mut Param, why: &str| {
+        let mut note = |p: &Param, why: &str| {
             if p.trainable {
                 out.push((p.name.clone(), why.to_string()));
             }
@@ -223,7 +203,7 @@ impl Tower {
         let why = format!(
             "the features are taken after layer {depth} of {n} (select_layer), so this layer is never computed"
         );
-        self.layers[depth..].iter_mut().for_each(|l| l.visit(&mut |p| note(p, &why)));
+        self.layers[depth..].iter().for_each(|l| l.visit(&mut |p| note(p, &why)));
         self.post_layernorm
             .visit(&mut |p| note(p, "hidden states are taken before the tower's last norm, so it is never computed"));
         out
@@ -341,20 +321,6 @@ impl Tower {
             .any(|p| p.trainable)
             || pre.bias.as_ref().is_some_and(|b| b.trainable)
     }
-
-    /// Every linear layer, in order.
-    pub fn for_each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
-        self.layers.iter_mut().for_each(|l| l.for_each_linear(f));
-    }
 }
 
-impl Module for Tower {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        f(&mut self.class_embedding);
-        f(&mut self.patch_embedding);
-        f(&mut self.position_embedding);
-        self.pre_layrnorm.visit(f);
-        self.layers.iter_mut().for_each(|l| l.visit(f));
-        self.post_layernorm.visit(f);
-    }
-}
+module!(Tower: class_embedding, patch_embedding, position_embedding, pre_layrnorm, layers, post_layernorm);

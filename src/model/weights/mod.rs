@@ -1,10 +1,8 @@
 //! Pretrained weights on disk, under canonical names, loaded one by one and accounted for to the last.
 
 pub mod hub;
-pub mod names;
 mod pickle;
 pub mod progress;
-pub mod shapes;
 pub mod source;
 pub mod tensors;
 #[cfg(test)]
@@ -12,10 +10,10 @@ mod tests;
 
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::model::config::{LlamaConfig, LlavaConfig, VisionConfig, is_original};
+use crate::model::backbone::{Config, LanguageConfig, Name, VisionConfig};
+use crate::model::container::{self, WholeConfig};
+use crate::model::projector::names;
 use candle_core::{DType, Device, Tensor};
-use names::{Family, Name};
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 pub use tensors::{Info, Tensors};
@@ -46,28 +44,37 @@ impl std::fmt::Debug for Weights {
 }
 
 impl Weights {
-    /// The vision tower in a folder of `CLIPVisionModel`, `CLIPModel` or `LlavaForConditionalGeneration`.
+    /// The vision tower in a folder of one, or of a whole model.
     pub fn vision(dir: &Path) -> Result<(VisionConfig, Self)> {
-        if is_llava(dir) {
-            return Ok((LlavaConfig::from_dir(dir)?.vision, Self::open(dir, Family::Llava)?.only("vision.")));
+        if container::is_built(dir) {
+            let whole = WholeConfig::from_dir(dir)?;
+            let weights = Self::open(dir, |name| whole.canonical(name))?.only("vision.");
+            return Ok((whole.vision, weights));
         }
-        Ok((VisionConfig::from_dir(dir)?, Self::open(dir, Family::Clip)?))
+        let config = VisionConfig::from_dir(dir)?;
+        let weights = Self::open(dir, config.architecture.canonical)?;
+        Ok((config, weights))
     }
 
-    /// The language model in a folder of `LlamaForCausalLM`, `LlavaForConditionalGeneration` or the original LLaVA code.
-    pub fn language(dir: &Path) -> Result<(LlamaConfig, Self)> {
-        let (mut config, mut weights) = if is_llava(dir) {
-            (LlavaConfig::from_dir(dir)?.text, Self::open(dir, Family::Llava)?.only("language."))
+    /// The language model in a folder of one, or of a whole model.
+    pub fn language(dir: &Path) -> Result<(LanguageConfig, Self)> {
+        let (mut config, mut weights) = if container::is_built(dir) {
+            let whole = WholeConfig::from_dir(dir)?;
+            let weights = Self::open(dir, |name| whole.canonical(name))?.only("language.");
+            (whole.text, weights)
         } else {
-            (LlamaConfig::from_dir(dir)?, Self::open(dir, Family::Llama)?)
+            let config = LanguageConfig::from_dir(dir)?;
+            let weights = Self::open(dir, config.architecture.canonical)?;
+            (config, weights)
         };
         weights.tie(&mut config.tie_word_embeddings)?;
         Ok((config, weights))
     }
 
-    /// A whole `LlavaForConditionalGeneration` folder.
-    pub fn llava(dir: &Path) -> Result<(LlavaConfig, Self)> {
-        let (mut config, mut weights) = (LlavaConfig::from_dir(dir)?, Self::open(dir, Family::Llava)?);
+    /// The folder of a whole model.
+    pub fn whole(dir: &Path) -> Result<(WholeConfig, Self)> {
+        let mut config = WholeConfig::from_dir(dir)?;
+        let mut weights = Self::open(dir, |name| config.canonical(name))?;
         weights.tie(&mut config.text.tie_word_embeddings)?;
         Ok((config, weights))
     }
@@ -82,7 +89,7 @@ impl Weights {
             None => Tensors::open_file(path)?,
         };
         let inside = if names::bare_qformer(tensors.names()) { "qformer." } else { "" };
-        let named = |name: &str| names::projector(&format!("{inside}{name}")).map_or(Name::Ignored, Name::Known);
+        let named = |name: &str| names::canonical(&format!("{inside}{name}")).map_or(Name::Ignored, Name::Known);
         let weights = Self::new(tensors, path, named)?;
         if weights.names.is_empty() {
             bail!("{} holds no projector", path.display(); "expected tensors `multi_modal_projector.linear_1.weight` …");
@@ -92,7 +99,7 @@ impl Weights {
 
     /// What the original LLaVA code trained beside a LoRA: the projector, and nothing else that is known.
     pub fn beside_lora(file: &Path) -> Result<Self> {
-        let named = |name: &str| names::projector(name).map_or(Name::Unknown, Name::Known);
+        let named = |name: &str| names::canonical(name).map_or(Name::Unknown, Name::Known);
         let weights = Self::new(Tensors::open_file(file)?, file, named)?;
         if let Some(other) = weights.names().find(|n| !n.starts_with("projector.")) {
             bail!("{}: `{other}` was trained beside the LoRA and is no part of a projector", file.display();
@@ -101,8 +108,9 @@ impl Weights {
         Ok(weights)
     }
 
-    fn open(dir: &Path, family: Family) -> Result<Self> {
-        Self::new(Tensors::open(dir)?, dir, |name| names::canonical(family, name))
+    fn open(dir: &Path, meaning: impl Fn(&str) -> Name) -> Result<Self> {
+        let computed = |name: &str| name.ends_with(".position_ids") || name.ends_with(".rotary_emb.inv_freq");
+        Self::new(Tensors::open(dir)?, dir, |name| if computed(name) { Name::Ignored } else { meaning(name) })
     }
 
     /// Holds what config.json says of the head (`tied`: it is the embeddings) to the files, as `tie_weights` of transformers 5
@@ -226,20 +234,4 @@ impl Weights {
             None => error.hint("does `config.json` fit the weights?"),
         }
     }
-}
-
-/// Whether `config.json` in `dir` describes a whole `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`; any
-/// problem with the file is reported by its reader.
-pub fn is_llava(dir: &Path) -> bool {
-    let llava = |c: &Value| matches!(c.get("model_type").and_then(Value::as_str), Some("llava" | "llava_next"));
-    config(dir).is_some_and(|c| llava(&c) && !is_original(&c))
-}
-
-/// Whether `config.json` in `dir` describes a whole LLaVA, be it in the layout of the original code.
-pub fn is_whole(dir: &Path) -> bool {
-    is_llava(dir) || config(dir).is_some_and(|c| is_original(&c))
-}
-
-fn config(dir: &Path) -> Option<Value> {
-    source::read_text(&dir.join("config.json")).ok().and_then(|t| serde_json::from_str(&t).ok())
 }

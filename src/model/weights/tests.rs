@@ -22,9 +22,9 @@ fn drain(mut weights: Weights) -> BTreeMap<String, (Vec<usize>, Vec<u32>)> {
 
 #[test]
 fn every_folder_of_the_golden_model_gives_the_same_tensors() {
-    let whole = drain(Weights::llava(&golden("model")).unwrap().1);
+    let whole = drain(Weights::whole(&golden("model")).unwrap().1);
     assert_eq!(whole.len(), 89);
-    assert_eq!(whole, drain(Weights::llava(&golden("model_hub_naming")).unwrap().1));
+    assert_eq!(whole, drain(Weights::whole(&golden("model_hub_naming")).unwrap().1));
     let mut parts = drain(Weights::vision(&golden("vision")).unwrap().1);
     assert_eq!(parts, drain(Weights::vision(&golden("vision_clip_full")).unwrap().1));
     assert_eq!(parts, drain(Weights::vision(&golden("model")).unwrap().1));
@@ -73,7 +73,7 @@ fn pytorch_files_give_what_pytorch_saved() {
         }
         found.len()
     };
-    let llama = |name: &str| names::for_file(Family::Llama, name).unwrap();
+    let llama = |name: &str| (crate::model::backbone::LANGUAGES[0].stored)(name).unwrap();
     assert_eq!(check(drain(Weights::language(&pickled("single")).unwrap().1), &llama), 12);
     assert_eq!(check(drain(Weights::language(&pickled("sharded")).unwrap().1), &llama), 12);
     let projector = |name: &str| match name.strip_prefix("projector.linear_").unwrap().split_once('.').unwrap() {

@@ -1,8 +1,9 @@
 //! Rotary embeddings in every spelling of a `config.json`.
 
-use super::fields::Fields;
-use super::{RopeScaling, unsupported};
+use super::language::RopeScaling;
 use crate::error::{Error, Result};
+use crate::model::config::fields::Fields;
+use crate::model::config::unsupported;
 
 /// Base of the rotary embedding where no file names one.
 const THETA: f64 = 10000.0;

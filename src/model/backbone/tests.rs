@@ -1,4 +1,7 @@
 use super::*;
+use crate::model::container::WholeConfig;
+use crate::spec::Activation;
+use serde_json::json;
 use std::path::PathBuf;
 
 fn golden(folder: &str) -> PathBuf {
@@ -7,9 +10,9 @@ fn golden(folder: &str) -> PathBuf {
 
 #[test]
 fn all_spellings_of_one_model_agree() {
-    let new = LlavaConfig::from_dir(&golden("model")).unwrap();
-    assert_eq!(new, LlavaConfig::from_dir(&golden("model_hub_naming")).unwrap());
-    assert_eq!(new.text, LlamaConfig::from_dir(&golden("language")).unwrap());
+    let new = WholeConfig::from_dir(&golden("model")).unwrap();
+    assert_eq!(new, WholeConfig::from_dir(&golden("model_hub_naming")).unwrap());
+    assert_eq!(new.text, LanguageConfig::from_dir(&golden("language")).unwrap());
     assert_eq!(new.vision, VisionConfig::from_dir(&golden("vision")).unwrap());
     assert_eq!(new.vision, VisionConfig::from_dir(&golden("vision_clip_full")).unwrap());
     assert_eq!((new.image_token_index, new.select_layer, new.tokens_per_image()), (380, -2, 16));
@@ -18,7 +21,7 @@ fn all_spellings_of_one_model_agree() {
 
 #[test]
 fn json_round_trips() {
-    let mut config = LlavaConfig::from_dir(&golden("model")).unwrap();
+    let mut config = WholeConfig::from_dir(&golden("model")).unwrap();
     config.text.rope_theta = 5e5;
     config.text.rope_scaling = RopeScaling::Llama3 {
         factor: 8.0,
@@ -28,16 +31,16 @@ fn json_round_trips() {
     };
     config.text.eos_token_ids = vec![2, 7];
     config.text.tie_word_embeddings = true;
-    assert_eq!(config, LlavaConfig::from_json(&config.to_json()).unwrap());
+    assert_eq!(config, WholeConfig::from_json(&config.to_json()).unwrap());
     config.text.rope_scaling = RopeScaling::Linear { factor: 2.5 };
     (config.text.bos_token_id, config.text.pad_token_id, config.text.eos_token_ids) = (None, None, vec![]);
-    assert_eq!(config.text, LlamaConfig::from_json(&config.text.to_json()).unwrap());
+    assert_eq!(config.text, LanguageConfig::from_json(&config.text.to_json()).unwrap());
     assert_eq!(config.vision, VisionConfig::from_json(&config.vision.to_json()).unwrap());
 }
 
 #[test]
 fn almost_empty_hub_files_mean_vicuna_7b_and_clip_large() {
-    let config = LlavaConfig::from_json(&json!({
+    let config = WholeConfig::from_json(&json!({
         "model_type": "llava",
         "text_config": { "model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096 },
     }))
@@ -58,15 +61,15 @@ fn old_clip_and_llama_files() {
     assert_eq!((clip.hidden_size, clip.num_patches(), clip.num_hidden_layers), (48, 4, 12));
     let llama = json!({ "rope_theta": 5e5, "rope_scaling": { "type": "linear", "factor": 4.0 }, "pad_token_id": -1,
         "eos_token_id": [2, 3] });
-    let llama = LlamaConfig::from_json(&llama).unwrap();
+    let llama = LanguageConfig::from_json(&llama).unwrap();
     assert_eq!((llama.rope_theta, &llama.rope_scaling), (5e5, &RopeScaling::Linear { factor: 4.0 }));
     assert_eq!((llama.pad_token_id, llama.eos_token_ids), (None, vec![2, 3]));
 }
 
-/// Values of `LlamaConfig.from_dict` of transformers 5.23.
+/// Values of `LanguageConfig.from_dict` of transformers 5.23.
 #[test]
 fn rope_in_both_spellings() {
-    let read = |v: Value| LlamaConfig::from_json(&v).map(|c| (c.rope_theta, c.rope_scaling));
+    let read = |v: Value| LanguageConfig::from_json(&v).map(|c| (c.rope_theta, c.rope_scaling));
     let new = json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5 });
     let old = json!({ "rope_type": "linear", "factor": 4.0 });
     let linear = |factor| RopeScaling::Linear { factor };
@@ -98,7 +101,7 @@ fn rope_in_both_spellings() {
 
 #[test]
 fn what_is_not_built_is_an_error_that_names_the_key() {
-    let llama = |v: Value| LlamaConfig::from_json(&v).unwrap_err().report();
+    let llama = |v: Value| LanguageConfig::from_json(&v).unwrap_err().report();
     let yarn = llama(json!({ "rope_scaling": { "rope_type": "yarn", "factor": 4.0 } }));
     assert!(yarn.contains("`rope_scaling.rope_type` is yarn") && yarn.contains("supported: default, linear"), "{yarn}");
     assert!(
@@ -111,7 +114,7 @@ fn what_is_not_built_is_an_error_that_names_the_key() {
         llama(json!({ "hidden_size": "big" })).contains("`hidden_size` must be a positive whole number, not \"big\"")
     );
     assert!(llama(json!({ "hidden_size": 30, "num_attention_heads": 4 })).contains("(30) is not a multiple of"));
-    let llava = |v: Value| LlavaConfig::from_json(&v).unwrap_err().report();
+    let llava = |v: Value| WholeConfig::from_json(&v).unwrap_err().report();
     assert!(llava(json!({ "model_type": "llava_llama" })).contains("llava-hf/llava-1.5-7b-hf"));
     let siglip = json!({ "model_type": "llava", "vision_config": { "model_type": "siglip_vision_model" } });
     assert!(llava(siglip).contains("`vision_config.model_type` is siglip_vision_model"));
@@ -123,7 +126,9 @@ fn what_is_not_built_is_an_error_that_names_the_key() {
 fn a_table_written_by_hand_may_not_hold_unknown_keys() {
     let error = VisionConfig::from_init(&json!({ "hiden_size": 64 })).unwrap_err().report();
     assert_eq!(error, "unknown key `hiden_size`\n\nhint: did you mean `hidden_size`?");
-    assert!(LlamaConfig::from_init(&json!({ "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100 })).is_ok());
+    assert!(
+        LanguageConfig::from_init(&json!({ "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100 })).is_ok()
+    );
     let missing = VisionConfig::from_dir(Path::new("nowhere")).unwrap_err().report();
     assert!(missing.contains("nowhere/config.json") || missing.contains("nowhere\\config.json"), "{missing}");
 }
