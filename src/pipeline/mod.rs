@@ -30,6 +30,7 @@ pub mod state;
 pub mod steps;
 
 use crate::bail;
+use crate::checkpoint::sums;
 use crate::data::{Sight, synth};
 use crate::error::near::suggestion;
 use crate::error::{Context, Result};
@@ -135,9 +136,21 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     Ok(Outcome::Finished)
 }
 
-/// Loads weights, with a bar.
+/// Loads weights and proves them by their checksums, with a bar.
 pub fn loading<T>(reporter: &Reporter, load: impl FnOnce() -> T) -> T {
-    reporter.watch("loading weights", weights::progress::so_far, load)
+    let so_far = || {
+        let (loaded, hashed) = (weights::progress::so_far(), sums::so_far());
+        (loaded.0 + hashed.0, loaded.1 + hashed.1)
+    };
+    let before = so_far();
+    reporter.watch(
+        "loading weights",
+        || {
+            let now = so_far();
+            (now.0 - before.0, now.1 - before.1)
+        },
+        load,
+    )
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -152,8 +165,8 @@ fn start(
     let before = parent(recipe, name)?;
     let mut state = match (before, at) {
         (Some(p), Some((done, state))) if p == done => state,
-        (Some(p), _) => restore(recipe, dir, assembly, p)?,
-        (None, _) => fresh_state(recipe, assembly)?,
+        (Some(p), _) => loading(reporter, || restore(recipe, dir, assembly, p))?,
+        (None, _) => loading(reporter, || fresh_state(recipe, assembly))?,
     };
     merge::measured(recipe, &mut state, name, assembly, reporter, dir).with_context(|| format!("stage.{name}"))?;
     Ok(state)
@@ -267,7 +280,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly, reporter: &Reporter) -> Resu
         costs.add_eval(eval, name, &data);
         evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
-    let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
+    let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated, reporter)?;
     if assembly.place.dtype != candle_core::DType::F32 {
         inputs.sums.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }
