@@ -79,7 +79,7 @@ pub enum Outcome {
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
 pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
-    refuse_others(&recipe.output_dir, recipe)?;
+    reading(reporter, OF_THE_RUN, || refuse_others(&recipe.output_dir, recipe))?;
     make_data(recipe, reporter)?;
     let mut assembly = loading(reporter, || assemble(recipe, &options.place))?;
     let recipe = &date::kept(recipe, &mut assembly)?;
@@ -89,7 +89,8 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
-    let (dir, warnings) = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
+    let open = || RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes);
+    let (dir, warnings) = reading(reporter, OF_THE_RUN, open)?;
     warnings.iter().for_each(|w| reporter.warn(w));
     let (mut coming, mut plan) = (BTreeSet::new(), Vec::new());
     for name in &wanted {
@@ -136,21 +137,26 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     Ok(Outcome::Finished)
 }
 
+/// Name of the bar while the run's own files are proved.
+const OF_THE_RUN: &str = "checksums of the run";
+
 /// Loads weights and proves them by their checksums, with a bar.
 pub fn loading<T>(reporter: &Reporter, load: impl FnOnce() -> T) -> T {
+    reading(reporter, "loading weights", load)
+}
+
+/// Does `work` with a bar of the bytes that it loads or takes checksums of.
+fn reading<T>(reporter: &Reporter, name: &str, work: impl FnOnce() -> T) -> T {
     let so_far = || {
         let (loaded, hashed) = (weights::progress::so_far(), sums::so_far());
         (loaded.0 + hashed.0, loaded.1 + hashed.1)
     };
     let before = so_far();
-    reporter.watch(
-        "loading weights",
-        || {
-            let now = so_far();
-            (now.0 - before.0, now.1 - before.1)
-        },
-        load,
-    )
+    let poll = || {
+        let now = so_far();
+        (now.0 - before.0, now.1 - before.1)
+    };
+    reporter.watch(name, poll, work)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
