@@ -49,6 +49,14 @@ pub fn free_for(path: &Path, what: &str, ours: impl Fn(&str) -> bool) -> Result<
         "choose another name, or move the file away")
 }
 
+/// The file that [`write_out`] writes for a path, its links followed; none where it is a device or a pipe.
+pub fn file_of(path: &Path) -> Result<Option<PathBuf>> {
+    match place(path).map_err(|e| storage_error(path, e))? {
+        Place::File(file) => Ok(Some(file)),
+        Place::Stream => Ok(None),
+    }
+}
+
 /// Where the bytes for a path go.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Name of the list in its folder.
 pub const FILE: &str = "SHA256SUMS";
@@ -209,9 +210,20 @@ fn is_sum(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
+/// Bytes of files that have been hashed, and of those that were opened for it, since the process began.
+static HASHED: AtomicU64 = AtomicU64::new(0);
+static OPENED: AtomicU64 = AtomicU64::new(0);
+
+/// How far [`sha256_file`] has come since the process began, in bytes, and of how many in the files opened so far: for whoever
+/// shows it.
+pub fn so_far() -> (u64, u64) {
+    (HASHED.load(Ordering::Relaxed), OPENED.load(Ordering::Relaxed))
+}
+
 /// SHA-256 of a file, in hex.
 pub fn sha256_file(path: &Path) -> Result<String> {
     let mut file = File::open(path).with_context(|| path.display().to_string())?;
+    OPENED.fetch_add(file.metadata().map_or(0, |m| m.len()), Ordering::Relaxed);
     let (mut h, mut buf) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         let n = file.read(&mut buf).with_context(|| path.display().to_string())?;
@@ -219,6 +231,7 @@ pub fn sha256_file(path: &Path) -> Result<String> {
             return Ok(hex(&h.finalize()));
         }
         h.update(&buf[..n]);
+        HASHED.fetch_add(n as u64, Ordering::Relaxed);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{device, model};
 use crate::checkpoint::atomic;
 use crate::data::{Dataset, Item, load_pixels};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::vlm::Mode;
 use crate::pipeline::pictures::Pictures;
 use crate::pipeline::positions;
@@ -17,6 +17,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+mod partial;
+use partial::Partial;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -28,6 +31,7 @@ pub struct Args {
     #[arg(long)]
     images: Option<PathBuf>,
     /// One JSON object a line: id, loss, label_tokens, logps. Scores that are there already are replaced, any other file is not.
+    /// Until all are done they are in FILE.partial, from which the same command goes on.
     #[arg(long)]
     out: PathBuf,
     /// Samples a forward pass.
@@ -75,31 +79,48 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let (mut pictures, owner) = (Pictures::default(), args.data.display().to_string());
     pictures.add_all(&owner, &set);
     pictures.prove(&BTreeSet::from([owner]), m.assembly.images.as_ref(), reporter)?;
-    let (total, progress) = (set.items.len(), reporter.progress("samples", set.items.len()));
-    let (mut done, mut failed) = (0, None);
-    atomic::write_out(&args.out, |out| {
-        let _deferred = signals.defer("finishing the samples at hand; the lines so far are kept");
-        for items in set.items.chunks(args.micro) {
-            if signals.asked() {
-                break;
-            }
-            match lines(&m, items) {
-                Ok(lines) => out.write_all(&lines)?,
-                // The lines before it are worth to be kept.
-                Err(e) => {
-                    failed = Some(e);
-                    break;
-                }
-            }
-            out.flush()?;
-            done += items.len();
-            progress.inc(items.len());
+    let scoring = Scoring { m: &m, items: &set.items, micro: args.micro, signals: &signals, reporter };
+    let place = &m.assembly.place;
+    let setting =
+        format!("{} {} {:?} {:?}", env!("ADFREEZE_VERSION"), args.micro, place.device.location(), place.dtype);
+    let total = set.items.len();
+    let (done, failed, partial) = match Partial::open(&args.out, setting).context("--out")? {
+        Some(mut partial) => {
+            let from = scoring.go_on(&mut partial)?;
+            let (done, failed) = scoring.go(from, |items, lines| partial.add(items, &lines))?;
+            (done, failed, Some(partial))
         }
-        failed.take_if(|_| done == 0).map_or(Ok(()), Err)
-    })?;
-    drop(progress);
-    let kept = format!("{done} of {total} samples are in {}", args.out.display());
+        None => {
+            let mut ended = (0, None);
+            atomic::write_out(&args.out, |out| {
+                ended = scoring.go(0, |_, lines| {
+                    lines.iter().try_for_each(|line| writeln!(out, "{line}"))?;
+                    Ok(out.flush()?)
+                })?;
+                Ok(())
+            })?;
+            (ended.0, ended.1, None)
+        }
+    };
+    let path = args.out.display().to_string();
+    let (kept, goes_on) = match partial {
+        Some(partial) if done == total => {
+            partial.finish(&args.out)?;
+            (path, "")
+        }
+        Some(partial) if done == 0 => {
+            partial.discard()?;
+            (path, "")
+        }
+        Some(mut partial) => {
+            partial.sync()?;
+            (partial.path().display().to_string(), "; the same command goes on from there")
+        }
+        None => (path, ""),
+    };
+    let kept = format!("{done} of {total} samples are in {kept}{goes_on}");
     match failed {
+        Some(e) if done == 0 => Err(e),
         Some(e) => Err(also(e, kept)),
         None if done < total => {
             reporter.info(&format!("asked to stop: {kept}"));
@@ -112,8 +133,66 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     }
 }
 
+/// What is scored, and who is told.
+struct Scoring<'a> {
+    m: &'a model::Loaded,
+    items: &'a [Item],
+    micro: usize,
+    signals: &'a Signals,
+    reporter: &'a Reporter,
+}
+
+impl Scoring<'_> {
+    /// How many samples an earlier process has done: their lines are in `partial`, which holds no others then. The last of them
+    /// are computed again, which tells whether they are of these weights.
+    fn go_on(&self, partial: &mut Partial) -> Result<usize> {
+        let mut kept = partial.kept(self.items)?;
+        // Samples of one pass are kept together: their padding is a matter of all of them.
+        if kept.len() < self.items.len() {
+            kept.truncate(kept.len() / self.micro * self.micro);
+        }
+        let path = partial.path().display().to_string();
+        let last = kept.len().saturating_sub(1) / self.micro * self.micro;
+        if !kept.is_empty() && lines(self.m, &self.items[last..kept.len()])? != kept[last..] {
+            self.reporter.warn(&format!("{path} holds scores of another model: it is begun again"));
+            kept.clear();
+        }
+        partial.restart(&self.items[..kept.len()], &kept)?;
+        if !kept.is_empty() {
+            let (n, total) = (kept.len(), self.items.len());
+            self.reporter.info(&format!("{path} holds {n} of {total} samples: it goes on from there"));
+        }
+        Ok(kept.len())
+    }
+
+    /// Scores the samples behind the first `from`, hands their lines to `put`, and returns how many are done in all; and what
+    /// went wrong with the next ones, where the lines before it are worth to be kept.
+    fn go(
+        &self,
+        from: usize,
+        mut put: impl FnMut(&[Item], Vec<String>) -> Result<()>,
+    ) -> Result<(usize, Option<Error>)> {
+        let progress = self.reporter.progress("samples", self.items.len());
+        progress.skip(from);
+        let _deferred = self.signals.defer("finishing the samples at hand; the lines so far are kept");
+        let mut done = from;
+        for items in self.items[from..].chunks(self.micro) {
+            if self.signals.asked() {
+                break;
+            }
+            match lines(self.m, items) {
+                Ok(lines) => put(items, lines)?,
+                Err(e) => return Ok((done, Some(e))),
+            }
+            done += items.len();
+            progress.inc(items.len());
+        }
+        Ok((done, None))
+    }
+}
+
 /// The lines of some samples.
-fn lines(m: &model::Loaded, items: &[Item]) -> Result<Vec<u8>> {
+fn lines(m: &model::Loaded, items: &[Item]) -> Result<Vec<String>> {
     let pixels = load_pixels(items, m.assembly.images.as_ref())?;
     let samples: Vec<_> = items.iter().flat_map(Item::samples).collect();
     let batch = collate(&samples, &pixels)?;
@@ -126,8 +205,7 @@ fn lines(m: &model::Loaded, items: &[Item]) -> Result<Vec<u8>> {
         at += logps.len();
         let loss = -logps.iter().sum::<f64>() / logps.len() as f64;
         let line = Line { id: &s.id, loss, label_tokens: logps.len(), logps };
-        serde_json::to_writer(&mut out, &line).with_context(|| &s.id)?;
-        out.push(b'\n');
+        out.push(serde_json::to_string(&line).with_context(|| &s.id)?);
     }
     Ok(out)
 }

@@ -167,8 +167,9 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, (String, Option<usize>)
         let index =
             e.path().iter().next().and_then(|s| if let Segment::Seq { index } = s { Some(*index) } else { None });
         let told = plain(&e.inner().to_string());
-        match e.path().to_string().as_str() {
-            "." => (told, index),
+        // Behind a dot, what was begun but has no name yet.
+        match e.path().to_string().trim_end_matches(".?") {
+            "." | "" | "?" => (told, index),
             key => (format!("{key}: {told}"), index),
         }
     })?;

@@ -4,6 +4,7 @@ pub(super) mod guard;
 mod special;
 
 use crate::bail;
+use crate::error::words::plain;
 use crate::error::{Context, Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -134,7 +135,8 @@ struct Outline {
 
 fn open(file: &Path) -> Result<(Tokenizer, guard::Growth)> {
     let damaged = |e: &dyn std::fmt::Display| {
-        Error::new(format!("cannot read the tokenizer {}: {e}", file.display()))
+        let why = plain(&e.to_string());
+        Error::new(format!("cannot read the tokenizer {}: {why}", file.display()))
             .hint("fetch the file again; a Git LFS pointer is a few lines of text")
     };
     let bytes = std::fs::read(file).map_err(|e| damaged(&e))?;

@@ -24,6 +24,9 @@ fn split_place(message: &str) -> (&str, Option<(&str, &str)>) {
 fn translate(text: &str) -> Option<String> {
     if let Some(rest) = text.strip_prefix("invalid type: ").or(text.strip_prefix("invalid value: ")) {
         let (is, must) = rest.rsplit_once(", expected ")?;
+        if must == "string only" {
+            return Some("must be one of its choices, by its name or as a section with its settings".into());
+        }
         return Some(format!("is {}, and must be {}", found(is), wanted(must)));
     }
     if let Some(rest) = text.strip_prefix("invalid length ") {

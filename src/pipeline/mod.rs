@@ -30,6 +30,7 @@ pub mod state;
 pub mod steps;
 
 use crate::bail;
+use crate::checkpoint::sums;
 use crate::data::{Sight, synth};
 use crate::error::near::suggestion;
 use crate::error::{Context, Result};
@@ -78,7 +79,7 @@ pub enum Outcome {
 /// Runs the stages of a recipe in order; finished ones are skipped, a broken one goes on from its newest checkpoint.
 pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<Outcome> {
     let wanted = chosen_stages(recipe, options)?;
-    refuse_others(&recipe.output_dir, recipe)?;
+    reading(reporter, OF_THE_RUN, || refuse_others(&recipe.output_dir, recipe))?;
     make_data(recipe, reporter)?;
     let mut assembly = loading(reporter, || assemble(recipe, &options.place))?;
     let recipe = &date::kept(recipe, &mut assembly)?;
@@ -88,7 +89,8 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     for name in &recipe.stages {
         newline::warnings(recipe, &mut assembly, name)?.iter().for_each(|w| reporter.warn(w));
     }
-    let (dir, warnings) = RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes)?;
+    let open = || RunDir::open(&recipe.output_dir, recipe, &inputs, options.allow_changes);
+    let (dir, warnings) = reading(reporter, OF_THE_RUN, open)?;
     warnings.iter().for_each(|w| reporter.warn(w));
     let (mut coming, mut plan) = (BTreeSet::new(), Vec::new());
     for name in &wanted {
@@ -135,9 +137,26 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     Ok(Outcome::Finished)
 }
 
-/// Loads weights, with a bar.
+/// Name of the bar while the run's own files are proved.
+const OF_THE_RUN: &str = "checksums of the run";
+
+/// Loads weights and proves them by their checksums, with a bar.
 pub fn loading<T>(reporter: &Reporter, load: impl FnOnce() -> T) -> T {
-    reporter.watch("loading weights", weights::progress::so_far, load)
+    reading(reporter, "loading weights", load)
+}
+
+/// Does `work` with a bar of the bytes that it loads or takes checksums of.
+fn reading<T>(reporter: &Reporter, name: &str, work: impl FnOnce() -> T) -> T {
+    let so_far = || {
+        let (loaded, hashed) = (weights::progress::so_far(), sums::so_far());
+        (loaded.0 + hashed.0, loaded.1 + hashed.1)
+    };
+    let before = so_far();
+    let poll = || {
+        let now = so_far();
+        (now.0 - before.0, now.1 - before.1)
+    };
+    reporter.watch(name, poll, work)
 }
 
 /// The state in which stage `name` starts: that of its parent, from memory if it has just run, else from the run directory.
@@ -152,8 +171,8 @@ fn start(
     let before = parent(recipe, name)?;
     let mut state = match (before, at) {
         (Some(p), Some((done, state))) if p == done => state,
-        (Some(p), _) => restore(recipe, dir, assembly, p)?,
-        (None, _) => fresh_state(recipe, assembly)?,
+        (Some(p), _) => loading(reporter, || restore(recipe, dir, assembly, p))?,
+        (None, _) => loading(reporter, || fresh_state(recipe, assembly))?,
     };
     merge::measured(recipe, &mut state, name, assembly, reporter, dir).with_context(|| format!("stage.{name}"))?;
     Ok(state)
@@ -267,7 +286,7 @@ fn survey(recipe: &Recipe, assembly: &mut Assembly, reporter: &Reporter) -> Resu
         costs.add_eval(eval, name, &data);
         evaluated.files.extend(eval.data.iter().map(|d| d.path.clone()));
     }
-    let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated)?;
+    let mut inputs = Inputs::new(&assembly.sources, &read, &evaluated, reporter)?;
     if assembly.place.dtype != candle_core::DType::F32 {
         inputs.sums.insert("model.dtype".to_string(), assembly.place.dtype.as_str().to_string());
     }

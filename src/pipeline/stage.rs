@@ -7,6 +7,7 @@ use super::evaluation::{Evaluations, Kept, cut_answers};
 use super::export::{base_model, only_here, write_final};
 use super::freeze;
 use super::health::{self, Sizes};
+use super::loading;
 use super::memory;
 use super::positions;
 use super::reference;
@@ -95,7 +96,7 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
         true => None,
         false => Some(align::look(run, stage, state, &looked_at).with_context(|| format!("stage.{name}"))?),
     };
-    let from = checkpoints::resume(&dir, state, &mut optimizer, |w| run.reporter.warn(w))?;
+    let from = loading(run.reporter, || checkpoints::resume(&dir, state, &mut optimizer, |w| run.reporter.warn(w)))?;
     prove_resumable(run, name, &from, total)?;
     // The checkpoint may be from before `stochastic_rounding` was changed.
     masters(stage, state)?;

@@ -3,8 +3,8 @@
 
 use super::merge::{DEFAULTS, Setting, Step, lookup, show_path};
 use crate::error::words::plain;
-use crate::error::{Error, near};
-use crate::spec::{Model, Stage};
+use crate::error::{Context, Error, Result, near};
+use crate::spec::{Model, Recipe, Stage};
 use serde_path_to_error::Segment;
 use toml::{Table, Value};
 
@@ -46,6 +46,11 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
         return missing(&path, field, sources);
     }
     drop_variant(&mut path, recipe);
+    if let [rest @ .., Step::Key(key), Step::Index(_)] = path.as_slice()
+        && form(key).is_some_and(is_section)
+    {
+        return no_list(&[rest, &[Step::Key(key.clone())]].concat(), recipe, sources);
+    }
     let shown = show_path(&path);
     let value = lookup(recipe, &path);
     let (said, hint) = match value {
@@ -78,6 +83,54 @@ pub fn explain(e: &serde_path_to_error::Error<toml::de::Error>, recipe: &Table, 
     Error::new(format!("{}: {said}", place(&path, sources))).hint(hint)
 }
 
+/// Refuses a list where a section of named keys should stand: the deserializer takes its values in the order in which the keys
+/// happen to be declared.
+pub fn section_as_list(table: &Table, recipe: &Recipe, sources: &Sources) -> Result<()> {
+    let read = Table::try_from(recipe).map_err(|e| Error::new(e.to_string())).context("the recipe")?;
+    match list_for_section(&Value::Table(table.clone()), &Value::Table(read)) {
+        Some(mut path) => {
+            path.reverse();
+            Err(no_list(&path, table, sources))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Where `given` has a list and `read`, what was made of it, a section: the steps to it, the last one first.
+fn list_for_section(given: &Value, read: &Value) -> Option<Vec<Step>> {
+    let below = |step: Step, given: &Value, read: &Value| {
+        let mut path = list_for_section(given, read)?;
+        path.push(step);
+        Some(path)
+    };
+    match (given, read) {
+        (Value::Array(_), Value::Table(_)) => Some(Vec::new()),
+        (Value::Table(given), Value::Table(read)) => {
+            given.iter().find_map(|(k, v)| below(Step::Key(k.clone()), v, read.get(k)?))
+        }
+        (Value::Array(given), Value::Array(read)) => {
+            given.iter().zip(read).enumerate().find_map(|(i, (given, read))| below(Step::Index(i), given, read))
+        }
+        _ => None,
+    }
+}
+
+/// A list stands where a section should.
+fn no_list(path: &[Step], recipe: &Table, sources: &Sources) -> Error {
+    let said = "is a list, and must be a section of keys and values";
+    let hint = lookup(recipe, path).map_or(String::new(), |value| example(path, value, said));
+    Error::new(format!("{}: {said}", place(path, sources))).hint(hint)
+}
+
+/// The form of a key in [`EXAMPLES`].
+fn form(key: &str) -> Option<&'static str> {
+    EXAMPLES.iter().find(|(name, _)| *name == key).map(|(_, form)| *form)
+}
+
+fn is_section(form: &str) -> bool {
+    form.starts_with('{')
+}
+
 /// What a key looks like whose value has a form that is not its own.
 fn example(path: &[Step], value: &Value, said: &str) -> String {
     let n = value.as_integer().filter(|n| *n > 0);
@@ -86,15 +139,17 @@ fn example(path: &[Step], value: &Value, said: &str) -> String {
         Step::Index(_) => None,
     });
     let of_list = matches!(path.last(), Some(Step::Index(_)));
+    let of_projector = path.iter().any(|s| matches!(s, Step::Key(k) if k == "projector"));
     match (key.unwrap_or_default(), n) {
+        ("linear", _) if of_projector => "e.g. linear = { input_norm = true }, or linear = {}".to_string(),
         ("batch", Some(n)) => format!(
             "samples of an optimizer step and of a forward pass: batch = {{ global = {n}, micro = {} }}",
             if n % 2 == 0 { n / 2 } else { 1 }
         ),
         ("checkpoint", Some(n)) => format!("e.g. checkpoint = {{ every_steps = {n}, keep = 3 }}"),
-        (key, _) => match EXAMPLES.iter().find(|(name, _)| *name == key) {
-            Some((_, form)) if of_list => format!("e.g. {key} = {form}; this is an entry of it"),
-            Some((_, form)) => format!("e.g. {key} = {form}"),
+        (key, _) => match form(key) {
+            Some(form) if of_list => format!("e.g. {key} = {form}; this is an entry of it"),
+            Some(form) => format!("e.g. {key} = {form}"),
             None => match value {
                 Value::String(s) if s.parse::<f64>().is_ok() => "a number stands without quotes".to_string(),
                 _ if !of_list && (said.ends_with("must be text") || said.ends_with("must be a path")) => {

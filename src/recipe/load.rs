@@ -4,7 +4,7 @@
 //! `--set`. Any other order would lose a setting inside a value that a stage inherits. Then variables are expanded, the
 //! keys and types are checked, and last the rules that hold between values ([`super::validate`]).
 
-use super::explain::{File, Sources, explain};
+use super::explain::{File, Sources, explain, section_as_list};
 use super::merge::{Setting, expand_defaults, kind, merge};
 use super::{limits, validate, vars};
 use crate::bail;
@@ -29,8 +29,10 @@ pub fn load_with(path: &Path, sets: &[String], env: &dyn Fn(&str) -> Option<Stri
     let table = resolve(path, &files, &settings)?;
     let table = check_names(&table).and_then(|()| substitute(table, path, env)).context(path.display())?;
 
-    let recipe: Recipe = serde_path_to_error::deserialize(Value::Table(table.clone()))
-        .map_err(|e| explain(&e, &table, &Sources { files, settings }))?;
+    let sources = Sources { files, settings };
+    let recipe: Recipe =
+        serde_path_to_error::deserialize(Value::Table(table.clone())).map_err(|e| explain(&e, &table, &sources))?;
+    section_as_list(&table, &recipe, &sources)?;
     limits::check(&table).and_then(|()| validate::validate(&recipe)).context(path.display())?;
     Ok(recipe)
 }

@@ -33,6 +33,8 @@ const LINES_PER_STAGE: usize = 20;
 /// … and never a longer silence than this.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 const BARS_PER_SECOND: u8 = 10;
+/// Behind the name of a bar once a signal has come.
+const STOPPING: &str = " (stopping)";
 
 /// Reports a run on stderr. It can be shared between threads; a stderr that cannot be written to is ignored.
 pub struct Reporter {
@@ -48,6 +50,10 @@ pub struct Reporter {
 struct State {
     out: Box<dyn Write + Send>,
     stage: Option<StageState>,
+    /// Every bar that is shown, the stage's too.
+    shown: Vec<ProgressBar>,
+    /// Has a signal asked to stop?
+    stopping: bool,
     /// Stages that are still to come, in order, each with its cost.
     plan: Vec<(String, f64)>,
 }
@@ -81,6 +87,19 @@ impl Reporter {
         Self::to(Mode::Lines, false, Box::new(std::io::sink()))
     }
 
+    /// As on a terminal, but nothing is drawn.
+    #[cfg(test)]
+    pub(super) fn hidden_bars() -> Self {
+        let bars = Some(MultiProgress::with_draw_target(ProgressDrawTarget::hidden()));
+        Self { bars, ..Self::silent() }
+    }
+
+    /// The bars that are shown.
+    #[cfg(test)]
+    pub(super) fn bars_shown(&self) -> Vec<ProgressBar> {
+        self.state().shown.clone()
+    }
+
     fn to(mode: Mode, color: bool, out: Box<dyn Write + Send>) -> Self {
         let bars = (mode == Mode::Bar)
             .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(BARS_PER_SECOND)));
@@ -89,7 +108,8 @@ impl Reporter {
             Mode::Lines => width::of_environment(),
             Mode::Json => None,
         };
-        Self { mode, color, columns, bars, state: Mutex::new(State { out, stage: None, plan: Vec::new() }) }
+        let state = State { out, stage: None, shown: Vec::new(), stopping: false, plan: Vec::new() };
+        Self { mode, color, columns, bars, state: Mutex::new(state) }
     }
 
     /// The stages that are still to be run, in order, each with its cost in any one unit, such as tokens through the model:
@@ -175,11 +195,13 @@ impl Reporter {
         );
     }
 
-    /// A signal has come, and this is its answer; the bar shows it as well.
+    /// A signal has come, and this is its answer; every bar shows it as well.
     pub fn stopping(&self, text: &str) {
-        if let Some(bar) = self.state().stage.as_ref().and_then(|s| s.bar.as_ref()) {
-            bar.set_prefix(format!("{} (stopping)", bar.prefix().trim_end_matches(" (stopping)")));
+        let mut state = self.state();
+        if !std::mem::replace(&mut state.stopping, true) {
+            state.shown.iter().for_each(|bar| bar.set_prefix(bar.prefix() + STOPPING));
         }
+        drop(state);
         self.message(|| json!({ "event": "stopping", "message": text }), || format!("{text}\n"));
     }
 
@@ -235,15 +257,20 @@ impl Reporter {
     /// A bar below those that are there, on a terminal.
     pub(super) fn bar(&self, total: u64, name: &str, style: ProgressStyle) -> Option<ProgressBar> {
         let bars = self.bars.as_ref()?;
-        let bar = ProgressBar::hidden().with_prefix(name.to_string()).with_style(style);
+        let mut state = self.state();
+        let stopping = if state.stopping { STOPPING } else { "" };
+        let bar = ProgressBar::hidden().with_prefix(format!("{name}{stopping}")).with_style(style);
         bar.set_length(total);
-        Some(bars.add(bar))
+        let bar = bars.add(bar);
+        state.shown.push(bar.clone());
+        Some(bar)
     }
 
     pub(super) fn remove(&self, bar: Option<&ProgressBar>) {
         if let (Some(bars), Some(bar)) = (&self.bars, bar) {
             bar.finish_and_clear();
             bars.remove(bar);
+            self.state().shown.retain(|shown| !shown.is_finished());
         }
     }
 
@@ -287,7 +314,8 @@ impl StageState {
     /// What stands in front of the bar's message.
     fn bar_columns(&self) -> usize {
         let total = self.total_steps.to_string().len();
-        self.name.chars().count() + super::line::BAR + 2 * total + 5
+        let name = self.bar.as_ref().map_or(self.name.chars().count(), |bar| bar.prefix().chars().count());
+        name + super::line::BAR + 2 * total + 5
     }
 }
 

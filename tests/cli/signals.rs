@@ -195,17 +195,16 @@ fn generate_and_score_end_as_shells_tell_of_signals() {
 
         let args = ["score", "--model", &model, "--data", "many.jsonl", "--out", "scores.jsonl"];
         let child = f.adfreeze(args).stderr(Stdio::piped()).spawn().unwrap();
-        let begun =
-            |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name().to_string_lossy().starts_with(".scores.");
-        while !std::fs::read_dir(f.path("")).unwrap().any(begun) {
+        let lines = || std::fs::read_to_string(f.path("scores.jsonl.partial")).map_or(0, |t| t.lines().count());
+        let before = lines();
+        while lines() <= before + 8 {
             std::thread::sleep(Duration::from_millis(1));
         }
-        std::thread::sleep(Duration::from_millis(300));
         send(&child, signal);
         let said = said(child.wait_with_output().unwrap());
         assert_eq!(said.code, Some(128 + number), "{}", said.stderr);
-        let kept = std::fs::read_to_string(f.path("scores.jsonl")).unwrap().lines().count();
-        let told = format!("asked to stop: {kept} of 20000 samples are in scores.jsonl");
-        assert!(kept > 0 && said.stderr.contains(&told), "{}", said.stderr);
+        let told = format!("asked to stop: {} of 20000 samples are in scores.jsonl.partial; the same command", lines());
+        assert!(said.stderr.contains(&told), "{}", said.stderr);
+        assert!(!f.path("scores.jsonl").exists());
     }
 }

@@ -149,7 +149,7 @@ fn score_names_all_broken_pictures_before_it_computes_and_keeps_what_it_has() {
     assert!(!f.path("scores.jsonl").exists());
     // It breaks on the way: what was computed stays.
     let lines: Vec<String> =
-        (0..2000).map(|i| sample(&format!("s{i}"), if i == 1990 { "late.png" } else { "good.png" })).collect();
+        (0..500).map(|i| sample(&format!("s{i}"), if i == 490 { "late.png" } else { "good.png" })).collect();
     f.write("many.jsonl", &lines.join("\n"));
     for name in ["good.png", "late.png"] {
         fs::copy(golden("images/exact0.png"), f.path(name)).unwrap();
@@ -157,19 +157,64 @@ fn score_names_all_broken_pictures_before_it_computes_and_keeps_what_it_has() {
     let args =
         ["score", "--model", "tests/golden/a/model", "--data", "many.jsonl", "--micro", "1", "--out", "many.out"];
     let child = f.adfreeze(args).stderr(Stdio::piped()).spawn().unwrap();
-    while !fs::read_dir(f.path("")).unwrap().any(|e| e.unwrap().file_name().to_str().unwrap().starts_with(".many.out."))
-    {
+    while !f.path("many.out.partial").exists() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     fs::write(f.path("late.png"), "gone").unwrap();
     let said = said(child.wait_with_output().unwrap());
     assert_eq!(said.code, Some(1), "{}", said.stderr);
     assert!(
-        said.stderr.contains("sample s1990") && said.stderr.contains("1990 of 2000 samples are in many.out"),
+        said.stderr.contains("sample s490")
+            && said.stderr.contains("490 of 500 samples are in many.out.partial; the same"),
         "{}",
         said.stderr
     );
-    assert_eq!(fs::read_to_string(f.path("many.out")).unwrap().lines().count(), 1990);
+    // Once the picture is mended, the same command goes on from there.
+    let unfinished = fs::read_to_string(f.path("many.out.partial")).unwrap();
+    assert!(unfinished.lines().count() == 490 && !f.path("many.out").exists());
+    fs::copy(golden("images/exact0.png"), f.path("late.png")).unwrap();
+    let again = f.ok(args).stderr;
+    assert!(again.contains("many.out.partial holds 490 of 500 samples: it goes on from there"), "{again}");
+    let of_model = fs::read(f.path("many.out")).unwrap();
+    assert!(!f.path("many.out.partial").exists());
+    // Scores of another model are not gone on with.
+    fs::write(f.path("many.out.partial"), &unfinished).unwrap();
+    f.model("other", |_| ());
+    let weights = f.path("other/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let end = bytes.len();
+    bytes[end - 64..].fill(0);
+    fs::write(&weights, bytes).unwrap();
+    let other = args.map(|w| if w == "tests/golden/a/model" { "other" } else { w });
+    assert!(f.ok(other).stderr.contains("many.out.partial holds scores of another model: it is begun again"));
+    assert!(fs::read(f.path("many.out")).unwrap() != of_model);
+}
+
+/// A kill takes no more than the samples at hand.
+#[test]
+fn scores_survive_a_kill() {
+    let f = Folder::new();
+    fs::copy(golden("images/exact0.png"), f.path("good.png")).unwrap();
+    let lines: Vec<String> = (0..300).map(|i| sample(&format!("s{i}"), "good.png")).collect();
+    f.write("many.jsonl", &lines.join("\n"));
+    let model = golden("model").display().to_string();
+    let args =
+        |out| ["score", "--model", &model, "--data", "many.jsonl", "--micro", "4", "--out", out].map(String::from);
+    f.ok(args("whole"));
+    for _ in 0..2 {
+        let mut child = f.adfreeze(args("out")).spawn().unwrap();
+        let lines = || fs::read_to_string(f.path("out.partial")).map_or(0, |t| t.lines().count());
+        let before = lines();
+        while lines() <= before + 40 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(lines() > before && !f.path("out").exists());
+    }
+    let said = f.ok(args("out")).stderr;
+    assert!(said.contains("of 300 samples: it goes on from there"), "{said}");
+    assert!(fs::read(f.path("out")).unwrap() == fs::read(f.path("whole")).unwrap(), "the same bits");
 }
 
 #[test]

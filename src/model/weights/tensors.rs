@@ -6,6 +6,7 @@ use super::pickle;
 use super::progress;
 use super::source::{must_be_file, read_text};
 use crate::bail;
+use crate::error::words::plain;
 use crate::error::{Context, Error, Result};
 use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Tensor};
@@ -246,9 +247,13 @@ fn damaged(path: &Path, bytes: &[u8], cause: safetensors::SafeTensorError) -> Er
     }
     let found = bytes.len();
     let expected = expected_len(bytes).filter(|expected| *expected != found as u128);
-    match expected {
-        Some(n) => Error::new(format!("{path} is damaged: expected {n} bytes, found {found}")),
-        None => Error::new(format!("{path} ({found} bytes) is not a valid safetensors file")).source(cause),
+    let no_file = || Error::new(format!("{path} ({found} bytes) is not a valid safetensors file"));
+    match (expected, cause) {
+        (Some(n), _) => Error::new(format!("{path} is damaged: expected {n} bytes, found {found}")),
+        (None, safetensors::SafeTensorError::InvalidHeaderDeserialization(e)) => {
+            no_file().source(Error::new(format!("its header {}", plain(&e.to_string()))))
+        }
+        (None, cause) => no_file().source(cause),
     }
     .hint(AGAIN)
 }

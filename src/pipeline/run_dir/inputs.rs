@@ -1,12 +1,14 @@
 //! What a run reads, by checksum: whether it is still what the run began with.
 
-use crate::checkpoint::sums::{hex, sha256_file};
+use crate::checkpoint::sums::{self, hex, sha256_file};
 use crate::error::{Context, Result};
+use crate::report::Reporter;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 /// In front of a file that only evaluations read.
@@ -31,15 +33,21 @@ pub struct Read {
 }
 
 impl Inputs {
-    /// Checksums of what the stages read, and of what only evaluations do.
-    pub fn new(sources: &[(String, String)], stages: &Read, evaluations: &Read) -> Result<Self> {
+    /// Checksums of what the stages read, and of what only evaluations do; weights of a large model take a while.
+    pub fn new(sources: &[(String, String)], stages: &Read, evaluations: &Read, reporter: &Reporter) -> Result<Self> {
         let mut sums: BTreeMap<String, String> =
             sources.iter().map(|(k, v)| (format!("source {k}"), v.clone())).collect();
         let stage_files = stages.files.iter().map(|f| (f, ""));
         let files: Vec<(&PathBuf, &str)> =
             stage_files.chain(evaluations.files.difference(&stages.files).map(|f| (f, EVALUATION))).collect();
-        let hashed: Vec<Result<(String, String)>> =
-            files.par_iter().map(|(f, what)| Ok((format!("{what}{}", f.display()), sha256_file(f)?))).collect();
+        let bytes: u64 = files.iter().filter_map(|(f, _)| fs::metadata(f).ok()).map(|m| m.len()).sum();
+        let before = sums::so_far().0;
+        let sum = |(f, what): &(&PathBuf, &str)| Ok((format!("{what}{}", f.display()), sha256_file(f)?));
+        let hashed: Vec<Result<(String, String)>> = reporter.watch(
+            "checksums of the inputs",
+            || (sums::so_far().0 - before, bytes),
+            || files.par_iter().map(sum).collect(),
+        );
         for h in hashed {
             let (k, v) = h?;
             sums.insert(k, v);
@@ -47,7 +55,7 @@ impl Inputs {
         let shown: Vec<&PathBuf> = evaluations.pictures.difference(&stages.pictures).collect();
         for (what, pictures) in [(PICTURES, stages.pictures.iter().collect()), (EVALUATION_PICTURES, shown)] {
             if !pictures.is_empty() {
-                sums.insert(format!("{what}({}: paths and sizes)", pictures.len()), sizes(&pictures)?);
+                sums.insert(format!("{what}({}: paths and sizes)", pictures.len()), sizes(&pictures, reporter)?);
             }
         }
         let pictures = stages.pictures.union(&evaluations.pictures).cloned().collect();
@@ -100,13 +108,19 @@ pub struct InputChanges {
     pub pictures: Option<String>,
 }
 
-fn sizes(pictures: &[&PathBuf]) -> Result<String> {
-    let mut h = Sha256::new();
-    for p in pictures {
-        let size = fs::metadata(p).with_context(|| p.display().to_string())?.len();
-        h.update(format!("{}\0{size}\n", p.display()));
-    }
-    Ok(hex(&h.finalize()))
+fn sizes(pictures: &[&PathBuf], reporter: &Reporter) -> Result<String> {
+    let (seen, all) = (AtomicU64::new(0), pictures.len() as u64);
+    let look = || {
+        let mut h = Sha256::new();
+        for p in pictures {
+            let size = fs::metadata(p).with_context(|| p.display().to_string())?.len();
+            h.update(format!("{}\0{size}\n", p.display()));
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(hex(&h.finalize()))
+    };
+    // A network file system may take minutes over it.
+    reporter.watch_count("sizes of pictures", || (seen.load(Ordering::Relaxed), all), look)
 }
 
 #[cfg(test)]
@@ -124,8 +138,10 @@ mod tests {
             files: files.iter().map(|f| at(f)).collect(),
             pictures: pictures.iter().map(|f| at(f)).collect(),
         };
-        let inputs =
-            |eval: &[&str]| Inputs::new(&[], &read(&["a.json"], &["p.png"]), &read(eval, &["p.png", "q.png"])).unwrap();
+        let inputs = |eval: &[&str]| {
+            Inputs::new(&[], &read(&["a.json"], &["p.png"]), &read(eval, &["p.png", "q.png"]), &Reporter::silent())
+                .unwrap()
+        };
         let (old, compare) = (inputs(&["a.json"]).sums, |new: &Inputs, old: &_| new.compare(old, &at("inputs.json")));
         let quiet = |c: InputChanges| c.files.is_empty() && c.pictures.is_none();
         assert!(quiet(compare(&inputs(&["a.json", "b.json"]), &old)));
