@@ -123,8 +123,7 @@ fn a_class_that_transformers_builds_itself_is_named() {
 #[test]
 fn tokens_that_the_tokenizer_itself_puts_around_a_text() {
     let f = Folder::new();
-    let model = f.model("model", |_| ());
-    let file = model.join("tokenizer.json");
+    f.model("model", |_| ());
     let data =
         f.write("d.json", r#"[{"conversations":[{"from":"human","value":"Hi"},{"from":"gpt","value":"Yes."}]}]"#);
     let before = score(&f, &data, &[]);
@@ -143,9 +142,8 @@ fn tokens_that_the_tokenizer_itself_puts_around_a_text() {
         let end = single.pop().unwrap();
         single.insert(1, end);
     });
-    let parts =
-        [file.to_str().unwrap(), "puts 2 tokens in front of a text (\"<s>\", \"</s>\")", "change the post_processor"];
-    f.fails(&show, &parts);
+    let told = "model/tokenizer.json: its post_processor puts 2 tokens in front of a text (\"<s>\", \"</s>\")";
+    f.fails(&show, &[told, "change the post_processor"]);
 }
 
 #[test]
