@@ -80,7 +80,7 @@ fn from(file: &mut (impl Read + Seek), alpha: Alpha) -> Result<Rgb> {
                 bail!("it is cut off: no end marker (EOI) follows its picture data";
                     "copy or download the file again, or take its samples out of the data")
             }
-            from_jpeg(&bytes, &jpeg, width)?
+            from_jpeg(&bytes, &jpeg, [height, width])?
         }
     };
     if (rgb.width() as usize, rgb.height() as usize) != (width, height) {
@@ -93,9 +93,9 @@ fn from(file: &mut (impl Read + Seek), alpha: Alpha) -> Result<Rgb> {
 }
 
 /// Decodes a JPEG with the colours that libjpeg finds in it.
-fn from_jpeg(bytes: &[u8], jpeg: &Jpeg, width: usize) -> Result<image::RgbImage> {
-    let decoded = |transform| -> Result<image::RgbImage> {
-        let decoder = JpegDecoder::new(Cursor::new(with_transform(bytes, transform))).map_err(broken)?;
+fn from_jpeg(bytes: &[u8], jpeg: &Jpeg, [height, width]: [usize; 2]) -> Result<image::RgbImage> {
+    let decoded = |transform, size| -> Result<image::RgbImage> {
+        let decoder = JpegDecoder::new(Cursor::new(with_transform(bytes, transform, size))).map_err(broken)?;
         Ok(DynamicImage::from_decoder(decoder).map_err(broken)?.into_rgb8())
     };
     let transform = jpeg.transform();
@@ -106,23 +106,26 @@ fn from_jpeg(bytes: &[u8], jpeg: &Jpeg, width: usize) -> Result<image::RgbImage>
     };
     match halved {
         Some(tall) if width <= 4 && transform == 1 => {
-            // Y, Cb and Cr as they are.
-            let mut planes = decoded(0)?;
+            // Y, Cb and Cr as they are, with what the blocks hold beyond the picture.
+            let whole = height.next_multiple_of(narrow::BLOCK);
+            let size = [u16::try_from(whole).unwrap_or(u16::MAX), narrow::BLOCK as u16];
+            let planes = decoded(0, Some(size))?;
             let plane = |i: usize| {
                 narrow::repeated(&planes.as_raw().iter().skip(i).step_by(3).copied().collect::<Vec<_>>(), width, tall)
             };
             let (cb, cr) = (plane(1), plane(2));
-            for ((pixel, cb), cr) in planes.pixels_mut().zip(cb).zip(cr) {
-                pixel.0 = narrow::rgb([pixel.0[0], cb, cr]);
-            }
-            Ok(planes)
+            Ok(image::RgbImage::from_fn(width as u32, height as u32, |x, y| {
+                let at = y as usize * width + x as usize;
+                image::Rgb(narrow::rgb([planes.get_pixel(x, y).0[0], cb[at], cr[at]]))
+            }))
         }
-        _ => decoded(transform),
+        _ => decoded(transform, None),
     }
 }
 
-/// The same JPEG, its application segments and comments replaced by an Adobe segment that states the colour transform.
-fn with_transform(bytes: &[u8], transform: u8) -> Vec<u8> {
+/// The same JPEG, its application segments and comments replaced by an Adobe segment that states the colour transform; with
+/// another `size`, height and width, in its frame header.
+fn with_transform(bytes: &[u8], transform: u8, size: Option<[u16; 2]>) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len() + 16);
     out.extend([0xff, 0xd8, 0xff, 0xee, 0, 14]);
     out.extend(b"Adobe\0\x64\0\0\0\0");
@@ -136,7 +139,15 @@ fn with_transform(bytes: &[u8], transform: u8) -> Vec<u8> {
                 let end = at + 1 + usize::from(u16::from_be_bytes([high, low]));
                 if !matches!(code, 0xe0..=0xef | 0xfe) {
                     out.push(0xff);
+                    let segment = out.len();
                     out.extend(bytes.get(at..end).unwrap_or(&bytes[at..]));
+                    // A frame header: its code, two bytes of length, one of bits, height, width.
+                    if let (0xc0..=0xc2, Some([height, width]), Some(field)) =
+                        (code, size, out.get_mut(segment + 4..segment + 8))
+                    {
+                        field[..2].copy_from_slice(&height.to_be_bytes());
+                        field[2..].copy_from_slice(&width.to_be_bytes());
+                    }
                 }
                 at = end;
             }

@@ -85,6 +85,17 @@ impl ImageProcessor {
         })
     }
 
+    /// The grids of tiles that a folder states for its pictures, as they are written, and where.
+    ///
+    /// # Errors
+    /// If a file is damaged.
+    pub fn grids(dir: &Path) -> Result<Option<(PathBuf, Value)>> {
+        let [part, file] = Self::said(dir)?;
+        let Some((path, mut value)) = part.or(file) else { return Ok(None) };
+        let stated = value.get_mut("image_grid_pinpoints").map(Value::take).filter(|grids| !grids.is_null());
+        Ok(stated.map(|grids| (path, grids)))
+    }
+
     /// What processor_config.json and preprocessor_config.json say of pictures.
     fn said(dir: &Path) -> Result<[Option<(PathBuf, Value)>; 2]> {
         let read = |name: &str| -> Result<Option<(PathBuf, Value)>> {

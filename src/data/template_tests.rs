@@ -56,6 +56,17 @@ fn a_chat_template_trains_answers_through_their_end_token() {
 }
 
 #[test]
+fn white_space_around_turns_that_a_template_writes_as_json() {
+    let t = chat(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )
+    .unwrap();
+    let turns = [(U, " a \n"), (A, " b \n"), (U, "c"), (A, "\nd\t")];
+    let r = t.conversation(&talk(&turns)).unwrap();
+    assert_eq!(spans(&r), ["\" b \\n\"</s>", "\"\\nd\\t\"</s>"]);
+}
+
+#[test]
 fn a_chat_template_may_want_parts() {
     let source = "{% for m in messages %}{{ m.role.upper() + ': ' }}\
         {% for c in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}\

@@ -43,13 +43,13 @@ impl TokenizerFiles {
         let (mut tokenizer, growth) = open(&file)?;
         tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
         tokenizer.with_padding(None);
-        let leading = leading_token(&tokenizer).with_context(|| file.display())?;
+        let (leading, ending) = added_tokens(&tokenizer).with_context(|| file.display())?;
         let post_processor = tokenizer.get_post_processor().cloned();
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let map = read_json(&dir.join("special_tokens_map.json"))?;
         let names = special::add(&mut tokenizer, &config, &map)?;
-        let warnings = rebuilt(&tokenizer, &config, &file)?.into_iter().collect();
+        let warnings = rebuilt(&tokenizer, &config, &file)?.into_iter().chain(left_out(&ending, &file)).collect();
         let chat_template = chat_template(&dir, &config)?;
         Ok(Self { leading, names, growth, chat_template, warnings, tokenizer, post_processor })
     }
@@ -180,12 +180,31 @@ fn rebuilt(tokenizer: &Tokenizer, config: &Value, file: &Path) -> Result<Option<
     Ok((!same).then(told))
 }
 
-/// The id that encoding with special tokens puts in front.
-fn leading_token(tokenizer: &Tokenizer) -> Result<Option<u32>> {
+/// What encoding with special tokens puts around a text: the id in front, the tokens behind.
+fn added_tokens(tokenizer: &Tokenizer) -> Result<(Option<u32>, Vec<String>)> {
     let encode = |special| guard::encode(tokenizer, "a", special);
     let (with, without) = (encode(true)?, encode(false)?);
-    let longer = with.get_ids().len() > without.get_ids().len();
-    Ok(with.get_ids().first().filter(|id| longer && without.get_ids().first() != Some(id)).copied())
+    let (all, text) = (with.get_ids(), without.get_ids());
+    let more = all.len().saturating_sub(text.len());
+    let found = (0..=more).find(|&i| !text.is_empty() && all[i..].starts_with(text));
+    // A text of no tokens says nothing of what stands behind it.
+    let Some(at) = found else { return Ok((all.first().copied().filter(|_| more > 0), vec![])) };
+    let named = |tokens: &[String]| tokens.iter().map(|t| format!("{t:?}")).collect::<Vec<_>>().join(", ");
+    if at > 1 {
+        bail!("its post_processor puts {at} tokens in front of a text ({}), which is not supported", named(&with.get_tokens()[..at]);
+            "one at most is: change the post_processor, or use another tokenizer of the same vocabulary")
+    }
+    Ok((all[..at].first().copied(), with.get_tokens()[at + text.len()..].to_vec()))
+}
+
+/// What to say of tokens that the tokenizer itself would put behind a text.
+fn left_out(ending: &[String], file: &Path) -> Option<String> {
+    let first = ending.first()?;
+    Some(format!(
+        "{}: its post_processor puts {first:?} behind a text, which is left out here: the template says where an answer ends, as \
+         with add_special_tokens=False in transformers",
+        file.display()
+    ))
 }
 
 /// A JSON file, or `null` if there is none.

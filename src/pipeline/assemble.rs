@@ -1,10 +1,11 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
+use super::grids;
 use super::state::is_adapter;
 use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
-use crate::data::{GRIDS, ImageProcessor, Sight, TextEncoder, TextSettings};
+use crate::data::{ImageProcessor, Sight, TextEncoder, TextSettings};
 use crate::error::{Context, Error, Result};
 use crate::model::backbone::{Config, LanguageConfig, VisionConfig};
 use crate::model::config::{GENERATION, Generation, remarks};
@@ -143,20 +144,6 @@ pub fn sight(vlm: &Vlm) -> Result<Option<Sight>> {
     seen(tower, projector, vlm.deliver).map(Some)
 }
 
-/// `image_grid_pinpoints` of a `config.json`, if it is there.
-fn grids(path: &Path) -> Result<Option<Vec<[usize; 2]>>> {
-    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
-    let Some(own) = json.get("image_grid_pinpoints").filter(|own| !own.is_null()) else { return Ok(None) };
-    let cause = format!("{}: image_grid_pinpoints is {own}", path.display());
-    let wrong =
-        Error::new(cause).hint("a list of heights and widths in pixels up to 16384, e.g. [[336, 672], [672, 336]]");
-    match serde_json::from_value::<Vec<[usize; 2]>>(own.clone()) {
-        Err(e) => Err(wrong.source(e)),
-        Ok(grids) if !grids.iter().flatten().all(|n| (1..=1 << 14).contains(n)) => Err(wrong),
-        Ok(grids) => Ok(Some(grids)),
-    }
-}
-
 /// A loaded adapter in the words of a recipe.
 fn described(a: &LoraAdapter) -> spec::Lora {
     let target = a.tensors.keys().cloned().collect();
@@ -275,28 +262,12 @@ impl Parts {
         )?;
         self.config(&dir);
         let config = WholeConfig::from_dir(&dir)?;
-        let grids = if config.newline { grids(&dir.join("config.json"))? } else { None };
+        let size = config.vision.image_size;
+        let grids = if config.newline { grids::of(&dir, size)? } else { None };
         if let Some(own) = grids.as_deref().filter(|_| recipe.has_tiles_of_usual_grids()) {
-            self.warn_of_grids(&dir, own, config.vision.image_size);
+            self.warnings.extend(grids::warning(&dir, own, size));
         }
         Ok(Whole { dir, config, grids })
-    }
-
-    /// The grids of tiles that a LLaVA-NeXT was trained with are not those of data entries that state none: other ones than the
-    /// usual are worth a warning.
-    fn warn_of_grids(&mut self, dir: &Path, own: &[[usize; 2]], size: usize) {
-        let sorted = |grids: &[[usize; 2]]| {
-            let mut grids = grids.to_vec();
-            grids.sort();
-            grids
-        };
-        if sorted(own) != sorted(&GRIDS.map(|g| g.map(|n| n * size))) {
-            let own = format!("{own:?}").replace(' ', "");
-            self.warnings.push(format!(
-                "{}: image_grid_pinpoints is {own}, other than LLaVA-1.6's at {size} px: set grid_pinpoints to it on data entries with resize = \"anyres\"",
-                dir.join("config.json").display()
-            ));
-        }
     }
 
     /// Builds a part from weights and makes sure that all of them were used.

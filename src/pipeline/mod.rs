@@ -14,6 +14,7 @@ pub mod doubts;
 pub mod evaluation;
 pub mod export;
 pub mod freeze;
+mod grids;
 pub mod health;
 pub mod memory;
 pub mod merge;

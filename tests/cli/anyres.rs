@@ -85,13 +85,48 @@ fn next(f: &Folder, name: &str, grids: Option<serde_json::Value>) -> PathBuf {
     for path in model.chain(["tokenizer.json", "tokenizer_config.json"].map(|n| golden("model").join(n))) {
         std::fs::copy(&path, own.join(path.file_name().unwrap())).unwrap();
     }
-    if let Some(grids) = grids {
-        let config = std::fs::read_to_string(own.join("config.json")).unwrap();
-        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
-        config["image_grid_pinpoints"] = grids;
-        std::fs::write(own.join("config.json"), config.to_string()).unwrap();
+    for file in ["config.json", "preprocessor_config.json"] {
+        if let Some(grids) = &grids {
+            state_grids(&own.join(file), grids.clone());
+        }
     }
     own
+}
+
+fn state_grids(file: &Path, grids: serde_json::Value) {
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    config["image_grid_pinpoints"] = grids;
+    std::fs::write(file, config.to_string()).unwrap();
+}
+
+/// transformers cuts pictures up by the processor's grids, puts their features together by the model's, and fails where they differ.
+#[test]
+fn grids_that_two_files_state_otherwise() {
+    use serde_json::json;
+    let f = Folder::new();
+    let fails = |dir: &Path, parts: &[&str]| {
+        f.fails(&["generate", "--model", dir.to_str().unwrap(), "--prompt", "What?", "--max-new-tokens", "1"], parts);
+    };
+    let dir = next(&f, "differ", Some(json!([[12, 24], [24, 12]])));
+    state_grids(&dir.join("preprocessor_config.json"), json!([[24, 12], [12, 24]]));
+    let parts = [
+        "preprocessor_config.json: image_grid_pinpoints is [[24,12],[12,24]], but ",
+        "config.json says [[12,24],[24,12]]",
+    ];
+    fails(&dir, &[&parts[..], &["in the same order"]].concat());
+    state_grids(&dir.join("config.json"), json!(null));
+    fails(&dir, &["config.json says none, which means LLaVA-1.6's"]);
+    state_grids(&dir.join("preprocessor_config.json"), json!("12x24"));
+    fails(&dir, &["preprocessor_config.json: image_grid_pinpoints is \"12x24\"", "heights and widths"]);
+    // processor_config.json comes first, as everywhere.
+    let part = json!({ "image_processor": { "image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[12, 24]] } });
+    std::fs::write(dir.join("processor_config.json"), part.to_string()).unwrap();
+    fails(&dir, &["/processor_config.json: image_grid_pinpoints is [[12,24]], but "]);
+    // A file that says nothing does not disagree.
+    state_grids(&dir.join("config.json"), json!([[12, 24]]));
+    std::fs::remove_file(dir.join("processor_config.json")).unwrap();
+    state_grids(&dir.join("preprocessor_config.json"), json!(null));
+    f.ok(["generate", "--model", dir.to_str().unwrap(), "--prompt", "What?", "--max-new-tokens", "1"]);
 }
 
 /// A model alone is scored with the grids of its folder, unless others are given; what was assumed is told.

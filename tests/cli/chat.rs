@@ -119,6 +119,33 @@ fn a_class_that_transformers_builds_itself_is_named() {
     assert!(f.ok(show).stderr.contains("splits words otherwise than Qwen2Tokenizer"));
 }
 
+/// transformers renders a chat with add_special_tokens=False: an end token of the post-processor is not in it either.
+#[test]
+fn tokens_that_the_tokenizer_itself_puts_around_a_text() {
+    let f = Folder::new();
+    f.model("model", |_| ());
+    let data =
+        f.write("d.json", r#"[{"conversations":[{"from":"human","value":"Hi"},{"from":"gpt","value":"Yes."}]}]"#);
+    let before = score(&f, &data, &[]);
+    change(&f, "tokenizer.json", |v| {
+        let post = &mut v["post_processor"];
+        post["single"].as_array_mut().unwrap().push(json!({ "SpecialToken": { "id": "</s>", "type_id": 0 } }));
+        post["special_tokens"]["</s>"] = json!({ "id": "</s>", "ids": [2], "tokens": ["</s>"] });
+    });
+    assert_eq!(score(&f, &data, &[]), before);
+    let show = ["data", "show", "--model", "model", "--data", data.to_str().unwrap()];
+    let told = f.ok(show).stderr;
+    assert!(told.contains("its post_processor puts \"</s>\" behind a text, which is left out here"), "{told}");
+    // More than one in front are not taken for one.
+    change(&f, "tokenizer.json", |v| {
+        let single = v["post_processor"]["single"].as_array_mut().unwrap();
+        let end = single.pop().unwrap();
+        single.insert(1, end);
+    });
+    let told = "model/tokenizer.json: its post_processor puts 2 tokens in front of a text (\"<s>\", \"</s>\")";
+    f.fails(&show, &[told, "change the post_processor"]);
+}
+
 #[test]
 fn an_opening_that_goes_further_than_an_answer_begins() {
     let (f, case) = (Folder::new(), case("13-generation-prompt-that-goes-further"));

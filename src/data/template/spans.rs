@@ -6,6 +6,7 @@
 
 use super::marks::Unmarked;
 use crate::data::source::{Role, Turn};
+use serde_json::Value;
 use std::ops::Range;
 
 /// A conversation whose turns' ends are known.
@@ -77,12 +78,14 @@ impl Spans<'_> {
     }
 }
 
-/// What stands behind a turn's text: behind its trailing white space if that is there, and as it is.
+/// What stands behind a turn's text: behind its trailing white space if that is there (as it is, or as `tojson` writes it), and as
+/// it is.
 fn after<'a>(text: &'a str, at: usize, turn: &Turn) -> Vec<&'a str> {
     let own = &turn.text[turn.text.trim_end().len()..];
+    let escaped = Value::from(own).to_string();
     let behind = &text[at..];
-    let without = behind.strip_prefix(own).filter(|_| !own.is_empty());
-    without.into_iter().chain([behind]).collect()
+    let without = [own, escaped.trim_matches('"')].into_iter().find_map(|own| behind.strip_prefix(own));
+    without.filter(|_| !own.is_empty()).into_iter().chain([behind]).collect()
 }
 
 /// Bytes that two texts begin with in common, whole characters.
