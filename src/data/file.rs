@@ -3,7 +3,7 @@
 use crate::bail;
 use crate::error::{Error, Result, near};
 use std::fs::{File, Metadata};
-use std::io::{BufReader, Read};
+use std::io::{BufReader, ErrorKind, Read};
 use std::path::Path;
 
 /// First bytes that are enough to tell every format that [`format`] knows (tar's mark ends at 262).
@@ -15,8 +15,7 @@ pub(super) const HEAD: usize = 4096;
 /// If there is none, or it is a folder, a pipe, a device or a socket, which never end or are never answered; the error names it.
 pub(super) fn open(path: &Path, what: &str, hint: &str) -> Result<(File, Metadata)> {
     let cannot = |e: std::io::Error| {
-        let hint =
-            if e.kind() == std::io::ErrorKind::NotFound { near::path_hint(path, hint) } else { hint.to_string() };
+        let hint = if e.kind() == ErrorKind::NotFound { near::path_hint(path, hint) } else { hint.to_string() };
         Error::new(format!("cannot read {what} {}: {e}", shown(path))).hint(hint)
     };
     let metadata = std::fs::metadata(path).map_err(cannot)?;
@@ -25,6 +24,33 @@ pub(super) fn open(path: &Path, what: &str, hint: &str) -> Result<(File, Metadat
         bail!("cannot read {what} {}: it is {kind}, not a file", shown(path); "{hint}")
     }
     Ok((File::open(path).map_err(cannot)?, metadata))
+}
+
+/// Largest file of settings or of a vocabulary that is read, in bytes; those of the largest models have about 40 MB.
+const MAX_SETTINGS: u64 = 256 << 20;
+
+/// The bytes of a file of a model's folder; `None` if there is none of this name.
+///
+/// # Errors
+/// If it cannot be read, is too large, or leads to something else (a broken link, a pipe): to go on without it would be another
+/// model's way, in silence.
+pub(super) fn optional(path: &Path) -> Result<Option<Vec<u8>>> {
+    const HINT: &str = "copy the file itself from where the model comes from, or take it away if the model has none";
+    match std::fs::symlink_metadata(path) {
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => return Ok(None),
+        Ok(link) if link.is_symlink() && !path.exists() => {
+            bail!("{} is a link that leads nowhere", shown(path); "{HINT}")
+        }
+        _ => {}
+    }
+    let (file, metadata) = open(path, "the file", HINT)?;
+    if metadata.len() > MAX_SETTINGS {
+        bail!("{} has {} MiB, more than the {} that such a file may have", shown(path), metadata.len() >> 20, MAX_SETTINGS >> 20; "{HINT}")
+    }
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    let read = file.take(MAX_SETTINGS).read_to_end(&mut bytes);
+    read.map_err(|e| Error::new(format!("cannot read the file {}: {e}", shown(path))).hint(HINT))?;
+    Ok(Some(bytes))
 }
 
 /// What a path leads to that is no file.

@@ -144,25 +144,37 @@ fn cut(e: std::io::Error) -> Error {
 /// Texts that may hold EXIF data or XMP are read up to this many bytes, packed or not.
 const LONGEST_TEXT: u64 = 1 << 20;
 
+/// A PNG's last chunk.
+const END: &[u8; 12] = b"\0\0\0\0IEND\xae\x42\x60\x82";
+
 fn png(file: &mut (impl Read + Seek), essence: bool) -> Result<Header> {
     let mut kept = vec![0; 8];
     file.read_exact(&mut kept).map_err(cut)?;
     let end = file.seek(SeekFrom::End(0))?;
     file.seek(SeekFrom::Start(8))?;
-    let mut head: Option<[u8; 13]> = None;
+    let (mut head, mut seen_pixels): (Option<[u8; 13]>, bool) = (None, false);
     let (mut exif, mut xmp): (Option<Vec<u8>>, Option<Vec<u8>>) = (None, None);
     let mut at = 8;
     loop {
         // Pillow asks for no end mark either; whether the pixels are all there is the decoder's to say.
         let mut start = [0; 8];
         if end - at < 8 {
-            kept.extend(b"\0\0\0\0IEND\xae\x42\x60\x82");
+            kept.extend(END);
             break;
         }
         file.read_exact(&mut start).map_err(cut)?;
         let length = u64::from(u32::from_be_bytes([start[0], start[1], start[2], start[3]]));
         let [.., a, b, c, d] = start;
         let kind = [a, b, c, d];
+        // Behind the pixels that does not matter, as for Pillow.
+        if !kind.iter().all(u8::is_ascii_alphanumeric) {
+            if !seen_pixels {
+                bail!("it is damaged {at} bytes in: no chunk of a PNG begins there")
+            }
+            kept.extend(END);
+            break;
+        }
+        seen_pixels |= kind == *b"IDAT";
         if kind == *b"CgBI" {
             bail!("it is written in Apple's own way for iPhones (CgBI)"; "convert it to a usual PNG")
         }
@@ -232,20 +244,32 @@ fn text(kind: [u8; 4], body: &[u8], exif: &mut Option<Vec<u8>>, xmp: &mut Option
     }
 }
 
+/// Bytes between the segments of a JPEG that are passed over.
+const MOST_BETWEEN: usize = 1 << 20;
+
+/// The next byte between segments, of which there have been so many.
+fn byte(file: &mut impl Read, between: &mut usize) -> Result<u8> {
+    *between += 1;
+    if *between > MOST_BETWEEN {
+        bail!("it is damaged: no picture data come in {} MiB of other bytes", MOST_BETWEEN >> 20)
+    }
+    let mut byte = [0];
+    file.read_exact(&mut byte).map_err(cut)?;
+    Ok(byte[0])
+}
+
 /// Walks the segments up to the picture's data.
 fn jpeg(file: &mut (impl Read + Seek)) -> Result<Header> {
     let (mut jpeg, mut size) = (Jpeg::default(), None);
     let (mut exif, mut xmp): (Option<Vec<u8>>, Option<Vec<u8>>) = (None, None);
     file.seek_relative(2)?;
+    let mut between = 0;
     loop {
-        let mut code = [0u8];
-        while code != [0xff] {
-            file.read_exact(&mut code).map_err(cut)?;
+        while byte(file, &mut between)? != 0xff {}
+        let mut code = 0xff;
+        while code == 0xff {
+            code = byte(file, &mut between)?;
         }
-        while code == [0xff] {
-            file.read_exact(&mut code).map_err(cut)?;
-        }
-        let [code] = code;
         // Data, TEM, restart markers and a second start stand alone.
         if matches!(code, 0x00 | 0x01 | 0xd0..=0xd8) {
             continue;
@@ -351,6 +375,18 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             let e = upright_size(&path).unwrap_err();
             assert!(e.cause().contains(name) && e.hint_text().is_some(), "{e}");
+        }
+        // Sparse files of many gigabytes: what they hold is looked at as far as it can be a picture.
+        let chunk = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\x08\0\0\0\x08\x08\x02\0\0\0\0\0\0\0";
+        for (name, begin) in [("sparse.jpg", &whole[..30]), ("sparse.png", &chunk[..])] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, begin).unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(40 << 30).unwrap();
+            let begun = std::time::Instant::now();
+            let e = upright_size(&path).unwrap_err();
+            assert!(e.cause().contains(name) && e.cause().contains("it is damaged"), "{e}");
+            assert!(load_rgb(&path, Alpha::Drop).unwrap_err().cause().contains("it is damaged"));
+            assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
         }
         assert!(upright_size(&dir.path().join("none.png")).unwrap_err().cause().contains("none.png"));
     }

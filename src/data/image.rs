@@ -2,6 +2,7 @@
 
 use super::decode::load_held;
 pub use super::decode::{decode, load_rgb};
+use super::file;
 use super::processor::shortest_f64;
 pub use super::resize::Rgb;
 use super::resize::{Filter, resize};
@@ -100,10 +101,7 @@ impl ImageProcessor {
     fn said(dir: &Path) -> Result<[Option<(PathBuf, Value)>; 2]> {
         let read = |name: &str| -> Result<Option<(PathBuf, Value)>> {
             let path = dir.join(name);
-            if !path.is_file() {
-                return Ok(None);
-            }
-            let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let Some(bytes) = file::optional(&path)? else { return Ok(None) };
             let damaged = |e: serde_json::Error| {
                 Error::new(format!("{} is damaged", path.display()))
                     .source(e)

@@ -1,37 +1,48 @@
 //! The keys of a sample as they stand in a data file, with errors in the words of a user.
 //!
 //! Keys that we do not know (`model`, `source`, …) are allowed, published files are full of them; those that would carry something
-//! to be learned, and are not read, are an error.
+//! to be learned, and are not read, are an error. Exports write a null under every key that they have: that is as if it were absent,
+//! also beside another name of the same key.
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use std::fmt;
+use serde::de::{Deserializer, Error};
+use serde_json::Value;
 
 #[derive(Deserialize)]
 #[serde(expecting = "a sample, an object {…}")]
 pub(super) struct RawConversation {
     pub id: Option<Id>,
-    #[serde(default, alias = "images")]
+    #[serde(default)]
     pub image: Paths,
+    #[serde(default)]
+    pub images: Paths,
     #[serde(alias = "messages")]
     pub conversations: Vec<RawTurn>,
     /// LLaMA-Factory's place for it.
     pub system: Option<String>,
     pub category: Option<String>,
-    #[serde(default)]
-    pub absent: Vec<String>,
+    pub absent: Option<Vec<String>>,
     #[serde(default)]
     chosen: Filled,
     #[serde(default)]
     rejected: Filled,
+    /// ms-swift's.
+    #[serde(default)]
+    rejected_response: Filled,
+    #[serde(default)]
+    rejected_messages: Filled,
     #[serde(default)]
     history: Filled,
     #[serde(default)]
     tools: Filled,
-    #[serde(default, alias = "videos")]
+    #[serde(default)]
     video: Filled,
-    #[serde(default, alias = "audios")]
+    #[serde(default)]
+    videos: Filled,
+    #[serde(default)]
     audio: Filled,
+    #[serde(default)]
+    audios: Filled,
 }
 
 #[derive(Deserialize)]
@@ -42,34 +53,63 @@ pub(super) struct RawTurn {
     #[serde(alias = "content")]
     pub value: String,
     /// Whether an answer is to be learned, as OpenAI, axolotl and ms-swift write it.
-    #[serde(default, alias = "train", alias = "loss")]
-    pub weight: Weight,
-    #[serde(default, alias = "function_call")]
+    #[serde(default)]
+    weight: Weight,
+    #[serde(default)]
+    train: Weight,
+    #[serde(default)]
+    loss: Weight,
+    #[serde(default)]
     tool_calls: Filled,
-    #[serde(default, alias = "reasoning")]
+    #[serde(default)]
+    function_call: Filled,
+    #[serde(default)]
     reasoning_content: Filled,
+    #[serde(default)]
+    reasoning: Filled,
+    #[serde(default)]
+    thinking: Filled,
+    #[serde(default)]
+    image: Filled,
+    #[serde(default)]
+    images: Filled,
+}
+
+impl RawTurn {
+    /// Is it to be learned, if it is an answer?
+    pub fn is_learned(&self) -> bool {
+        [&self.weight, &self.train, &self.loss].iter().all(|w| w.0)
+    }
 }
 
 #[derive(Deserialize)]
 #[serde(expecting = "a pair, an object {…}")]
 pub(super) struct RawPreference {
     pub id: Option<Id>,
-    #[serde(default, alias = "images")]
+    #[serde(default)]
     pub image: Paths,
+    #[serde(default)]
+    pub images: Paths,
     pub prompt: String,
     pub chosen: String,
     pub rejected: String,
     pub system: Option<String>,
     #[serde(default)]
     history: Filled,
-    #[serde(default, alias = "messages")]
+    #[serde(default)]
     conversations: Filled,
     #[serde(default)]
+    messages: Filled,
+    #[serde(default)]
     tools: Filled,
-    #[serde(default, alias = "videos")]
+    #[serde(default)]
     video: Filled,
-    #[serde(default, alias = "audios")]
+    #[serde(default)]
+    videos: Filled,
+    #[serde(default)]
     audio: Filled,
+    #[serde(default)]
+    audios: Filled,
 }
 
 /// What a sample says that is not read.
@@ -81,6 +121,9 @@ pub(super) trait Unread {
 const MEDIA: &str = "models here see pictures only: take such samples out, or their frames as pictures";
 const TOOLS: &str = "write what a tool does into the texts of the turns, or take such samples out";
 const EARLIER: &str = "write all turns, the earlier ones too, into `conversations`";
+const THOUGHT: &str = "write what is to be learned of it into the turn's own text";
+const SHOWN: &str = "name the pictures in `image` of the sample, and write <image> into the turn where each is shown";
+const PAIR: &str = "pairs are data of a stage with the objective dpo; leave the key out to learn the conversation";
 
 fn filled(keys: &[(&'static str, Filled, &'static str)]) -> Option<(&'static str, &'static str)> {
     keys.iter().find(|(_, filled, _)| filled.0).map(|(key, _, hint)| (*key, *hint))
@@ -88,24 +131,28 @@ fn filled(keys: &[(&'static str, Filled, &'static str)]) -> Option<(&'static str
 
 impl Unread for RawConversation {
     fn unread(&self) -> Option<(&'static str, &'static str)> {
-        let pair = "pairs are data of a stage with the objective dpo; leave the key out to learn the conversation";
         let turns = self.conversations.iter().find_map(|t| {
             filled(&[
                 ("tool_calls", t.tool_calls, TOOLS),
-                (
-                    "reasoning_content",
-                    t.reasoning_content,
-                    "write what is to be learned of it into the turn's own text",
-                ),
+                ("function_call", t.function_call, TOOLS),
+                ("reasoning_content", t.reasoning_content, THOUGHT),
+                ("reasoning", t.reasoning, THOUGHT),
+                ("thinking", t.thinking, THOUGHT),
+                ("image", t.image, SHOWN),
+                ("images", t.images, SHOWN),
             ])
         });
         turns.or(filled(&[
-            ("chosen", self.chosen, pair),
-            ("rejected", self.rejected, pair),
+            ("chosen", self.chosen, PAIR),
+            ("rejected", self.rejected, PAIR),
+            ("rejected_response", self.rejected_response, PAIR),
+            ("rejected_messages", self.rejected_messages, PAIR),
             ("history", self.history, EARLIER),
             ("tools", self.tools, TOOLS),
             ("video", self.video, MEDIA),
+            ("videos", self.videos, MEDIA),
             ("audio", self.audio, MEDIA),
+            ("audios", self.audios, MEDIA),
         ]))
     }
 }
@@ -116,10 +163,22 @@ impl Unread for RawPreference {
         filled(&[
             ("history", self.history, one),
             ("conversations", self.conversations, one),
+            ("messages", self.messages, one),
             ("tools", self.tools, TOOLS),
             ("video", self.video, MEDIA),
+            ("videos", self.videos, MEDIA),
             ("audio", self.audio, MEDIA),
+            ("audios", self.audios, MEDIA),
         ])
+    }
+}
+
+/// A value as a message shows it.
+fn shown(v: &Value) -> String {
+    match v {
+        Value::Object(_) => "{…}".into(),
+        Value::Array(_) => "[…]".into(),
+        other => other.to_string(),
     }
 }
 
@@ -128,47 +187,15 @@ pub(super) struct Id(pub String);
 
 impl<'de> Deserialize<'de> for Id {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct Seen;
-        impl<'de> Visitor<'de> for Seen {
-            type Value = Id;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("text or a number")
+        match Value::deserialize(d)? {
+            Value::String(s) => Ok(Self(s)),
+            // Whole numbers beyond 64 bits come as this, rounded: two of them would be one.
+            Value::Number(n) if n.is_f64() && n.as_f64().is_none_or(|v| v.abs() >= 2f64.powi(53)) => {
+                Err(D::Error::custom("id is a number too large to be kept digit by digit: put it in quotes"))
             }
-
-            fn visit_str<E: Error>(self, v: &str) -> Result<Id, E> {
-                Ok(Id(v.into()))
-            }
-
-            fn visit_u64<E: Error>(self, v: u64) -> Result<Id, E> {
-                Ok(Id(v.to_string()))
-            }
-
-            fn visit_i64<E: Error>(self, v: i64) -> Result<Id, E> {
-                Ok(Id(v.to_string()))
-            }
-
-            fn visit_f64<E: Error>(self, v: f64) -> Result<Id, E> {
-                // Whole numbers beyond 64 bits come as this, rounded: two of them would be one.
-                match serde_json::Number::from_f64(v) {
-                    Some(n) if v.abs() < 2f64.powi(53) => Ok(Id(n.to_string())),
-                    _ => Err(E::custom("id is a number too large to be kept digit by digit: put it in quotes")),
-                }
-            }
-
-            fn visit_bool<E: Error>(self, v: bool) -> Result<Id, E> {
-                Err(E::custom(format!("id must be text or a number, not {v}")))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Id, A::Error> {
-                Err(A::Error::custom("id must be text or a number, not {…}"))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Id, A::Error> {
-                Err(A::Error::custom("id must be text or a number, not […]"))
-            }
+            Value::Number(n) => Ok(Self(n.to_string())),
+            other => Err(D::Error::custom(format!("id must be text or a number, not {}", shown(&other)))),
         }
-        d.deserialize_any(Seen)
     }
 }
 
@@ -176,51 +203,39 @@ impl<'de> Deserialize<'de> for Id {
 #[derive(Default)]
 pub(super) struct Paths(pub Vec<String>);
 
+impl Paths {
+    /// The one of two names of the key that holds something; `None` if both do, and not the same.
+    pub fn or(self, other: Self) -> Option<Self> {
+        match (self.0.is_empty(), other.0.is_empty()) {
+            (true, _) => Some(other),
+            (_, true) => Some(self),
+            _ => (self.0 == other.0).then_some(self),
+        }
+    }
+
+    fn add(&mut self, v: Value) -> Result<(), String> {
+        match v {
+            Value::Null => Ok(()),
+            Value::String(s) => {
+                self.0.extend(Some(s).filter(|s| !s.is_empty()));
+                Ok(())
+            }
+            Value::Array(list) => list.into_iter().try_for_each(|v| self.add(v)),
+            other => Err(format!("image must be a path or a list of paths, not {}", shown(&other))),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Paths {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        const WANTED: &str = "image must be a path or a list of paths";
-        struct Seen;
-        impl<'de> Visitor<'de> for Seen {
-            type Value = Paths;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a path or a list of paths")
-            }
-
-            fn visit_unit<E: Error>(self) -> Result<Paths, E> {
-                Ok(Paths::default())
-            }
-
-            fn visit_str<E: Error>(self, v: &str) -> Result<Paths, E> {
-                Ok(Paths(if v.is_empty() { vec![] } else { vec![v.into()] }))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Paths, A::Error> {
-                let mut paths = vec![];
-                while let Some(Paths(one)) = list.next_element()? {
-                    paths.extend(one);
-                }
-                Ok(Paths(paths))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Paths, A::Error> {
-                Err(A::Error::custom(format!("{WANTED}, not {{…}}")))
-            }
-
-            fn visit_bool<E: Error>(self, v: bool) -> Result<Paths, E> {
-                Err(E::custom(format!("{WANTED}, not {v}")))
-            }
-
-            fn visit_u64<E: Error>(self, v: u64) -> Result<Paths, E> {
-                Err(E::custom(format!("{WANTED}, not {v}")))
-            }
-        }
-        d.deserialize_any(Seen)
+        let mut paths = Self::default();
+        paths.add(Value::deserialize(d)?).map_err(D::Error::custom)?;
+        Ok(paths)
     }
 }
 
 /// Whether a turn is to be learned: 1 or true (the default), 0 or false.
-pub(super) struct Weight(pub bool);
+struct Weight(bool);
 
 impl Default for Weight {
     fn default() -> Self {
@@ -230,93 +245,37 @@ impl Default for Weight {
 
 impl<'de> Deserialize<'de> for Weight {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct Seen;
-        impl Visitor<'_> for Seen {
-            type Value = Weight;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a weight of 0 or 1, or true or false")
+        let v = Value::deserialize(d)?;
+        match (&v, v.as_f64()) {
+            (Value::Null, _) => Ok(Self(true)),
+            (Value::Bool(learned), _) => Ok(Self(*learned)),
+            (_, Some(0.0)) => Ok(Self(false)),
+            (_, Some(1.0)) => Ok(Self(true)),
+            (_, Some(_)) => {
+                Err(D::Error::custom(format!("the weight of a turn is {v}: only whole turns are learned, or not")))
             }
-
-            fn visit_unit<E: Error>(self) -> Result<Weight, E> {
-                Ok(Weight(true))
-            }
-
-            fn visit_bool<E: Error>(self, v: bool) -> Result<Weight, E> {
-                Ok(Weight(v))
-            }
-
-            fn visit_u64<E: Error>(self, v: u64) -> Result<Weight, E> {
-                self.visit_f64(v as f64)
-            }
-
-            fn visit_f64<E: Error>(self, v: f64) -> Result<Weight, E> {
-                match v {
-                    0.0 => Ok(Weight(false)),
-                    1.0 => Ok(Weight(true)),
-                    v => Err(E::custom(format!("the weight of a turn is {v}: only whole turns are learned, or not"))),
-                }
-            }
+            _ => Err(D::Error::custom(format!(
+                "the weight of a turn must be 0 or 1, or true or false, not {}",
+                shown(&v)
+            ))),
         }
-        d.deserialize_any(Seen)
     }
 }
 
 /// Whether a key that is not read has anything in it.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Filled(bool);
+struct Filled(bool);
 
 impl<'de> Deserialize<'de> for Filled {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct Seen;
-        impl<'de> Visitor<'de> for Seen {
-            type Value = Filled;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("anything")
-            }
-
-            fn visit_unit<E: Error>(self) -> Result<Filled, E> {
-                Ok(Filled(false))
-            }
-
-            fn visit_bool<E: Error>(self, v: bool) -> Result<Filled, E> {
-                Ok(Filled(v))
-            }
-
-            fn visit_str<E: Error>(self, v: &str) -> Result<Filled, E> {
-                // Tools are a list in a text, often an empty one.
-                Ok(Filled(!matches!(v.trim(), "" | "[]" | "{}" | "null")))
-            }
-
-            fn visit_u64<E: Error>(self, _: u64) -> Result<Filled, E> {
-                Ok(Filled(true))
-            }
-
-            fn visit_i64<E: Error>(self, _: i64) -> Result<Filled, E> {
-                Ok(Filled(true))
-            }
-
-            fn visit_f64<E: Error>(self, _: f64) -> Result<Filled, E> {
-                Ok(Filled(true))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Filled, A::Error> {
-                let mut filled = false;
-                while list.next_element::<IgnoredAny>()?.is_some() {
-                    filled = true;
-                }
-                Ok(Filled(filled))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut keys: A) -> Result<Filled, A::Error> {
-                let mut filled = false;
-                while keys.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
-                    filled = true;
-                }
-                Ok(Filled(filled))
-            }
-        }
-        d.deserialize_any(Seen)
+        Ok(Self(match Value::deserialize(d)? {
+            Value::Null => false,
+            Value::Bool(b) => b,
+            Value::Number(_) => true,
+            // Tools are a list in a text, often an empty one.
+            Value::String(s) => !matches!(s.trim(), "" | "[]" | "{}" | "null"),
+            Value::Array(list) => !list.is_empty(),
+            Value::Object(keys) => !keys.is_empty(),
+        }))
     }
 }

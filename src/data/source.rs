@@ -102,13 +102,13 @@ pub fn conversations(data: &Data) -> Result<Vec<Conversation>> {
         let id = sample_id(&raw.id, data, i);
         let named = || format!("{}: sample {id}", data.path.display());
         all_read(&raw).with_context(named)?;
-        let images = pictures(raw.image, data).with_context(named)?;
+        let images = pictures(raw.image, raw.images, data).with_context(named)?;
         let turns = turns(raw.system, raw.conversations).and_then(|turns| {
             let texts = turns.iter().filter(|t| t.role == Role::User).map(|t| t.text.as_str());
             count_images(texts, images.len()).map(|()| turns)
         });
         let turns = turns.with_context(named)?;
-        Ok(Conversation { id, images, turns, category: raw.category, absent: raw.absent })
+        Ok(Conversation { id, images, turns, category: raw.category, absent: raw.absent.unwrap_or_default() })
     };
     raw.into_iter().enumerate().map(convert).collect()
 }
@@ -123,7 +123,7 @@ pub fn preferences(data: &Data) -> Result<Vec<Preference>> {
         let id = sample_id(&raw.id, data, i);
         let named = || format!("{}: sample {id}", data.path.display());
         all_read(&raw).with_context(named)?;
-        let images = pictures(raw.image, data).with_context(named)?;
+        let images = pictures(raw.image, raw.images, data).with_context(named)?;
         count_images(std::iter::once(raw.prompt.as_str()), images.len()).with_context(named)?;
         let system = raw.system.filter(|s| !s.is_empty());
         Ok(Preference { id, images, system, prompt: raw.prompt, chosen: raw.chosen, rejected: raw.rejected })
@@ -143,7 +143,10 @@ fn all_read(sample: &impl Unread) -> Result<()> {
     }
 }
 
-fn pictures(paths: Paths, data: &Data) -> Result<Vec<Picture>> {
+fn pictures(image: Paths, images: Paths, data: &Data) -> Result<Vec<Picture>> {
+    let Some(paths) = image.or(images) else {
+        bail!("`image` and `images` name different pictures"; "write all of them into one of the two")
+    };
     let root = data.images.as_deref().or_else(|| data.path.parent()).unwrap_or(Path::new(""));
     let with = |path: String| {
         if path.starts_with("http://") || path.starts_with("https://") {
@@ -172,7 +175,7 @@ fn turns(system: Option<String>, raw: Vec<RawTurn>) -> Result<Vec<Turn>> {
                 bail!("turn {i} is from {:?}", file::short(other, 40); "speakers are \"human\", \"gpt\" and \"system\"")
             }
         };
-        if role == Role::Assistant && !t.weight.0 {
+        if role == Role::Assistant && !t.is_learned() {
             bail!("turn {i} is an answer that is not to be learned (its weight, train or loss says so)";
                 "take the key out to learn every answer, or split the conversation before it")
         }

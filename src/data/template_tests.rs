@@ -92,3 +92,25 @@ fn a_broken_chat_template_is_an_error() {
     let e = chat("{{ raise_exception('roles must alternate') }}").unwrap_err();
     assert!(e.cause().contains("roles must alternate"), "{e}");
 }
+
+#[test]
+fn formats_and_dates_as_python_writes_them() {
+    let written = |template: &str| {
+        let template = format!("{template}{{{{ messages[-1].content }}}}");
+        chat(&template).and_then(|t| t.prompt(&[Turn { role: U, text: "q".into() }]))
+    };
+    assert_eq!(written("{{ '{:>5}|70000'.format('a') }}").unwrap(), "    a|70000q");
+    for wide in ["{:>3000000000}", "{:.3000000000f}", "{:>99999999999999999999999}"] {
+        let e = written(&format!("{{{{ '{wide}'.format(1.5) }}}}")).unwrap_err();
+        assert!(e.cause().contains("a width of more than 65536 characters"), "{e}");
+    }
+    // As of a datetime without a zone.
+    assert_eq!(written("{{ strftime_now('%H%%Z%Z|%z%%') }}").unwrap(), "00%Z|%q");
+}
+
+#[test]
+fn a_comment_marks_nothing() {
+    let template = chat(&format!("{{# Not {{% generation %}} but {{% endgeneration %}} #}}{CHATML}")).unwrap();
+    let r = template.conversation(&talk(&[(U, "q"), (A, "yes")])).unwrap();
+    assert_eq!(spans(&r), ["yes<|im_end|>"]);
+}

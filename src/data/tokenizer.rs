@@ -3,6 +3,7 @@
 pub(super) mod guard;
 mod special;
 
+use super::file;
 use crate::bail;
 use crate::error::words::plain;
 use crate::error::{Context, Error, Result};
@@ -37,10 +38,8 @@ impl TokenizerFiles {
         } else {
             (dir_or_file.parent().map_or_else(PathBuf::new, Path::to_path_buf), dir_or_file.to_path_buf())
         };
-        if !file.is_file() {
-            return Err(missing(&dir, &file));
-        }
-        let (mut tokenizer, growth) = open(&file)?;
+        let bytes = file::optional(&file)?.ok_or_else(|| missing(&dir, &file))?;
+        let (mut tokenizer, growth) = open(&file, &bytes)?;
         tokenizer.with_truncation(None).map_err(|e| Error::new(e.to_string()))?;
         tokenizer.with_padding(None);
         let (leading, ending) = added_tokens(&tokenizer).with_context(|| file.display())?;
@@ -133,17 +132,16 @@ struct Outline {
     normalizer: Value,
 }
 
-fn open(file: &Path) -> Result<(Tokenizer, guard::Growth)> {
+fn open(file: &Path, bytes: &[u8]) -> Result<(Tokenizer, guard::Growth)> {
     let damaged = |e: &dyn std::fmt::Display| {
         let why = plain(&e.to_string());
         Error::new(format!("cannot read the tokenizer {}: {why}", file.display()))
             .hint("fetch the file again; a Git LFS pointer is a few lines of text")
     };
-    let bytes = std::fs::read(file).map_err(|e| damaged(&e))?;
     // `tokenizers` panics on some files that are no JSON, or that have a part of another kind than it expects.
-    let outline: Outline = serde_json::from_slice(&bytes).map_err(|e| damaged(&e))?;
+    let outline: Outline = serde_json::from_slice(bytes).map_err(|e| damaged(&e))?;
     let growth = guard::Growth::of(&outline.normalizer).with_context(|| file.display())?;
-    let read = guard::catch(|| Tokenizer::from_bytes(&bytes));
+    let read = guard::catch(|| Tokenizer::from_bytes(bytes));
     read.ok_or_else(|| damaged(&"a part of it has the wrong form"))?.map_err(|e| damaged(&e)).map(|t| (t, growth))
 }
 
@@ -207,21 +205,23 @@ fn left_out(ending: &[String], file: &Path) -> Option<String> {
     ))
 }
 
+const AGAIN: &str = "the file is damaged or was edited: get it again from where the model comes from";
+
 /// A JSON file, or `null` if there is none.
 fn read_json(path: &Path) -> Result<Value> {
-    if !path.is_file() {
-        return Ok(Value::Null);
-    }
-    let bytes = std::fs::read(path).with_context(|| path.display())?;
-    serde_json::from_slice(&bytes).with_context(|| path.display())
+    let Some(bytes) = file::optional(path)? else { return Ok(Value::Null) };
+    let damaged =
+        |e: serde_json::Error| Error::new(format!("{}: {}", path.display(), plain(&e.to_string()))).hint(AGAIN);
+    serde_json::from_slice(&bytes).map_err(damaged)
 }
 
 /// `chat_template.jinja`, `additional_chat_templates/default.jinja`, `chat_template.json`, or `tokenizer_config.json`'s entry (text, or a list of named ones).
 fn chat_template(dir: &Path, config: &Value) -> Result<Option<String>> {
     for name in ["chat_template.jinja", "additional_chat_templates/default.jinja"] {
         let file = dir.join(name);
-        if file.is_file() {
-            return std::fs::read_to_string(&file).map(Some).with_context(|| file.display());
+        if let Some(bytes) = file::optional(&file)? {
+            let text = String::from_utf8(bytes);
+            return text.map(Some).map_err(|_| Error::new(format!("{} is not UTF-8 text", file.display())).hint(AGAIN));
         }
     }
     let own = read_json(&dir.join("chat_template.json"))?;

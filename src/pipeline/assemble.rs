@@ -410,7 +410,8 @@ impl Parts {
     /// Takes the projector that the original LLaVA code trained beside a LoRA, if there is one in the adapter's folder.
     fn beside_lora(&mut self, dir: &Path, recipe: &Recipe, vlm: &mut Vlm) -> Result<()> {
         let file = dir.join(BESIDE_LORA);
-        if !file.is_file() {
+        // A link that leads nowhere is no silence, here and below.
+        if file.symlink_metadata().is_err() {
             return Ok(());
         }
         let mut weights = Weights::beside_lora(&file)?;
@@ -443,11 +444,11 @@ impl Parts {
     /// Holds the recipe's projector to the `config.json` beside its weights, if there is one.
     fn published(&mut self, cfg: &spec::Projector, dir: &Path) -> Result<()> {
         let file = dir.join("config.json");
-        if !dir.is_dir() || !file.is_file() {
+        if !dir.is_dir() || file.symlink_metadata().is_err() {
             return Ok(());
         }
-        let text = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let config = serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))?;
+        let config = serde_json::from_str(&source::read_text(&file)?)
+            .with_context(|| format!("{} is no JSON", file.display()))?;
         self.note(dir, &["config.json"]);
         published::check(cfg, &config)
     }
@@ -481,7 +482,7 @@ impl Parts {
         let size = vision.tower.config.image_size;
         let Some(dir) = &vision.dir else { return Ok(ImageProcessor::clip(size)) };
         let files = ["processor_config.json", "preprocessor_config.json"].map(|name| dir.join(name));
-        let there: Vec<_> = files.into_iter().filter(|f| f.is_file()).collect();
+        let there: Vec<_> = files.into_iter().filter(|f| f.symlink_metadata().is_ok()).collect();
         if !there.is_empty() {
             self.files.extend(there);
             self.warnings.extend(ImageProcessor::remark(dir));

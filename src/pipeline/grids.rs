@@ -3,6 +3,7 @@
 use crate::bail;
 use crate::data::{GRIDS, ImageProcessor};
 use crate::error::{Error, Result};
+use crate::model::weights::source::read_text;
 use serde_json::Value;
 use std::path::Path;
 
@@ -16,7 +17,7 @@ type Grids = Vec<[usize; 2]>;
 /// together by config.json, and fails where the two differ.
 pub(super) fn of(dir: &Path, size: usize) -> Result<Option<Grids>> {
     let path = dir.join("config.json");
-    let mut json: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let mut json: Value = serde_json::from_str(&read_text(&path)?)?;
     let own = json.get_mut("image_grid_pinpoints").map(Value::take).filter(|own| !own.is_null());
     let own = own.map(|own| list(&path, own)).transpose()?;
     if let Some((file, theirs)) = ImageProcessor::grids(dir)? {

@@ -6,7 +6,7 @@ use crate::bail;
 use crate::error::Result;
 use toml::{Table, Value};
 
-/// The largest number that a key takes, and why; the first entry whose key the path ends with (list positions aside).
+/// The largest number that a key takes, and why; the first entry whose keys the path ends with (list positions aside).
 const LIMITS: [(&str, i64, &str); 9] = [
     // Any number is a seed.
     ("seed", i64::MAX, ""),
@@ -17,7 +17,8 @@ const LIMITS: [(&str, i64, &str); 9] = [
     ("grid_pinpoints", 1 << 14, "heights and widths in pixels, e.g. [[336, 672], [672, 336]]"),
     ("depth", 100, "how many layers, e.g. 2"),
     ("layers", 100, "how many layers, e.g. 12"),
-    ("factor", 64, "2 makes a quarter of the tokens"),
+    // Not that of a language model's rotary positions.
+    ("pixel_shuffle.factor", 64, "2 makes a quarter of the tokens"),
 ];
 
 /// Of every other key.
@@ -44,16 +45,20 @@ fn walk(value: &Value, path: &mut Vec<Step>) -> Result<()> {
 }
 
 fn within(n: i64, path: &[Step]) -> Result<()> {
-    let key = path.iter().rev().find_map(|step| match step {
-        Step::Key(key) => Some(key.as_str()),
-        Step::Index(_) => None,
-    });
-    let own = LIMITS.iter().find(|(name, ..)| key == Some(*name)).map(|(_, most, why)| (*most, *why));
+    let keys: Vec<&str> = path
+        .iter()
+        .filter_map(|step| match step {
+            Step::Key(key) => Some(key.as_str()),
+            Step::Index(_) => None,
+        })
+        .collect();
+    let ends = |name: &str| keys.ends_with(&name.split('.').collect::<Vec<_>>());
+    let own = LIMITS.iter().find(|(name, ..)| ends(name)).map(|(_, most, why)| (*most, *why));
     let (most, why) = own.unwrap_or(ANY);
     if n > most {
         // The order of a step is a list of positions, 8 bytes each.
-        let bytes = match key {
-            Some("global") => format!(": the list of a step's samples alone takes {:.1} GB", n as f64 * 8e-9),
+        let bytes = match keys.last() {
+            Some(&"global") => format!(": the list of a step's samples alone takes {:.1} GB", n as f64 * 8e-9),
             _ => String::new(),
         };
         bail!("{} = {n}{bytes}", show_path(path); "at most {most}: {why}");
@@ -84,6 +89,7 @@ mod tests {
             "[stage.a]\nmax_steps = 4611686018427387904",
             "[eval.a]\nmicro = 65537",
             "[model.projector.mlp]\ndepth = 101",
+            "[model.projector.pixel_shuffle]\nfactor = 65",
         ] {
             assert!(refused(text).contains("hint: at most"), "{text}");
         }
@@ -97,5 +103,6 @@ mod tests {
     fn numbers_that_recipes_have_pass() {
         check("[stage.a]\nseed = 9223372036854775807\nmax_steps = 1000000\nbatch = { global = 65536, micro = 64 }\nlr = 1e300").unwrap();
         check("[model]\nmax_seq_len = 1048576").unwrap();
+        check("[model.language.init.rope_scaling]\nrope_type = 'linear'\nfactor = 128").unwrap();
     }
 }

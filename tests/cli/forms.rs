@@ -186,9 +186,16 @@ fn a_system_key_is_a_system_turn_and_other_content_is_refused_by_name() {
         ("history", json!([["q", "a"]])),
         ("videos", json!(["a.mp4"])),
         ("chosen", json!({ "from": "gpt", "value": "x" })),
+        ("rejected_response", json!("A square.")),
     ] {
-        let key_said = key.trim_end_matches("deos").to_string();
-        refused(&f, "d.json", json!([with(key, value)]).to_string().as_bytes(), &["sample ", &key_said, "is not read"]);
+        let said = format!("`{key}` is not read");
+        refused(&f, "d.json", json!([with(key, value)]).to_string().as_bytes(), &["sample ", &said]);
+    }
+    for (key, value) in [("thinking", json!("Round.")), ("reasoning", json!("Round.")), ("images", json!(["a.png"]))] {
+        let mut sample = talk();
+        sample["conversations"][1][key] = value;
+        let said = format!("`{key}` is not read");
+        refused(&f, "d.json", json!([sample]).to_string().as_bytes(), &["sample ", &said]);
     }
     let weighted =
         json!([{ "conversations": [{ "from": "human", "value": "q" }, { "from": "gpt", "value": "a", "weight": 0 }] }]);
@@ -198,4 +205,25 @@ fn a_system_key_is_a_system_turn_and_other_content_is_refused_by_name() {
     {
         scored(&f, &write("e.json", &with(key, value)), &images);
     }
+}
+
+/// What exports write: a null under every key that any sample has, several names of one key among them.
+#[test]
+fn nulls_are_as_if_they_were_absent() {
+    let f = Folder::new();
+    let images = super::folder::golden("images");
+    let write = |name: &str, v: Value| f.write(name, &json!([v]).to_string());
+    let ours = scored(&f, &write("a.json", talk()), &images)[0]["logps"].clone();
+    let answer = json!({ "role": "assistant", "content": "A circle.", "refusal": null, "audio": null, "function_call": null,
+        "tool_calls": null, "reasoning": null, "reasoning_content": null, "weight": null, "train": 1, "loss": true });
+    let dumped = json!({ "id": null, "image": null, "images": ["exact0.png"], "video": null, "videos": [], "audios": null, "system": null,
+        "category": null, "absent": null, "messages": [{ "role": "user", "content": "<image>\nWhat?", "name": null }, answer] });
+    assert_eq!(scored(&f, &write("b.json", dumped), &images)[0]["logps"], ours);
+    let mut both = talk();
+    both["images"] = json!(["exact0.png"]);
+    assert_eq!(scored(&f, &write("c.json", both.clone()), &images)[0]["logps"], ours);
+    fs::remove_file(f.path("scores.jsonl")).unwrap();
+    both["images"] = json!(["exact1.png"]);
+    let bytes = json!([both]).to_string();
+    refused(&f, "d.json", bytes.as_bytes(), &["sample ", "`image` and `images` name different pictures"]);
 }

@@ -2,9 +2,10 @@
 
 /// Chat templates and tokenizers.
 mod templates {
-    use super::super::folder::Folder;
+    use super::super::folder::{Folder, golden};
     use serde_json::{Value, json};
     use std::fs;
+    use std::process::Command;
     use std::time::{Duration, Instant};
 
     /// The golden model with another chat template, and samples of `turns` turns.
@@ -47,6 +48,8 @@ mod templates {
         refused(&with(itself, 2), "chat", &["recursion limit"]);
         let long = "{{ 'x' * 9000000 }}{{ messages[0].content }}";
         refused(&with(long, 2), "chat", &["the chat template makes 9000"]);
+        let wide = "{{ '{:>3000000000}'.format('a') }}{{ messages[0].content }}";
+        refused(&with(wide, 2), "chat", &["a width of more than 65536 characters"]);
         let nested = format!("{}{}", "{% if true %}".repeat(100_000), "{% endif %}".repeat(100_000));
         refused(&with(&nested, 2), "chat", &["recursion limits"]);
     }
@@ -83,6 +86,48 @@ mod templates {
             "vicuna_v1",
             &["tokenizer.json", "normalizer can make a text 1000000000000 times as long"],
         );
+    }
+
+    /// Without one of these files a model would be another: what is there but cannot be read is told.
+    #[test]
+    #[cfg(unix)]
+    fn files_beside_a_model_that_lead_nowhere_or_never_end() {
+        let image = "<image>";
+        for name in [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+            "processor_config.json",
+            "preprocessor_config.json",
+            "generation_config.json",
+        ] {
+            for kind in ["link", "pipe", "sparse"] {
+                let f = with("", 2);
+                fs::copy(golden("images/tiny.png"), f.path("tiny.png")).unwrap();
+                let talk = json!([{"from": "human", "value": image}, {"from": "gpt", "value": "a"}]);
+                f.write("d.json", &json!([{"image": "tiny.png", "conversations": talk}]).to_string());
+                let path = f.path(&format!("model/{name}"));
+                _ = fs::remove_file(&path);
+                let says = match kind {
+                    "link" => {
+                        std::os::unix::fs::symlink("../blobs/gone", &path).unwrap();
+                        ["a link that leads nowhere", "cannot open"]
+                    }
+                    "pipe" => {
+                        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+                        ["is a pipe", "is a pipe"]
+                    }
+                    _ => {
+                        fs::File::create(&path).unwrap().set_len(40 << 30).unwrap();
+                        ["has 40960 MiB", "has 42949672960 bytes"]
+                    }
+                };
+                let args = ["score", "--model", "model", "--data", "d.json", "--out", "o"];
+                let said = f.fails(&args, &[name, "hint: copy"]);
+                assert!(says.iter().any(|s| said.contains(s)), "{kind}: {said}");
+            }
+        }
     }
 
     #[test]

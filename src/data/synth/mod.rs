@@ -38,11 +38,13 @@ use rng::{Rng, Stream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+/// Most training pictures.
+const MAX: usize = 100_000;
 /// Most held-out pictures of each kind.
 const MAX_HELD_OUT: usize = 512;
 /// Text-only documents for each training picture.
@@ -57,6 +59,8 @@ enum Split {
 }
 
 impl Split {
+    const ALL: [Self; 3] = [Self::Train, Self::ValSeen, Self::ValUnseen];
+
     fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
@@ -67,7 +71,12 @@ impl Split {
 
     /// Path of picture `i`, relative to the JSON files.
     fn image(self, i: usize) -> String {
-        format!("images/{}/{}", self.name(), picture(i))
+        format!("{}/{}", self.folder(), picture(i))
+    }
+
+    /// Of its pictures, relative to the JSON files.
+    fn folder(self) -> String {
+        format!("images/{}", self.name())
     }
 }
 
@@ -126,31 +135,62 @@ pub fn is_complete(out: &Path, n: usize, seed: u64) -> Result<bool> {
     Ok(found.n == n && found.seed == seed && all)
 }
 
-/// Files of `names` in `out` that are not as [`shapes`] left them: somebody else's, or changed since. In a folder that was begun
-/// but not finished, all are ours.
-fn of_others<'a>(out: &Path, names: impl Iterator<Item = &'a String>) -> Result<Vec<PathBuf>> {
+/// What an earlier [`shapes`] says that it wrote into `out`.
+fn written(out: &Path) -> Result<Option<Manifest>> {
     let path = out.join(MANIFEST);
-    let manifest: Option<Manifest> = match fs::read(&path) {
-        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => None,
+    match fs::read(&path) {
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => Ok(None),
         read => {
-            serde_json::from_slice(&read.with_context(|| path.display())?).ok().filter(|m: &Manifest| m.kind == KIND)
+            let manifest = serde_json::from_slice(&read.with_context(|| path.display())?);
+            Ok(manifest.ok().filter(|m: &Manifest| m.kind == KIND && m.n <= MAX))
         }
-    };
+    }
+}
+
+/// Held-out pictures of each kind beside `n` training pictures.
+fn held_out_beside(n: usize) -> usize {
+    (n / 8).clamp(1, MAX_HELD_OUT)
+}
+
+/// What [`shapes`] writes for `n` training pictures, the manifest aside.
+fn names(n: usize) -> BTreeSet<String> {
+    let pictures = [(Split::Train, n), (Split::ValSeen, held_out_beside(n)), (Split::ValUnseen, held_out_beside(n))];
+    let pictures = pictures.into_iter().flat_map(|(split, n)| (0..n).map(move |i| split.image(i)));
+    DOCUMENTS.iter().map(ToString::to_string).chain(pictures).collect()
+}
+
+/// Files of `names` in `out` that are not as [`shapes`] left them: somebody else's, or changed since. In a folder that was begun
+/// but not finished, all that it was begun with are ours.
+fn of_others(out: &Path, written: Option<&Manifest>, new: &BTreeSet<String>) -> Vec<PathBuf> {
     let there = |p: &PathBuf| fs::symlink_metadata(p).is_ok_and(|m| m.len() > 0 || !m.is_file());
-    let Some(manifest) = manifest else {
-        return Ok(std::iter::once(path).chain(names.map(|n| out.join(n))).filter(there).collect());
+    let Some(manifest) = written else {
+        return std::iter::once(MANIFEST)
+            .chain(new.iter().map(String::as_str))
+            .map(|n| out.join(n))
+            .filter(there)
+            .collect();
     };
     let same = |name: &String, entry: &FileEntry| {
         let file = out.join(name);
-        let files: Vec<PathBuf> = match file.is_dir() {
-            true => (0..entry.records).map(|i| file.join(picture(i))).collect(),
-            false => vec![file],
+        let split = Split::ALL.into_iter().find(|split| *name == split.folder());
+        let files: Vec<PathBuf> = match split {
+            Some(_) => (0..entry.records).map(|i| file.join(picture(i))).collect(),
+            None => vec![file],
         };
-        let bytes: Vec<Vec<u8>> = files.iter().filter_map(|f| fs::read(f).ok()).collect();
-        bytes.len() < files.len() || FileEntry::new(entry.records, bytes.iter().map(Vec::as_slice)) == *entry
+        let read: Vec<Option<Vec<u8>>> = files.iter().map(|f| fs::read(f).ok()).collect();
+        if let Some(all) = read.iter().map(Option::as_deref).collect::<Option<Vec<_>>>() {
+            return FileEntry::new(entry.records, all) == *entry;
+        }
+        // Some are gone; the sum is of all, so that those that are left are held to what would be drawn.
+        let left = read.iter().enumerate().filter_map(|(i, bytes)| Some((i, bytes.as_ref()?)));
+        split.filter(|_| read.iter().any(Option::is_some)).is_none_or(|split| {
+            let pictures = Pictures::draw(manifest.seed, split, entry.records);
+            left.par_bridge().all(|(i, bytes)| pictures.png(i).is_ok_and(|drawn| drawn == *bytes))
+        })
     };
-    let changed = manifest.files.iter().filter(|(name, entry)| !same(name, entry)).map(|(name, _)| out.join(name));
-    Ok(changed.filter(there).collect())
+    let changed = manifest.files.iter().filter(|(name, entry)| !same(name, entry)).map(|(name, _)| name);
+    let known = names(manifest.n);
+    changed.chain(new.difference(&known)).map(|name| out.join(name)).filter(there).collect()
 }
 
 /// Writes the built-in pictures and their texts for `n` training pictures into `out`, replacing what it wrote there before.
@@ -158,14 +198,11 @@ fn of_others<'a>(out: &Path, names: impl Iterator<Item = &'a String>) -> Result<
 /// Errors: `n` is 0 or above 100 000; `out` holds files of these names that were not written here (the error names them); a file
 /// cannot be written (likewise).
 pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
-    if n == 0 || n > 100_000 {
-        bail!("cannot make {n} training pictures"; "choose a number from 1 to 100000");
+    if n == 0 || n > MAX {
+        bail!("cannot make {n} training pictures"; "choose a number from 1 to {MAX}");
     }
-    let held_out = (n / 8).clamp(1, MAX_HELD_OUT);
-    let pictures = [(Split::Train, n), (Split::ValSeen, held_out), (Split::ValUnseen, held_out)];
-    let pictures = pictures.into_iter().flat_map(|(split, n)| (0..n).map(move |i| split.image(i)));
-    let names: Vec<String> = DOCUMENTS.iter().map(ToString::to_string).chain(pictures).collect();
-    let others = of_others(out, names.iter())?;
+    let (held_out, new, written) = (held_out_beside(n), names(n), written(out)?);
+    let others = of_others(out, written.as_ref(), &new);
     if !others.is_empty() {
         let shown: Vec<String> = others.iter().take(6).map(|p| p.display().to_string()).collect();
         let more = if others.len() > shown.len() {
@@ -176,6 +213,16 @@ pub fn shapes(out: &Path, n: usize, seed: u64) -> Result<Manifest> {
         bail!("{} holds files that adfreeze did not write, or that have changed since, where the data would be written:\n  {}{more}",
             out.display(), shown.join("\n  ");
             "choose another folder, or move these files away; none of them was touched")
+    }
+    // Pictures of ours beyond the new number would be nobody's.
+    for name in written.iter().flat_map(|m| names(m.n)).filter(|name| !new.contains(name)) {
+        let path = out.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot remove {}", path.display()));
+            }
+            _ => {}
+        }
     }
     let begun = Manifest { kind: KIND.into(), n, seed, files: BTreeMap::new() };
     write(&out.join(MANIFEST), &pretty(&serde_json::to_value(&begun)?)?)?;
@@ -230,6 +277,14 @@ const DOCUMENTS: [&str; 16] = [
     "tokenizer/tokenizer_config.json",
 ];
 
+impl Pictures {
+    /// The file of picture `i`.
+    fn png(&self, i: usize) -> Result<Vec<u8>> {
+        let mut rng = Rng::new(self.seed, Stream::Pixels, self.split as u32, i);
+        png(&raster::render(&self.scenes[i], &mut rng))
+    }
+}
+
 /// Writes files below `out` and keeps account of them.
 struct Writer<'a> {
     out: &'a Path,
@@ -238,16 +293,15 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn pictures(&mut self, pictures: &Pictures) -> Result<()> {
-        let draw = |(i, scene): (usize, &scene::Scene)| {
-            let mut rng = Rng::new(pictures.seed, Stream::Pixels, pictures.split as u32, i);
+        let draw = |i: usize| {
             let path = self.out.join(pictures.split.image(i));
-            let bytes = png(&raster::render(scene, &mut rng)).with_context(|| path.display())?;
+            let bytes = pictures.png(i).with_context(|| path.display())?;
             write(&path, &bytes)?;
             Ok(bytes)
         };
-        let pngs = pictures.scenes.par_iter().enumerate().map(draw).collect::<Result<Vec<_>>>()?;
+        let pngs = (0..pictures.scenes.len()).into_par_iter().map(draw).collect::<Result<Vec<_>>>()?;
         let entry = FileEntry::new(pngs.len(), pngs.iter().map(Vec::as_slice));
-        self.files.insert(format!("images/{}", pictures.split.name()), entry);
+        self.files.insert(pictures.split.folder(), entry);
         Ok(())
     }
 

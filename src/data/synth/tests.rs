@@ -272,7 +272,6 @@ fn files_of_others_are_not_replaced() {
         let report = shapes(dir.path(), 4, 1).unwrap_err().report();
         assert!(report.contains(name) && report.contains("hint: choose another folder"), "{report}");
         assert_eq!(std::fs::read(at(name)).unwrap(), b"mine");
-        assert_eq!(super::of_others(dir.path(), [].iter()).unwrap().len(), usize::from(name == "manifest.json"));
         std::fs::remove_file(at(name)).unwrap();
     }
     std::fs::write(at("notes.txt"), "mine").unwrap();
@@ -281,7 +280,7 @@ fn files_of_others_are_not_replaced() {
     shapes(dir.path(), 4, 1).unwrap();
     shapes(dir.path(), 6, 1).unwrap();
     std::fs::remove_file(at("text_val.json")).unwrap();
-    let begun = Manifest { files: BTreeMap::new(), ..manifest };
+    let begun = Manifest { n: 6, files: BTreeMap::new(), ..manifest };
     std::fs::write(at("manifest.json"), serde_json::to_string(&begun).unwrap()).unwrap();
     assert!(!is_complete(dir.path(), 4, 1).unwrap());
     std::fs::write(at("captions_val.json"), "[").unwrap();
@@ -297,6 +296,36 @@ fn files_of_others_are_not_replaced() {
         assert_eq!(std::fs::read(at(name)).unwrap(), b"mended by hand");
         std::fs::write(at(name), old).unwrap();
     }
+}
+
+#[test]
+fn a_folder_grows_and_shrinks_around_files_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join("images/train").join(name);
+    shapes(dir.path(), 4, 1).unwrap();
+    // Under a name that more pictures would take.
+    std::fs::write(at("00005.png"), "mine").unwrap();
+    let report = shapes(dir.path(), 6, 1).unwrap_err().report();
+    assert!(report.contains("images/train/00005.png") && !report.contains("00004.png"), "{report}");
+    assert_eq!(std::fs::read(at("00005.png")).unwrap(), b"mine");
+    // In a folder that was begun, likewise.
+    let begun = Manifest { kind: "shapes".into(), n: 4, seed: 1, files: BTreeMap::new() };
+    std::fs::write(dir.path().join("manifest.json"), serde_json::to_string(&begun).unwrap()).unwrap();
+    assert!(shapes(dir.path(), 6, 1).unwrap_err().report().contains("00005.png"));
+    std::fs::remove_file(at("00005.png")).unwrap();
+    shapes(dir.path(), 6, 1).unwrap();
+    // Fewer pictures leave none behind, so that more of another seed stand in no one's way.
+    std::fs::write(at("notes.txt"), "mine").unwrap();
+    shapes(dir.path(), 2, 1).unwrap();
+    assert_eq!(std::fs::read_dir(at("")).unwrap().count(), 3);
+    shapes(dir.path(), 6, 2).unwrap();
+    // One is gone and another changed: the changed one stays.
+    std::fs::remove_file(at("00001.png")).unwrap();
+    shapes(dir.path(), 6, 2).unwrap();
+    std::fs::remove_file(at("00001.png")).unwrap();
+    std::fs::write(at("00003.png"), "mended by hand").unwrap();
+    assert!(shapes(dir.path(), 6, 2).unwrap_err().report().contains("images/train"));
+    assert_eq!(std::fs::read(at("00003.png")).unwrap(), b"mended by hand");
 }
 
 #[test]

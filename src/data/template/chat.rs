@@ -11,6 +11,8 @@ use jiff::civil::Date;
 use minijinja::{Environment, Value, context};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// Work that a template may do: instructions, each worth 64 bytes written; and more for each turn of a long conversation.
 const FUEL: u64 = 2_000_000;
@@ -61,12 +63,32 @@ struct How {
     marked: bool,
 }
 
+/// How long a look at a template may take. Fuel ends loops; comparing and writing out lists of lists that share their parts takes
+/// none, and doubles with each level.
+const LONGEST: Duration = Duration::from_secs(20);
+
+/// What `f` gives, or `None` if that takes too long: it then goes on in a thread of its own, until the process ends.
+fn within<T: Send + 'static>(limit: Duration, f: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (send, receive) = mpsc::channel();
+    std::thread::spawn(move || send.send(f()));
+    receive.recv_timeout(limit).ok()
+}
+
 impl ChatTemplate {
     /// Compiles a template and finds out which forms of message it takes.
     ///
     /// # Errors
     /// If it does not compile or come to an end, or shows no user's text in either form.
     pub fn new(source: Source) -> Result<Self> {
+        let probed = within(LONGEST, move || Self::probed(source));
+        probed.unwrap_or_else(|| {
+            bail!("the chat template cannot be used: it does not come to an end in {} s", LONGEST.as_secs();
+                "correct chat_template.jinja of the tokenizer, or use another template (`vicuna_v1`)")
+        })
+    }
+
+    /// As [`Self::new`], however long it takes.
+    fn probed(source: Source) -> Result<Self> {
         let mut env = jinja::environment(&source.template, source.date)?;
         env.set_fuel(Some(FUEL));
         let marks = jinja::has_generation(&source.template);
@@ -92,6 +114,8 @@ impl ChatTemplate {
             bail!("the chat template does not show the user's text";
                 "use another template (`vicuna_v1`), or correct chat_template.jinja")
         }
+        // Whether it can is told of each conversation.
+        _ = template.example();
         Ok(template)
     }
 
@@ -265,5 +289,17 @@ impl ChatTemplate {
             behind(&prompt),
             behind(&example.text)
         )]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_takes_too_long_is_given_up() {
+        assert_eq!(within(LONGEST, || 7), Some(7));
+        let slow = || std::thread::sleep(Duration::from_secs(10));
+        assert_eq!(within(Duration::from_millis(20), slow), None);
     }
 }

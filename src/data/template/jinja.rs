@@ -29,7 +29,7 @@ pub(super) fn environment(source: &str, date: Date) -> Result<Environment<'stati
     });
     let midnight = date.to_datetime(Time::midnight());
     env.add_function("strftime_now", move |format: &str| -> Result<String, JinjaError> {
-        jiff::fmt::strtime::format(format, midnight)
+        jiff::fmt::strtime::format(without_zone(format), midnight)
             .map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {e}")))
     });
     env.add_filter("tojson", json::tojson);
@@ -50,6 +50,20 @@ pub(super) fn environment(source: &str, date: Date) -> Result<Environment<'stati
     Ok(env)
 }
 
+/// A format without `%z` and `%Z`: Python's `datetime.now()` knows no time zone, and writes nothing for them.
+fn without_zone(format: &str) -> String {
+    let mut out = String::with_capacity(format.len());
+    let mut chars = format.chars().peekable();
+    while let Some(c) = chars.next() {
+        match (c, chars.peek()) {
+            ('%', Some('z' | 'Z')) => _ = chars.next(),
+            ('%', Some(_)) => out.extend([Some(c), chars.next()].into_iter().flatten()),
+            _ => out.push(c),
+        }
+    }
+    out
+}
+
 /// What went wrong in the template, and where.
 pub(super) fn wrong(e: &JinjaError) -> Error {
     let cause = e.detail().map_or_else(|| e.kind().to_string(), ToString::to_string);
@@ -67,6 +81,13 @@ fn with_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
+        // What stands in a comment is no block.
+        if let Some(comment) = rest[..open].find("{#") {
+            let end = rest[comment..].find("#}").map_or(rest.len(), |end| comment + end + 2);
+            out.push_str(&rest[..end]);
+            rest = &rest[end..];
+            continue;
+        }
         let Some(len) = rest[open + 2..].find("%}") else { break };
         let tag = &rest[open + 2..open + 2 + len];
         let word = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');

@@ -24,6 +24,11 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
 fn text(s: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
     let one = || from_args::<(&str,)>(args).map(|(a,)| a);
     Ok(Some(match name {
+        "format" if widest(s) > PADDED => {
+            let cause =
+                format!("a width of more than {PADDED} characters in {:?}", s.chars().take(60).collect::<String>());
+            return Err(Error::new(ErrorKind::InvalidOperation, cause));
+        }
         "removeprefix" => Value::from(s.strip_prefix(one()?).unwrap_or(s)),
         "removesuffix" => Value::from(s.strip_suffix(one()?).unwrap_or(s)),
         "partition" => {
@@ -77,6 +82,13 @@ fn text(s: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
         "isdecimal" => Value::from(!s.is_empty() && s.chars().all(|c| c.is_ascii_digit())),
         _ => return Ok(None),
     }))
+}
+
+/// The largest width or precision that a format asks for.
+fn widest(format: &str) -> usize {
+    let fields = format.split('{').skip(1).filter_map(|field| field.split('}').next()?.split_once(':'));
+    let numbers = fields.flat_map(|(_, spec)| spec.split(|c: char| !c.is_ascii_digit()));
+    numbers.filter(|n| !n.is_empty()).map(|n| n.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
 }
 
 fn list_of(texts: &[&str]) -> Value {

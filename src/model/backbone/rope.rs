@@ -23,7 +23,8 @@ pub(super) fn read(f: &Fields, positions: usize) -> Result<(f64, RopeScaling)> {
     if let Some((key, value)) = r.first_object() {
         return Err(unsupported(r.path(), key, &value.to_string(), "one set of parameters for all layers"));
     }
-    let need = |key| r.number(key)?.ok_or_else(|| missing(&r, key));
+    // At 0 or below, angles would be infinite or run backwards.
+    let need = |key| r.positive(key)?.ok_or_else(|| missing(&r, key));
     let (rope_type, old_type) = (r.text("rope_type")?, r.text("type")?);
     let scaling = match rope_type.or(old_type).unwrap_or("default") {
         "default" => RopeScaling::None,

@@ -95,6 +95,10 @@ fn rope_in_both_spellings() {
         fails(json!({ "rope_scaling": old, "partial_rotary_factor": 0.5 }))
             .contains("`rope_scaling.partial_rotary_factor` is 0.5")
     );
+    for factor in [0.0, -2.0] {
+        let stretched = fails(json!({ "rope_scaling": { "type": "linear", "factor": factor } }));
+        assert!(stretched.contains("`rope_scaling.factor` must be a number above 0"), "{stretched}");
+    }
     let nested = fails(json!({ "rope_parameters": { "full_attention": old } }));
     assert!(nested.contains("`rope_parameters.full_attention` is {"), "{nested}");
 }
@@ -116,6 +120,8 @@ fn what_is_not_built_is_an_error_that_names_the_key() {
     assert!(llama(json!({ "hidden_size": 30, "num_attention_heads": 4 })).contains("(30) is not a multiple of"));
     let llava = |v: Value| WholeConfig::from_json(&v).unwrap_err().report();
     assert!(llava(json!({ "model_type": "llava_llama" })).contains("llava-hf/llava-1.5-7b-hf"));
+    let id = json!({ "model_type": "llava", "image_token_index": 1_000_000_000_000_u64 });
+    assert!(llava(id).contains("`image_token_index` must be a token id, not 1000000000000"));
     let siglip = json!({ "model_type": "llava", "vision_config": { "model_type": "siglip_vision_model" } });
     assert!(llava(siglip).contains("`vision_config.model_type` is siglip_vision_model"));
     let clip = VisionConfig::from_json(&json!({ "hidden_act": "mish" })).unwrap_err().report();

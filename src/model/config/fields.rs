@@ -103,8 +103,11 @@ impl<'a> Fields<'a> {
 
     /// A token id; some files write −1 for "none".
     pub fn token(&self, key: &'static str) -> Result<Option<u32>> {
-        let id = self.integer(key)?;
-        Ok(id.and_then(|id| u32::try_from(id).ok()))
+        let id = self.typed(key, "a token id", |v| match v.as_i64()? {
+            ..0 => Some(None),
+            id => u32::try_from(id).ok().map(Some),
+        });
+        id.map(Option::flatten)
     }
 
     /// One token id or a list of them.

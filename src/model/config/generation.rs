@@ -42,10 +42,13 @@ impl Generation {
     /// If the file is damaged.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join(GENERATION);
-        if !path.exists() {
+        // A link that leads nowhere is no silence.
+        if path.symlink_metadata().is_err() {
             return Ok(Self::default());
         }
-        let text = read_text(&path)?;
+        let text = read_text(&path).map_err(|e| {
+            e.or_hint("copy the file itself from where the model comes from, or take it away if the model has none")
+        })?;
         let read = || Self::from_json(&serde_json::from_str(&text)?);
         read().map_err(|e: Error| {
             e.context(path.display()).hint(

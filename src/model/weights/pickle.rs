@@ -39,8 +39,12 @@ pub(super) fn load(path: &Path, info: &TensorInfo) -> Result<Tensor> {
         )
     }
     copy(&mut entry.by_ref().take(start), &mut sink())?;
-    let mut storage = vec![0; bytes as usize];
-    entry.read_exact(&mut storage)?;
+    // Room for what is there, not for what the directory of the file claims.
+    let mut storage = Vec::with_capacity(bytes.min(std::fs::metadata(path)?.len()) as usize);
+    entry.by_ref().take(bytes).read_to_end(&mut storage)?;
+    if storage.len() as u64 != bytes {
+        bail!("its storage ends after {} of {bytes} bytes", storage.len())
+    }
     // Reading on to the end checks the entry's checksum; only where that is all that is left to do.
     if start + bytes == there {
         copy(&mut entry, &mut sink())?;

@@ -61,6 +61,14 @@ fn pickled(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bin").join(name)
 }
 
+/// tests/golden/bin/make_claims.py.
+#[test]
+fn room_is_made_for_what_a_pytorch_file_holds_not_for_what_it_claims() {
+    let file = Tensors::open_file(&pickled("claims.bin")).unwrap();
+    let report = file.load("mm_projector.0.bias", &Device::Cpu).unwrap_err().report();
+    assert!(report.contains("its storage ends after 128 of 266287972232 bytes"), "{report}");
+}
+
 #[test]
 fn pytorch_files_give_what_pytorch_saved() {
     let expected = Tensors::open_file(&pickled("expected.safetensors")).unwrap();
