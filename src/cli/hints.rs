@@ -18,7 +18,7 @@ const WORDS: [(&str, &str); 30] = [
     ),
     (
         "raise model.max_seq_len, set model.truncate = true, or shorten the sample",
-        "shorten the sample, or take it out of --data",
+        "raise --max-seq-len, shorten the sample, or take it out of --data",
     ),
     (
         "set model.vision, or leave the pictures out of the data",
