@@ -62,6 +62,11 @@ pub struct Optional {
 }
 
 impl Optional {
+    /// Is a run asked, and not a model?
+    pub fn of_run(&self) -> bool {
+        self.run.is_some()
+    }
+
     /// A stage, if one is named.
     pub fn stage(&self) -> Option<&str> {
         self.stage.as_deref()

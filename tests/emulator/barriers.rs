@@ -20,16 +20,30 @@ fn first_fault(folder: &Path, ops: &[&str]) -> Option<String> {
     cases.filter_map(|c| run(&c, DType::BF16, folder).err()).next()
 }
 
-/// Once `attention_forward` had no barrier behind its last copies: where a block's queries see no key, a warp passed its results
-/// through rows of Q into which other warps' copies had yet to come. Every order of whole rounds let it pass.
+/// Where a block's queries see no key, or its keys no query, only the barrier behind the last copies stands between them and the
+/// rows of shared memory through which warps pass their results. `attention_forward` once had none, and every order of whole
+/// rounds let it pass.
 #[test]
 fn a_missing_barrier_behind_asynchronous_copies_is_found() {
-    let barrier = format!("{BLOCK}  // where these queries see no key, other warps' copies of Q come here");
-    let old = planted("attention_forward.cu", &barrier, 0).expect("the barrier is there");
-    let case = all().into_iter().find(|c| c.label == "a block of queries that sees nothing heads 2/1 of 64").unwrap();
-    let e = run(&case, DType::BF16, &old).unwrap_err();
-    assert!(e.contains("Skewed"), "{e}");
-    run(&case, DType::BF16, &OnCpu::new(Order::Forward).folder).unwrap();
+    for (file, comment, label) in [
+        (
+            "attention_forward.cu",
+            "where these queries see no key, other warps' copies of Q come here",
+            "a block of queries that sees nothing heads 2/1 of 64",
+        ),
+        (
+            "attention_backward.cu",
+            "where no query sees these keys, the copies of K and V come here",
+            "blocks of keys that no query sees heads 2/1 of 64",
+        ),
+    ] {
+        let old = planted(file, &format!("{BLOCK}  // {comment}"), 0).expect("the barrier is there");
+        let case = all().into_iter().find(|c| c.label == label).unwrap();
+        let e = run(&case, DType::BF16, &old).unwrap_err();
+        // The other one shows in rounds, too.
+        assert!(file != "attention_forward.cu" || e.contains("Skewed"), "{e}");
+        run(&case, DType::BF16, &OnCpu::new(Order::Forward).folder).unwrap();
+    }
 }
 
 /// The barrier that the process that runs `without_one_barrier` takes out: file, text, which of them, ops, tab-separated.
