@@ -190,14 +190,13 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&d)[M][N][4
 }
 
 // A warp's 16·M rows of results, the first `rows` of them, to global memory in 16-byte pieces. They pass through rows
-// `row`.. of `tile`, which no other warp reads or writes any more.
+// `row`.. of `tile`, which no other warp reads or writes any more; since the warp itself read them it has passed a barrier.
 template <int D, int M>
 __device__ __forceinline__ void store_rows(Address tile, int row, const float (&d)[M][D / 8][4], bf16* to, int stride,
                                            int rows) {
     constexpr int ACROSS = ALIGNED_CHUNKS<D>, DOWN = 32 / ACROSS;
     const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     tile += row * ROW<D>;
-    __syncwarp();  // the warp has read what was here
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll

@@ -1,9 +1,9 @@
 //! `adfreeze data show`: what a sample is to the model, token by token.
 
-use super::{device, model};
+use super::{device, hints, model};
 use crate::bail;
 use crate::data::{Dataset, IGNORE, Item, Sample, TextEncoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::init::Place;
 use crate::pipeline::assemble::{assemble, sight};
 use crate::pipeline::make_data;
@@ -56,6 +56,14 @@ struct Show {
     pictures: model::Pictures,
     #[command(flatten)]
     compute: device::Args,
+}
+
+impl Args {
+    /// An error in the words of what is given: a recipe has keys, a model has arguments.
+    pub fn told(&self, e: Error) -> Error {
+        let Command::Show(show) = &self.command;
+        if show.recipe.is_some() { e } else { hints::of_command(e, show.model.of_run()) }
+    }
 }
 
 /// One line of `--json`.

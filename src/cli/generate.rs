@@ -7,7 +7,7 @@ use crate::error::{Result, near};
 use crate::pipeline::signals::{End, Signals};
 use crate::report::Reporter;
 use crate::train::collate::collate;
-use crate::train::generate::{Sampling, fits, generate, positions};
+use crate::train::generate::{Sampling, fits, generate};
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -58,10 +58,17 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     }
     let m = args.model.load(&args.compute, reporter)?;
     let encoder = &m.assembly.encoder;
-    let how = args.pictures.of(&m, reporter)?;
-    let pictures: Vec<Picture> = args.image.iter().map(|p| Picture::new(p.clone(), &how)).collect();
+    let look = args.pictures.of(&m, reporter)?;
+    let pictures: Vec<Picture> = args.image.iter().map(|p| Picture::new(p.clone(), &look)).collect();
     let (ids, images) = encoder.prompt(&args.prompt, &pictures, m.template)?;
-    fits(&m.vlm, ids.len())?;
+    let how = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        max_new_tokens: args.max_new_tokens,
+        max_positions: args.model.max_seq_len(),
+    };
+    fits(&m.vlm, ids.len(), &how)?;
     m.assembly.generation.not_built.iter().for_each(|what| {
         reporter.warn(&format!(
             "generation_config.json says {what}, which is not built: transformers' text may be another"
@@ -72,12 +79,6 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     let pixels = load_pixels([&item], m.assembly.images.as_ref())?;
     let samples: Vec<&Sample> = item.samples().collect();
     let batch = collate(&samples, &pixels)?;
-    let how = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        seed: args.seed,
-        max_new_tokens: args.max_new_tokens,
-    };
     // A token may be part of a character: print what the text has grown by.
     let (mut out, mut shown) = (super::stdout::Stdout::lock(), String::new());
     let mut so_far = Vec::new();
@@ -100,9 +101,18 @@ pub fn run(args: &Args, reporter: &Reporter) -> Result<()> {
     result?;
     let text = encoder.decode(&so_far)?;
     writeln!(out, "{}", text.strip_prefix(&shown).unwrap_or(""))?;
-    let (positions, taken) = positions(&m.vlm, batch.ids.len());
-    if so_far.len() < args.max_new_tokens && taken + so_far.len() > positions {
-        reporter.warn(&format!("the answer ends here because the language model has {positions} positions"));
+    let (positions, taken) = how.positions(&m.vlm, batch.ids.len());
+    let (own, cut) = (m.vlm.language.config.max_position_embeddings, taken + so_far.len() > positions);
+    if so_far.len() < args.max_new_tokens && cut {
+        reporter.warn(&match how.max_positions {
+            Some(limit) => format!("the answer ends here because of --max-seq-len {limit}"),
+            None => format!("the answer ends here because the language model has {positions} positions"),
+        });
+    }
+    if taken + so_far.len() > own && positions > own {
+        reporter.warn(&format!(
+            "the answer goes beyond the {own} positions that the language model was made for (max_position_embeddings)"
+        ));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `generate` and `score` take no recipe: what the rooms below say of its keys is said of their own arguments.
+//! `generate`, `score` and, mostly, `data show` take no recipe: what the rooms below say of its keys is said of their own arguments.
 
 use crate::error::Error;
 
@@ -18,7 +18,7 @@ const WORDS: [(&str, &str); 30] = [
     ),
     (
         "raise model.max_seq_len, set model.truncate = true, or shorten the sample",
-        "shorten the sample, or take it out of --data",
+        "raise --max-seq-len, shorten the sample, or take it out of --data",
     ),
     (
         "set model.vision, or leave the pictures out of the data",
@@ -68,7 +68,7 @@ const WORDS: [(&str, &str); 30] = [
 const PARTS: [(&str, &str); 3] =
     [("model.adapter: ", "--adapter: "), ("model.source: ", "--model: "), ("model.language: ", "--model: ")];
 
-/// An error of `generate` or `score`; `of_run` says whether a run was opened, whose parts have their own names.
+/// An error of a command without a recipe; `of_run` says whether a run was opened, whose parts have their own names.
 pub fn of_command(e: Error, of_run: bool) -> Error {
     e.reworded(|text| reworded(text, of_run))
 }

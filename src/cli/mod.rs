@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
         Command::Check(a) => check::run(&a, reporter).map(done),
         Command::Generate(a) => generate::run(&a, reporter).map(done).map_err(|e| hints::of_command(e, a.of_run())),
         Command::Score(a) => score::run(&a, reporter).map_err(|e| hints::of_command(e, a.of_run())),
-        Command::Data(a) => data::run(&a, reporter).map(done),
+        Command::Data(a) => data::run(&a, reporter).map(done).map_err(|e| a.told(e)),
         Command::Synth(a) => synth::run(&a, reporter).map(done),
         Command::Selftest(a) => selftest::run(&a, reporter),
         Command::Bench(a) => bench::run(&a, reporter).map(done),

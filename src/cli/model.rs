@@ -32,7 +32,14 @@ pub struct Args {
     /// How prompts are rendered: plain, vicuna_v1 or chat; default: the run's template, vicuna_v1 for a model.
     #[arg(long, value_enum)]
     template: Option<TemplateArg>,
+    /// The longest sample in tokens, of `generate` prompt and answer together; default: what the run's recipe says, for a model (and of
+    /// `generate`) its max_position_embeddings.
+    #[arg(long, value_name = "TOKENS", value_parser = super::count(1..=MOST_TOKENS))]
+    max_seq_len: Option<usize>,
 }
+
+/// The longest `--max-seq-len`, as that of a recipe.
+const MOST_TOKENS: u64 = i32::MAX as u64;
 
 /// The same where a recipe may stand instead.
 #[derive(Debug, clap::Args)]
@@ -49,9 +56,18 @@ pub struct Optional {
     /// With --model or --run: plain, vicuna_v1 or chat; default: the run's template, vicuna_v1 for a model.
     #[arg(long, value_enum, conflicts_with = "recipe")]
     template: Option<TemplateArg>,
+    /// With --model or --run: the longest sample in tokens; default: what the run's recipe says, for a model its
+    /// max_position_embeddings.
+    #[arg(long, value_name = "TOKENS", conflicts_with = "recipe", value_parser = super::count(1..=MOST_TOKENS))]
+    max_seq_len: Option<usize>,
 }
 
 impl Optional {
+    /// Is a run asked, and not a model?
+    pub fn of_run(&self) -> bool {
+        self.run.is_some()
+    }
+
     /// A stage, if one is named.
     pub fn stage(&self) -> Option<&str> {
         self.stage.as_deref()
@@ -66,7 +82,7 @@ impl Optional {
             bail!("--data needs the model whose tokenizer reads it"; "add --model FOLDER or --run FOLDER")
         }
         let (run, stage, model) = (self.run.clone(), self.stage.clone(), self.model.clone());
-        Ok(Args { run, stage, model, adapter: None, template: self.template })
+        Ok(Args { run, stage, model, adapter: None, template: self.template, max_seq_len: self.max_seq_len })
     }
 }
 
@@ -163,6 +179,11 @@ impl Args {
         self.run.is_some()
     }
 
+    /// `--max-seq-len`, if it is given.
+    pub fn max_seq_len(&self) -> Option<usize> {
+        self.max_seq_len
+    }
+
     /// Loads what the arguments name; what was assumed on the way is a warning.
     pub fn load(&self, compute: &device::Args, reporter: &Reporter) -> Result<Loaded> {
         let device = compute.open()?;
@@ -196,7 +217,14 @@ impl Args {
             (None, None) => bail!("neither --run nor --model is given"),
         };
         loaded.assembly.warnings.iter().for_each(|w| reporter.warn(w));
-        loaded.assembly.encoder = loaded.assembly.encoder.seeing(sight(&loaded.vlm)?);
+        let encoder = loaded.assembly.encoder.seeing(sight(&loaded.vlm)?);
+        // A folder says no limit but the positions, of which soft tokens take some.
+        let own = || {
+            let positions = loaded.vlm.language.config.max_position_embeddings;
+            self.model.as_ref().map(|_| positions.saturating_sub(loaded.vlm.prefix_rows()[0]).max(1))
+        };
+        let limit = self.max_seq_len.or_else(own).unwrap_or(encoder.max_seq_len());
+        loaded.assembly.encoder = encoder.holding(limit);
         loaded.template = match self.template {
             Some(TemplateArg::Plain) => Template::Plain,
             Some(TemplateArg::VicunaV1) => Template::VicunaV1,

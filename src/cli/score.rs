@@ -75,7 +75,8 @@ pub fn run(args: &Args, reporter: &'static Reporter) -> Result<ExitCode> {
     let data = Data { path: args.data.clone(), images: args.images.clone(), ..args.pictures.of(&m, reporter)? };
     let set = Dataset::conversations(&[data], &m.assembly.encoder, m.template)?;
     m.assembly.encoder.notices().iter().for_each(|w| reporter.warn(w));
-    positions::warning(&args.data.display().to_string(), &m.vlm, &set.items).iter().for_each(|w| reporter.warn(w));
+    let beyond = positions::beyond(&args.data.display().to_string(), &m.vlm, &set.items);
+    beyond.iter().for_each(|w| reporter.warn(&format!("{w}: their scores mean little")));
     let (mut pictures, owner) = (Pictures::default(), args.data.display().to_string());
     pictures.add_all(&owner, &set);
     pictures.prove(&BTreeSet::from([owner]), m.assembly.images.as_ref(), reporter)?;

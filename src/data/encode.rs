@@ -187,6 +187,12 @@ impl TextEncoder {
         Self { settings, ..self.clone() }
     }
 
+    /// The same encoder with another limit in tokens.
+    pub fn holding(&self, max_seq_len: usize) -> Self {
+        let settings = TextSettings { max_seq_len, ..self.settings.clone() };
+        Self { settings, ..self.clone() }
+    }
+
     /// Pictures as the model sees them; an error if it sees none.
     fn images(&self, pictures: &[Picture]) -> Result<Vec<ImageRef>> {
         let Some(sight) = self.settings.sight else {

@@ -107,7 +107,10 @@ pub(super) fn read(file: &mut (impl Read + Seek), essence: bool) -> Result<Heade
         _ => return Err(other(&head)),
     };
     let [height, width] = header.size;
-    if height == 0 || width == 0 || height as u64 * width as u64 > MAX_PIXELS {
+    if height == 0 || width == 0 {
+        bail!("it has no pixels ({width} × {height})"; "replace the file, or take its samples out of the data")
+    }
+    if height as u64 * width as u64 > MAX_PIXELS {
         bail!("{width} × {height} pixels, from 1 to {MAX_PIXELS} are allowed"; "scale the picture down")
     }
     Ok(header)
@@ -363,7 +366,9 @@ mod tests {
     fn broken_headers_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let whole = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/rgb.jpg")).unwrap();
-        let files: [(&str, &[u8]); 5] = [
+        let nothing = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\0\0\0\0\0\x08\x02\0\0\0\0\0\0\0";
+        let files: [(&str, &[u8]); 6] = [
+            ("nothing.png", nothing),
             ("cut.jpg", &whole[..30]),
             ("cut.png", b"\x89PNG\r\n"),
             ("short.png", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0"),
@@ -375,6 +380,7 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             let e = upright_size(&path).unwrap_err();
             assert!(e.cause().contains(name) && e.hint_text().is_some(), "{e}");
+            assert!(name != "nothing.png" || e.cause().contains("it has no pixels (0 × 0)"), "{e}");
         }
         // Sparse files of many gigabytes: what they hold is looked at as far as it can be a picture.
         let chunk = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\x08\0\0\0\x08\x08\x02\0\0\0\0\0\0\0";

@@ -5,7 +5,7 @@
 //! or batch is finished, or left between micro-batches if it lasts longer than [`PATIENCE`] or a second signal comes, and what is
 //! done is saved. Everywhere else there is nothing to lose, so the process ends; and so it does at a third signal.
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use signal_hook::consts::signal;
 use signal_hook::{flag, low_level};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -91,7 +91,8 @@ impl Signals {
             }
         };
         let thread = std::thread::Builder::new().name("signals".into()).spawn(watch);
-        thread.context("cannot start a thread that listens to signals")?;
+        let hint = "the system refuses more threads: raise its limit (ulimit -u)";
+        thread.map_err(|e| Error::new(format!("cannot start a thread that listens to signals: {e}")).hint(hint))?;
         Ok(signals)
     }
 

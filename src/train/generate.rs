@@ -16,28 +16,37 @@ pub struct Sampling {
     pub top_p: f64,
     pub seed: u64,
     pub max_new_tokens: usize,
+    /// Positions that prompt and answer take at most; `None`: those that the language model was made for.
+    pub max_positions: Option<usize>,
 }
 
 impl Sampling {
     /// Greedy decoding.
     pub fn greedy(max_new_tokens: usize) -> Self {
-        Self { temperature: 0.0, top_p: 1.0, seed: 0, max_new_tokens }
+        Self { temperature: 0.0, top_p: 1.0, seed: 0, max_new_tokens, max_positions: None }
     }
-}
 
-/// Positions of the language model, and how many of them a prompt of `tokens` takes, soft tokens included.
-pub fn positions(vlm: &Vlm, tokens: usize) -> (usize, usize) {
-    (vlm.language.config.max_position_embeddings, tokens + vlm.prefix_rows()[0])
+    /// How many positions there are, and how many of them a prompt of `tokens` takes, soft tokens included.
+    pub fn positions(&self, vlm: &Vlm, tokens: usize) -> (usize, usize) {
+        let own = vlm.language.config.max_position_embeddings;
+        (self.max_positions.unwrap_or(own), tokens + vlm.prefix_rows()[0])
+    }
 }
 
 /// A prompt of `tokens` must leave room for an answer.
-pub fn fits(vlm: &Vlm, tokens: usize) -> Result<()> {
-    let (positions, taken) = positions(vlm, tokens);
-    if taken >= positions {
-        bail!("the prompt takes {taken} positions, and the language model has {positions} (max_position_embeddings in its config.json)";
-            "shorten the prompt, or show fewer pictures or fewer tiles of them")
+pub fn fits(vlm: &Vlm, tokens: usize, how: &Sampling) -> Result<()> {
+    let (positions, taken) = how.positions(vlm, tokens);
+    if taken < positions {
+        return Ok(());
     }
-    Ok(())
+    match how.max_positions {
+        Some(_) => bail!("the prompt takes {taken} positions, and --max-seq-len {positions} leaves none for an answer";
+            "raise --max-seq-len, shorten the prompt, or show fewer pictures or fewer tiles of them"),
+        None => {
+            bail!("the prompt takes {taken} positions, and the language model has {positions} (max_position_embeddings in its config.json)";
+            "shorten the prompt, show fewer pictures or fewer tiles of them, or go beyond what the model was made for with --max-seq-len")
+        }
+    }
 }
 
 /// Continues one prompt (a batch of one sequence) until an end token, or until the language model has no position left; calls
@@ -49,7 +58,7 @@ pub fn generate(vlm: &Vlm, prompt: &Batch, eos: &[u32], how: Sampling, mut emit:
     let key = Key::new(how.seed, "generate");
     let mut cache = vlm.language.cache();
     let (x, [here, after]) = vlm.prompt(prompt)?;
-    let (positions, mut taken) = positions(vlm, prompt.ids.len());
+    let (positions, mut taken) = how.positions(vlm, prompt.ids.len());
     let mut logits = vlm.language.extend(x, here.as_ref(), &mut cache)?;
     let mut out = Vec::new();
     while out.len() < how.max_new_tokens {
@@ -106,7 +115,7 @@ mod tests {
     #[test]
     fn sampling_follows_the_distribution_and_top_p_cuts_it() {
         let z = [0.0, 3f64.ln(), 6f64.ln()];
-        let how = Sampling { temperature: 1.0, top_p: 1.0, seed: 1, max_new_tokens: 1 };
+        let how = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy(1) };
         let mut n = [0; 3];
         for i in 0..10_000 {
             n[pick(&z, how, (i as f64 + 0.5) / 10_000.0).unwrap() as usize] += 1;

@@ -274,12 +274,42 @@ fn beyond_the_positions() {
     let f = Folder::with(THREE_STAGES);
     let dir = f.model("short", |_| ());
     edit(&dir.join("config.json"), |c| c["text_config"]["max_position_embeddings"] = 60.into());
-    let (_, said) = score(&f, &dir, &golden("data/sft.json"), &[]);
-    assert!(said.contains("samples are longer than the 60 positions"), "{said}");
+    // The limit of a model is its positions, not a number of ours; more is an order.
+    let data = text(&golden("data/sft.json"));
+    let images = text(&golden("images"));
+    let ask = ["score", "--model", "short", "--data", &data, "--images", &images, "--out", "o"];
+    f.fails(&ask, &["tokens are more than max_seq_len = 60", "raise --max-seq-len"]);
+    let (_, said) = score(&f, &dir, &golden("data/sft.json"), &["--max-seq-len", "400"]);
+    assert!(said.contains("samples are longer than the 60 positions") && !said.contains("model.max_seq_len"), "{said}");
+    edit(&dir.join("config.json"), |c| c["text_config"]["max_position_embeddings"] = 3000.into());
+    let answer = "cat ".repeat(1050);
+    let turns = format!(r#"[{{"from": "human", "value": "What?"}}, {{"from": "gpt", "value": "{answer}"}}]"#);
+    let many = f.write("many.json", &format!(r#"[{{"id": "a", "conversations": {turns}}}]"#));
+    score(&f, &dir, &many, &[]);
+    let many = text(&many);
+    f.ok(["data", "show", "--model", "short", "--data", &many]);
+    f.fails(
+        &["data", "show", "--model", "short", "--data", &many, "--max-seq-len", "99"],
+        &["max_seq_len = 99", "--max-seq-len"],
+    );
+    edit(&dir.join("config.json"), |c| c["text_config"]["max_position_embeddings"] = 60.into());
+
     let long = "cat ".repeat(100);
     f.fails(
         &["generate", "--model", "short", "--prompt", &long],
-        &["positions, and the language model has 60 (max_position"],
+        &["positions, and the language model has 60 (max_position", "--max-seq-len"],
+    );
+    let say = |prompt: &str, limit: &str| {
+        f.ok(["generate", "--model", "short", "--prompt", prompt, "--max-seq-len", limit, "--max-new-tokens", "1000"])
+            .stderr
+    };
+    let said = say(&long, "400");
+    assert!(said.contains("beyond the 60 positions"), "{said}");
+    let said = say("What?", "55");
+    assert!(said.contains("ends here because of --max-seq-len 55"), "{said}");
+    f.fails(
+        &["generate", "--model", "short", "--prompt", &long, "--max-seq-len", "70"],
+        &["--max-seq-len 70 leaves none", "raise --max-seq-len"],
     );
     let said = f.ok(["generate", "--model", "short", "--prompt", "What?", "--max-new-tokens", "1000000"]);
     assert!(said.stderr.contains("ends here because the language model has 60 positions"), "{}", said.stderr);

@@ -10,6 +10,7 @@ use adfreeze::spec::MomentType;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 
 const LENGTHS: [usize; 3] = [5, 4100, 300];
@@ -172,6 +173,22 @@ const ELEMENTS: usize = LENGTHS[1];
 
 fn on_kernels<T>(order: Order, f: impl FnOnce() -> T) -> T {
     emulated(Rc::new(OnCpu::new(order)), f)
+}
+
+/// What is wrong with the kernels of a folder, in the first form and order in which something is.
+pub fn fault(folder: &Path) -> Option<String> {
+    FORMS.into_iter().find_map(|form| {
+        let reference = train(form, ELEMENTS, &Device::Cpu).unwrap();
+        ORDERS.into_iter().find_map(|order| {
+            let on_cpu = OnCpu { order, folder: folder.to_path_buf() };
+            let ours = match emulated(Rc::new(on_cpu), || train(form, ELEMENTS, &Device::Cpu)) {
+                Ok(ours) => ours,
+                Err(e) => return Some(format!("{form:?}, {order:?}: {}", e.report())),
+            };
+            let other = ours.differs(&reference).unwrap()?;
+            Some(format!("{form:?}, {order:?}: {other}"))
+        })
+    })
 }
 
 #[test]

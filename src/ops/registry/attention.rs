@@ -75,6 +75,7 @@ fn masked_cases(head_dim: usize) -> Vec<Case> {
         case(cfg(false), "a skip for all", vec![skipping(0..6, 0..75, 0, 3..70)]),
         case(cfg(false), "queries that see nothing", vec![skipping(0..70, 0..12, 3, 0..12)]),
         case(cfg(false), "a block of queries that sees nothing", vec![skipping(0..200, 0..12, 128, 0..12)]),
+        case(cfg(false), "blocks of keys that no query sees", vec![skipping(0..6, 0..140, 0, 0..128)]),
         case(
             cfg(true),
             "gaps",
