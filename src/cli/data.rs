@@ -3,6 +3,7 @@
 use super::{device, hints, model};
 use crate::bail;
 use crate::data::{Dataset, IGNORE, Item, Sample, TextEncoder};
+use crate::error::near::suggestion;
 use crate::error::{Error, Result};
 use crate::model::init::Place;
 use crate::pipeline::assemble::{assemble, sight};
@@ -112,10 +113,12 @@ impl Show {
             return Ok((m.assembly.encoder, set));
         };
         let recipe = recipe::load(path, &self.sets)?;
-        let name = match (model.stage(), recipe.stages.first()) {
-            (Some(name), _) if recipe.stages.iter().any(|s| s == name) => name,
+        let stages: Vec<&str> = recipe.stages.iter().map(String::as_str).collect();
+        let name = match (model.stage(), stages.first()) {
+            (Some(name), _) if stages.contains(&name) => name,
+            (Some(unknown), _) => bail!("the recipe has no stage `{unknown}`"; "{}", suggestion(unknown, &stages)),
             (None, Some(first)) => first,
-            _ => bail!("the recipe has no such stage"; "it has: {}", recipe.stages.join(", ")),
+            (None, None) => bail!("the recipe has no stage"; "list one under `stages`"),
         };
         make_data(&recipe, reporter)?;
         let assembly = assemble(&recipe, &Place::new(self.compute.open()?, recipe.model.dtype))?;

@@ -1,32 +1,50 @@
 //! Arguments that no command has, answered by what does the same: most of them are settings of a recipe, or another trainer's.
 
 use crate::recipe::{model_key, stage_key};
+use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// What other programs call an argument of ours, and what stands for it here.
-const OTHERS: [(&[&str], &str); 9] = [
-    (&["config", "recipe", "config-file", "c"], "the recipe is the first argument: adfreeze train RECIPE.toml"),
+/// What other programs call an argument of ours, what stands for it here, and the argument that a command must have for that to be
+/// true of it.
+const OTHERS: [(&[&str], &str, &str); 10] = [
+    (
+        &["config", "recipe", "config-file", "c"],
+        "the recipe is the first argument, without a flag: adfreeze {command} RECIPE.toml",
+        "recipe",
+    ),
+    (&["output", "output-dir", "out-dir", "o", "save-dir"], "say the folder of all runs with --out FOLDER", "out"),
     (
         &["output", "output-dir", "out", "out-dir", "o", "save-dir"],
         "the run's folder is a setting of the recipe: --set output_dir=FOLDER",
+        "sets",
     ),
     (
         &["resume", "resume-from-checkpoint", "checkpoint", "continue"],
         "the same command goes on from the newest checkpoint, without a flag",
+        "allow_changes",
     ),
-    (&["gpu", "gpus", "cuda", "num-gpus"], "say where to compute with --device cuda:0"),
-    (&["cpu", "no-cuda", "use-cpu"], "say where to compute with --device cpu"),
+    (&["gpu", "gpus", "cuda", "num-gpus"], "say where to compute with --device cuda:0", "device"),
+    (&["cpu", "no-cuda", "use-cpu"], "say where to compute with --device cpu", "device"),
     (
         &["bf16", "fp16", "half", "precision", "mixed-precision"],
         "say the type with --dtype bf16 (or f32); fp16 is not computed",
+        "dtype",
     ),
-    (&["fp32", "float32", "f32"], "say the type with --dtype f32"),
-    (&["stage", "only"], "say which stages to run with --stages align,sft"),
-    (&["seed"], "the seed is a setting of each stage: --set stage.NAME.seed=7"),
+    (&["fp32", "float32", "f32"], "say the type with --dtype f32", "dtype"),
+    (&["stage", "only"], "say which stages to run with --stages align,sft", "stages"),
+    (&["seed"], "the seed is a setting of each stage: --set stage.NAME.seed=7", "sets"),
 ];
 
-/// Commands that take a recipe and `--set`.
-const WITH_RECIPE: [&str; 4] = ["train", "check", "zoo", "bench"];
+/// The command of a command line by its words, e.g. `bench zoo`, and its arguments.
+fn command(args: &[String]) -> (String, clap::Command) {
+    let (mut words, mut at) = (Vec::new(), super::Args::command());
+    for word in args.iter().skip(1) {
+        if let Some(next) = at.find_subcommand(word).cloned() {
+            (at, _) = (next, words.push(word.as_str()));
+        }
+    }
+    (words.join(" "), at)
+}
 
 /// What to say instead of clap's own words, if more is known; `args` are the command line's.
 pub fn told(e: &clap::Error, args: &[String]) -> Option<String> {
@@ -34,14 +52,16 @@ pub fn told(e: &clap::Error, args: &[String]) -> Option<String> {
         return None;
     }
     let Some(ContextValue::String(flag)) = e.get(ContextKind::InvalidArg) else { return None };
-    let command = args.iter().skip(1).find(|a| !a.starts_with('-'))?;
-    if !WITH_RECIPE.contains(&command.as_str()) || !flag.starts_with('-') {
+    let (command, known) = command(args);
+    let has = |id: &str| known.get_arguments().any(|a| a.get_id() == id);
+    if !has("recipe") || !flag.starts_with('-') {
         return None;
     }
     let name = flag.trim_start_matches('-').split('=').next()?;
     let other = || {
         let name = name.replace('_', "-");
-        OTHERS.iter().find(|(names, _)| names.contains(&name.as_str())).map(|(_, hint)| hint.to_string())
+        let found = OTHERS.iter().find(|(names, _, needs)| names.contains(&name.as_str()) && has(needs));
+        found.map(|(_, hint, _)| hint.replace("{command}", &command))
     };
     let value = value_of(flag, args).unwrap_or_else(|| "VALUE".into());
     let key = |key: &str| match key {
@@ -50,6 +70,9 @@ pub fn told(e: &clap::Error, args: &[String]) -> Option<String> {
         key => key.to_string(),
     };
     let set = || {
+        if !has("sets") {
+            return None;
+        }
         if let Some(k) = stage_key(name) {
             let stage = stage(args).unwrap_or_else(|| "NAME".into());
             return Some(format!("it is a setting of a stage of the recipe: --set stage.{stage}.{}={value}", key(&k)));
@@ -96,6 +119,8 @@ mod tests {
             ("adfreeze check r.toml --max-seq-len 99", "--set model.max_seq_len=99"),
             ("adfreeze train --epochs 3 r.toml", "--set stage.NAME.epochs=3"),
             ("adfreeze train --config r.toml", "adfreeze train RECIPE.toml"),
+            ("adfreeze bench zoo --config r.toml", "adfreeze bench zoo RECIPE.toml"),
+            ("adfreeze bench zoo --output-dir x", "--out FOLDER"),
             ("adfreeze train r.toml --output-dir x", "--set output_dir=FOLDER"),
             ("adfreeze train r.toml --resume", "the same command goes on"),
             ("adfreeze train r.toml --fp16", "--dtype bf16"),
@@ -106,5 +131,18 @@ mod tests {
         }
         assert_eq!(said("adfreeze train r.toml --nonsense"), None);
         assert_eq!(said("adfreeze generate --lr 3"), None);
+        // What the command cannot do is not advised.
+        for line in [
+            "adfreeze check r.toml --stage sft",
+            "adfreeze check r.toml --gpu 0",
+            "adfreeze check r.toml --resume",
+            "adfreeze bench step --preset tiny --seed 3",
+            "adfreeze bench kernels --lr 3",
+            "adfreeze bench step --preset tiny --output x",
+        ] {
+            assert_eq!(said(line), None, "{line}");
+        }
+        let text = said("adfreeze check r.toml --fp16").expect("check has --dtype");
+        assert!(text.contains("`adfreeze check` has no --fp16") && text.contains("--dtype bf16"), "{text}");
     }
 }

@@ -23,8 +23,13 @@ pub fn told(recipe: &Recipe, program: &str) -> Vec<String> {
     let mut lines: Vec<String> = rows.collect();
     let ask = ask(recipe, last).map(|(image, prompt)| {
         let image = image.map(|i| format!(" --image {}", quoted(&i))).unwrap_or_default();
+        let template = template(recipe, last);
         // A caption begins with nothing.
-        let (template, prompt) = if plain(recipe, last) { (" --template plain", String::new()) } else { ("", prompt) };
+        let prompt = if template == Some(Template::Plain) { String::new() } else { prompt };
+        let template = match template {
+            Some(t) if t != recipe.model.template || t == Template::Plain => format!(" --template {}", word(t)),
+            _ => String::new(),
+        };
         let run = quoted(&dir.display().to_string());
         format!("  {program} generate --run {run}{template}{image} --prompt {}", quoted(&prompt))
     });
@@ -71,9 +76,20 @@ fn first(data: &Data, pairs: bool) -> Option<(Option<String>, String)> {
     all.iter().find(|(image, _)| image.is_some()).or(all.first()).cloned()
 }
 
-/// Was the stage trained on captions alone, which stand behind the bare picture?
-fn plain(recipe: &Recipe, stage: &str) -> bool {
-    recipe.stage[stage].data.iter().all(|d| d.template.unwrap_or(recipe.model.template) == Template::Plain)
+/// The template that all data of the stage was written in, if it is one.
+fn template(recipe: &Recipe, stage: &str) -> Option<Template> {
+    let mut all = recipe.stage[stage].data.iter().map(|d| d.template.unwrap_or(recipe.model.template));
+    let first = all.next()?;
+    all.all(|t| t == first).then_some(first)
+}
+
+/// As `--template` names it.
+fn word(template: Template) -> &'static str {
+    match template {
+        Template::Plain => "plain",
+        Template::VicunaV1 => "vicuna_v1",
+        Template::Chat => "chat",
+    }
 }
 
 /// As a shell reads it as one word.

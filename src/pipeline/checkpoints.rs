@@ -5,13 +5,14 @@ use super::state::State;
 use crate::bail;
 use crate::checkpoint::atomic::{self, storage_error};
 use crate::checkpoint::safetensors;
-use crate::checkpoint::sums::Sums;
+use crate::checkpoint::sums::{self, Sums};
 use crate::error::{Context, Error, Result};
 use crate::model::params::Module;
 use crate::optim::AdamW;
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// How far a stage has come.
@@ -52,7 +53,7 @@ pub fn save(
         fs::create_dir(&folder).map_err(|e| storage_error(&folder, e))?;
     }
     let state = optimizer.state()?;
-    atomic::summed_directory(&folder.join(format!("step-{:08}", at.steps)), |dir| {
+    atomic::summed_directory(&folder.join(name(at.steps)), |dir| {
         let mut about = BTreeMap::from([(LOSS.to_string(), format!("{:?}", at.loss))]);
         about.extend(at.metrics_sha256.clone().map(|sum| (METRICS.to_string(), sum)));
         let mut sums = Sums::default();
@@ -62,12 +63,39 @@ pub fn save(
     })?;
     let mut warnings = Vec::new();
     for (_, old) in list(stage_dir)?.iter().rev().skip(keep.max(1)) {
-        if let Err(e) = fs::remove_dir_all(old) {
-            let again = "it is tried again with the next checkpoint";
-            warnings.push(format!("cannot delete the old checkpoint {}: {e}; {again}", old.display()));
+        match delete(old) {
+            Ok(None) => {}
+            Ok(Some(left)) => warnings.push(left),
+            Err(e) => {
+                let again = "it is tried again with the next checkpoint";
+                warnings.push(format!("cannot delete the old checkpoint {}: {e}; {again}", old.display()));
+            }
         }
     }
     Ok(warnings)
+}
+
+/// Deletes the files that a checkpoint was written with, its list last, so that what could not be deleted is known as ours the next
+/// time; and its folder, if nothing else is in it. Returns what to say if something is.
+fn delete(dir: &Path) -> Result<Option<String>> {
+    let known = Sums::read(dir)?;
+    for name in known.iter().flat_map(Sums::names).chain(known.as_ref().map(|_| sums::FILE)) {
+        match fs::remove_file(dir.join(name)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+    }
+    let left: Vec<PathBuf> = sums::files(dir)?.iter().map(|name| dir.join(name)).collect();
+    if left.is_empty() {
+        fs::remove_dir_all(dir)?;
+        return Ok(None);
+    }
+    // It has been said; or a network file system keeps what is open elsewhere under such a name.
+    if known.is_none() || left.iter().all(|f| f.file_name().is_some_and(|n| n.to_string_lossy().starts_with(".nfs"))) {
+        return Ok(None);
+    }
+    let (dir, left) = (dir.display(), sums::told(&left));
+    Ok(Some(format!("the old checkpoint {dir} is deleted, but for files that adfreeze did not write:\n  {left}")))
 }
 
 /// Loads the newest checkpoint that is whole, if there is one, into model and optimizer; returns how far it had come. A newer one
@@ -82,10 +110,7 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW, warn: 
             Some(what) => damaged.push((dir, what)),
             None => {
                 for (newer, what) in &damaged {
-                    let aside = newer.with_extension(DAMAGED);
-                    if aside.exists() {
-                        fs::remove_dir_all(&aside).map_err(|e| storage_error(&aside, e))?;
-                    }
+                    let aside = aside(newer);
                     fs::rename(newer, &aside).map_err(|e| storage_error(&aside, e))?;
                     warn(&format!(
                         "the checkpoint {} is damaged ({what}): the stage goes on from step {steps}; it was set aside as {}",
@@ -103,6 +128,17 @@ pub fn resume(stage_dir: &Path, state: &mut State, optimizer: &mut AdamW, warn: 
     let older = if damaged.len() > 1 { ", and so are all before it" } else { ", and there is no other" };
     bail!("the checkpoint {} is damaged ({what}){older}", newest.display();
         "copy it back from a backup, or delete {}: the stage begins again", folder(stage_dir).display())
+}
+
+/// A free name beside a damaged checkpoint.
+fn aside(dir: &Path) -> PathBuf {
+    let mut free = dir.with_extension(DAMAGED);
+    let mut n = 1;
+    while fs::symlink_metadata(&free).is_ok() {
+        n += 1;
+        free = dir.with_extension(format!("{DAMAGED}-{n}"));
+    }
+    free
 }
 
 /// What of a checkpoint is not as it was written.
@@ -159,15 +195,17 @@ pub fn list(stage_dir: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let mut out = Vec::new();
     for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
-        let step = path
-            .file_name()
-            .and_then(|n| n.to_str())
-            .and_then(|n| n.strip_prefix("step-"))
-            .and_then(|n| n.parse().ok());
-        if let Some(step) = step {
+        let step = path.file_name().and_then(|n| n.to_str()?.strip_prefix("step-")?.parse().ok());
+        // Another way to write the number is not ours.
+        if let Some(step) = step.filter(|step| path.ends_with(name(*step))) {
             out.push((step, path));
         }
     }
     out.sort();
     Ok(out)
+}
+
+/// A checkpoint's folder.
+fn name(step: usize) -> String {
+    format!("step-{step:08}")
 }

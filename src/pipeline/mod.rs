@@ -105,9 +105,10 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
     shown.prove(&coming, assembly.images.as_ref(), reporter)?;
     let mut at: Option<(String, State)> = None;
     let mut nothing_to_do = true;
-    for name in wanted {
+    for name in wanted.iter().copied() {
         if let Some(done) = dir.done(recipe, name)? {
             reporter.info(&format!("{name}: done ({} steps, loss {:.4})", done.steps, done.loss));
+            dir.outdated(recipe, name, &done)?.iter().for_each(|w| reporter.warn(w));
             continue;
         }
         nothing_to_do = false;
@@ -128,6 +129,12 @@ pub fn train(recipe: &Recipe, options: &Options, reporter: &Reporter) -> Result<
         }
         for table in evaluation::tables(recipe, &dir.results()?)? {
             reporter.table(&table);
+        }
+        let mut later = wanted.iter().skip_while(|w| **w != name).skip(1);
+        let more = later.any(|s| !matches!(dir.done(recipe, s), Ok(Some(_))));
+        if more && options.signals.asked() {
+            reporter.info(&format!("asked to stop, stopped behind {name}; the same command goes on from there"));
+            return Ok(Outcome::Stopped);
         }
         at = Some((name.to_string(), state));
     }

@@ -74,6 +74,9 @@ pub struct Done {
     pub frozen_unchanged: usize,
     /// SHA-256 of the trained tensors.
     pub trained_sha256: String,
+    /// That of the stage that this one started from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_from: Option<String>,
     /// SHA-256 of the stage's lines in the metrics, without their timing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_sha256: Option<String>,

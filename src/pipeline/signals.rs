@@ -69,7 +69,7 @@ impl Signals {
     pub fn listen(end: End, tell: impl Fn(&str) + Send + Sync + 'static) -> Result<Self> {
         let signals = Self::default();
         let mut fresh = Vec::new();
-        for (number, name) in SIGNALS {
+        for (number, name) in SIGNALS.into_iter().filter(|(number, _)| !to_be_ignored(*number)) {
             let new: Arc<AtomicBool> = Arc::default();
             flag::register(number, signals.0.asked.clone())
                 .and_then(|_| flag::register(number, new.clone()))
@@ -162,6 +162,23 @@ impl Signals {
     }
 }
 
+/// Is this SIGHUP, and was the process started to go on when its terminal closes, as `nohup` does? Linux alone tells.
+fn to_be_ignored(number: i32) -> bool {
+    #[cfg(unix)]
+    if number == signal::SIGHUP {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        return ignores(&status, number);
+    }
+    let _ = number;
+    false
+}
+
+/// Does a process with this `/proc/PID/status` ignore the signal?
+fn ignores(status: &str, number: i32) -> bool {
+    let mask = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| (mask >> (number - 1)) & 1 == 1)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -188,5 +205,20 @@ pub struct Deferred<'a> {
 impl Drop for Deferred<'_> {
     fn drop(&mut self) {
         *lock(&self.signals.0.deferred) = self.before;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(unix)]
+    fn what_nohup_ignores_is_read_from_the_mask() {
+        let status = |mask: &str| format!("Name:\tadfreeze\nSigBlk:\tffffffffffffffff\nSigIgn:\t{mask}\nSigCgt:\t0\n");
+        assert!(ignores(&status("0000000000000001"), signal::SIGHUP));
+        assert!(ignores(&status("0000000000001001"), signal::SIGHUP));
+        assert!(!ignores(&status("0000000000001002"), signal::SIGHUP));
+        assert!(!ignores("", signal::SIGHUP));
     }
 }

@@ -102,6 +102,8 @@ pub fn run_stage(run: &Run, state: &mut State, name: &str, evals: &Evaluations) 
     masters(stage, state)?;
     let steps = Steps { run, name, dir: &dir, data: &data, reference: &reference, start: &start, total, epoch };
     let advise = |e| rescue::advise(e, run.dir.root(), name, &dir, &start);
+    // Until the stage is done, the newest checkpoint may be far behind what has been trained.
+    let _deferred = run.signals.defer("finishing the stage; what it has trained is saved");
     let Some(loss) = steps.make(state, plan, &mut optimizer, from).map_err(advise)? else {
         return Ok(None);
     };
@@ -178,6 +180,7 @@ impl Ended<'_> {
             loss,
             frozen_unchanged: unchanged,
             trained_sha256,
+            started_from: run.dir.before(run.recipe, name)?,
             metrics_sha256: Some(run.dir.metrics_sha256(name, total)?),
         };
         Kept::remove(dir)?;

@@ -149,10 +149,13 @@ impl Course<'_> {
             return Ok(false);
         };
         let report = self.optimizer.step(&self.weights, done.grads.by_name()).with_context(at)?;
-        let peak = memory::peak(state.vlm.language.device())?;
-        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), peak);
+        // Weights have moved: nothing may fail before their step counts as made.
+        let peak = memory::peak(state.vlm.language.device());
+        let known = peak.as_ref().ok().copied().flatten();
+        let line = metrics_line(name, step.step, &done, &report, started.elapsed().as_secs_f64(), known);
         self.unwritten = Some(line.clone());
         self.write()?;
+        peak.with_context(at)?;
         run.reporter.step(&line);
         let warnings =
             [self.explosions.see(&report, self.stage.max_grad_norm), self.health.see(line.loss, line.grad_norm_total)];

@@ -4,7 +4,7 @@
 //! prefix at every position, the most probable token is the label, or any end token where the label is one.
 
 use super::collate::{collate, single, sum_by_owner};
-use super::generate::{Sampling, generate};
+use super::generate::{Sampling, generate, positions};
 use super::step::{finite_logps, pair_logps};
 use crate::bail;
 use crate::data::{
@@ -278,8 +278,8 @@ fn hallucinates(vlm: &Vlm, encoder: &TextEncoder, item: &Item, pixels: &Pixels, 
     let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
     let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
     let batch = collate(&[&prompt], pixels)?;
-    let positions = vlm.language.config.max_position_embeddings;
-    let limit = limit.min(positions.saturating_sub(end)).max(1);
+    let (positions, taken) = positions(vlm, end);
+    let limit = limit.min(positions.saturating_sub(taken)).max(1);
     // One more tells whether the answer ends at the limit.
     let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(limit + 1), |_| ())?;
     let answer = encoder.decode(&ids[..ids.len().min(limit)])?;
@@ -305,6 +305,8 @@ fn words(text: &str) -> Vec<String> {
             (true, _) => words.push(c.to_string()),
             (false, true) if open => words.last_mut().into_iter().for_each(|w| w.push(c)),
             (false, true) => words.push(c.to_string()),
+            // Part of the word, though no letter of it.
+            _ if open && joins(c) => continue,
             _ => (),
         }
         open = c.is_alphanumeric() && !stands_alone(c);
@@ -317,6 +319,16 @@ fn stands_alone(c: char) -> bool {
     matches!(c, '\u{0e01}'..='\u{0fff}' | '\u{1000}'..='\u{109f}' | '\u{1100}'..='\u{11ff}' | '\u{1780}'..='\u{17ff}'
         | '\u{3040}'..='\u{31ff}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{a960}'..='\u{a97f}'
         | '\u{ac00}'..='\u{d7ff}' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')
+}
+
+/// A mark within a word that is no letter: accents without a letter of their own, points and signs of Hebrew and Arabic, nukta and
+/// virama of the scripts of India (at the same place of each block), joiners.
+fn joins(c: char) -> bool {
+    let of_india = |c: char| matches!(u32::from(c), 0x900..=0xdff) && [0x3c, 0x4d].contains(&(u32::from(c) & 0x7f));
+    matches!(c, '\u{300}'..='\u{36f}' | '\u{591}'..='\u{5bd}' | '\u{5bf}'..='\u{5c2}' | '\u{610}'..='\u{61a}'
+        | '\u{640}' | '\u{64b}'..='\u{65f}' | '\u{6d6}'..='\u{6ed}' | '\u{dca}' | '\u{200c}' | '\u{200d}'
+        | '\u{fe20}'..='\u{fe2f}')
+        || of_india(c)
 }
 
 fn mean(v: &[f64]) -> f64 {
@@ -350,6 +362,8 @@ mod tests {
             ("탁자 위에 고양이가 있다", "고양이"),
             ("มีแมวอยู่บนโต๊ะ", "แมว"),
             ("two red cubes", "red cubes"),
+            ("मेज़ पर एक बिल्ली है", "बिल्ली"),
+            ("टेबल पर मेज़", "मेज\u{93c}"),
         ] {
             assert!(names(text, phrase), "{phrase} in {text}");
         }
@@ -360,6 +374,8 @@ mod tests {
             ("红色的圆形", "猫"),
             ("cafes", "cafe"),
             ("a cat", "…"),
+            ("मेज़ पर एक बिल्ली है", "ली"),
+            ("x\u{302}cat", "cat"),
         ] {
             assert!(!names(text, phrase), "{phrase} in {text}");
         }

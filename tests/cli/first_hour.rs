@@ -32,6 +32,28 @@ fn a_run_ends_with_a_line_that_asks_the_model() {
     let line = line.lines().find(|l| l.contains(" generate --run run ")).unwrap().to_string();
     assert!(line.contains("--template plain"), "{line}");
     assert_eq!(said(g.command("sh").args(["-c", &line]).output().unwrap()).code, Some(0), "{line}");
+    // Of data in another template than the model's.
+    let g = Folder::with(
+        r#"
+stages = ["align"]
+output_dir = "run"
+[model]
+source = "${GOLDEN}/model"
+template = "plain"
+[stage.align]
+train = ["projector.*"]
+data = [{ path = "${GOLDEN}/data/sft.json", images = "${GOLDEN}/images", template = "vicuna_v1" }]
+batch = { global = 2 }
+max_steps = 1
+lr = 1e-3
+lr_scheduler = { constant = {} }
+"#,
+    );
+    let line = g.train(&[]).stderr;
+    let line = line.lines().find(|l| l.contains(" generate --run run ")).unwrap().to_string();
+    assert!(line.contains("--template vicuna_v1"), "{line}");
+    assert_eq!(said(g.command("sh").args(["-c", &line]).output().unwrap()).code, Some(0), "{line}");
+    g.fails(&["data", "show", "recipe.toml", "--stage", "algin"], &["no stage `algin`", "did you mean `align`"]);
     // As JSON it is an event like all others.
     let json = f.train(&["--log", "json"]).stderr;
     assert!(json.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok()), "{json}");

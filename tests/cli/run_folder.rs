@@ -360,12 +360,73 @@ fn an_old_checkpoint_that_cannot_be_deleted_is_a_warning() {
     f.wait_for_step(&mut child, "align", 3);
     child.kill().unwrap();
     child.wait().unwrap();
-    // No folder, which is what can be deleted.
-    f.write("run/01-align/checkpoints/step-00000001", "in use");
+    // A folder where its file should be, which is what can be deleted.
+    let sum = "0".repeat(64);
+    let list = format!("# Written by adfreeze; check with: sha256sum -c SHA256SUMS\n{sum}  trained.safetensors\n");
+    f.write("run/01-align/checkpoints/step-00000001/SHA256SUMS", &list);
+    f.write("run/01-align/checkpoints/step-00000001/trained.safetensors/open", "in use");
     let said = f.train(&["--stages", "align"]);
     let told = "warning: cannot delete the old checkpoint run/01-align/checkpoints/step-00000001";
     assert!(said.stderr.matches(told).count() > 1, "{}", said.stderr);
     assert!(f.path("run/01-align/done.json").exists());
+}
+
+/// With an old checkpoint only what it was written with is deleted, and only what is one.
+#[test]
+fn files_of_others_in_old_checkpoints_stay() {
+    let f = Folder::with(THREE_STAGES);
+    let mut child = f.start(&["--stages", "align"]);
+    f.wait_for_step(&mut child, "align", 3);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let newest = newest(&f, "01-align");
+    fs::write(newest.join("notes.txt"), "the best so far").unwrap();
+    let (other, left) = (f.path("run/01-align/checkpoints/step-1"), ".evaluations.json.aB3dE6.tmp");
+    f.write("run/01-align/checkpoints/step-1/mine.txt", "mine");
+    f.write(&format!("run/01-align/checkpoints/{left}"), "of a killed process");
+    let said = f.train(&["--stages", "align"]).stderr;
+    let name = newest.file_name().unwrap().to_str().unwrap();
+    let told = format!("warning: the old checkpoint run/01-align/checkpoints/{name} is deleted, but for files");
+    assert_eq!(said.matches(&told).count(), 1, "{said}");
+    assert!(said.contains(&format!("{name}/notes.txt")) && !said.contains("step-1/"), "{said}");
+    let there: Vec<PathBuf> = fs::read_dir(&newest).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(there, [newest.join("notes.txt")]);
+    assert_eq!(fs::read(other.join("mine.txt")).unwrap(), b"mine");
+    assert!(!f.path("run/01-align/checkpoints").join(left).exists());
+}
+
+/// Folders of others beside a run's stages are no stages of it.
+#[test]
+fn checkpoints_of_others_are_no_run() {
+    let f = Folder::with(THREE_STAGES);
+    f.write("run/llava/checkpoints/checkpoint-500/trainer_state.json", "{}");
+    f.write("run/old-run/done.json", "{}");
+    let said = f.train(&["--stages", "align"]).stderr;
+    assert!(!said.contains("warning"), "{said}");
+    assert!(f.path("run/old-run/done.json").exists());
+    f.train(&["--stages", "align"]);
+}
+
+/// A stage that is finished says so when the one before it has been trained again to other weights, and not when to the same.
+#[test]
+fn a_stage_whose_start_was_trained_again_is_told() {
+    let f = Folder::with(THREE_STAGES);
+    f.train(&[]);
+    let last = fs::read(f.path("run/03-dpo/final/trained.safetensors")).unwrap();
+    let told = "warning: stage `dpo` is finished and kept as it was trained, but from an earlier `sft`";
+    fs::remove_dir_all(f.path("run/02-sft")).unwrap();
+    let said = f.train(&[]).stderr;
+    assert!(said.contains("sft: 10 steps") && said.contains("dpo: done") && !said.contains(told), "{said}");
+    fs::remove_dir_all(f.path("run/02-sft")).unwrap();
+    for _ in 0..2 {
+        let said = f.train(&["--allow-changes", "--set", "stage.sft.lr=5e-3"]).stderr;
+        assert!(said.contains(told) && said.contains("delete run/03-dpo"), "{said}");
+    }
+    assert!(fs::read(f.path("run/03-dpo/final/trained.safetensors")).unwrap() == last);
+    fs::remove_dir_all(f.path("run/03-dpo")).unwrap();
+    let said = f.train(&["--set", "stage.sft.lr=5e-3"]).stderr;
+    assert!(said.contains("dpo: 10 steps") && !said.contains(told), "{said}");
+    assert!(fs::read(f.path("run/03-dpo/final/trained.safetensors")).unwrap() != last);
 }
 
 #[test]

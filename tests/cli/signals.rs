@@ -1,6 +1,6 @@
 //! Signals: a checkpoint and a distinct exit code at the first, a step left between micro-batches at the second.
 
-use super::folder::{Folder, THREE_STAGES, assert_same, figures, golden, said};
+use super::folder::{BINARY, Folder, THREE_STAGES, assert_same, figures, golden, said};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -170,6 +170,52 @@ pictures = ["blank", "shuffled"]
     );
     assert_same(&figures(&whole.path("run")), &figures(&f.path("run")));
     assert!(!f.path("run/01-dpo/checkpoints/evaluations.json").exists());
+}
+
+/// What a stage does behind its last step may take long, and until then its steps may be in memory alone.
+#[test]
+fn a_signal_behind_the_last_step_loses_no_step() {
+    let f = Folder::with(THREE_STAGES);
+    many(&f, "captions.jsonl", "plain.json", 600);
+    let data = format!(
+        "stage.align.data=[{{path='captions.jsonl',images='{}',template='plain'}}]",
+        golden("images").display()
+    );
+    let mut args = vec!["--set", &data];
+    for more in [
+        "stage.align.eval=[]",
+        "stage.align.align_check={threshold=-1.0,samples=600}",
+        "defaults.checkpoint.every_steps=0",
+        "defaults.max_steps=4",
+    ] {
+        args.extend(["--set", more]);
+    }
+    let mut child = f.start(&args);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|l| l.starts_with("align: done in ")));
+    std::thread::sleep(Duration::from_millis(50));
+    send(&child, "TERM");
+    let rest = lines.collect::<Vec<_>>().join("\n");
+    assert_eq!(child.wait().unwrap().code(), Some(75), "{rest}");
+    assert!(rest.contains("SIGTERM: asked to stop: finishing the stage"), "{rest}");
+    assert!(rest.contains("asked to stop, stopped behind align; the same command goes on from there"), "{rest}");
+    assert!(f.path("run/01-align/done.json").exists() && !f.path("run/02-sft").exists());
+    let again = f.train(&args).stderr;
+    assert!(again.contains("align: done (4 steps") && again.contains("sft: 4 steps"), "{again}");
+}
+
+/// `nohup` starts a command with SIGHUP ignored, and so it must stay.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_run_under_nohup_goes_on_when_its_terminal_closes() {
+    let f = Folder::with(THREE_STAGES);
+    let line = format!("trap '' HUP; exec {BINARY} train recipe.toml --stages align");
+    let mut child = f.command("sh").args(["-c", &line]).stderr(Stdio::piped()).spawn().unwrap();
+    f.wait_for_step(&mut child, "align", 2);
+    send(&child, "HUP");
+    let said = said(child.wait_with_output().unwrap());
+    assert_eq!(said.code, Some(0), "{}", said.stderr);
+    assert!(!said.stderr.contains("asked to stop"), "{}", said.stderr);
 }
 
 /// To a shell, a command that does not go on ends by the signal; score says what it has.

@@ -17,6 +17,8 @@ pub const RESULTS: &str = "results.json";
 pub const DONE: &str = "done.json";
 pub const FINAL: &str = "final";
 pub const CHECKPOINTS: &str = "checkpoints";
+/// What evaluations have come to so far, beside the checkpoints.
+pub const EVALUATIONS: &str = "evaluations.json";
 
 /// Files of a run's folder that are written as a whole.
 pub const ROOT_FILES: [&str; 3] = [RECIPE, INPUTS, RESULTS];
@@ -27,7 +29,8 @@ const FINAL_PARTS: [&str; 5] = ["trained.safetensors", "projector.safetensors", 
 
 /// May a name in the run's folders be one of ours?
 pub fn is_name(name: &str) -> bool {
-    let fixed = ROOT_FILES.iter().chain(&STAGE_FILES).chain(&[METRICS, FINAL, sums::FILE]).any(|n| *n == name);
+    let fixed =
+        ROOT_FILES.iter().chain(&STAGE_FILES).chain(&[METRICS, FINAL, EVALUATIONS, sums::FILE]).any(|n| *n == name);
     fixed || name.strip_prefix("step-").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
 }
 
@@ -168,9 +171,15 @@ pub fn has_begun(dir: &Path) -> bool {
 /// Does the run's folder hold a stage that has begun?
 pub fn run_has_begun(root: &Path) -> Result<bool> {
     for entry in fs::read_dir(root).with_context(|| root.display().to_string())? {
-        if has_begun(&entry.with_context(|| root.display().to_string())?.path()) {
+        let entry = entry.with_context(|| root.display().to_string())?;
+        if entry.file_name().to_str().is_some_and(is_stage) && has_begun(&entry.path()) {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// Is this the name of a stage's folder, `NN-NAME`? Others' folders hold what they hold.
+fn is_stage(name: &str) -> bool {
+    name.split_once('-').is_some_and(|(n, _)| n.len() >= 2 && n.bytes().all(|b| b.is_ascii_digit()))
 }

@@ -3,12 +3,12 @@
 use super::changes::{changes, flatten_toml, of_finished};
 use super::inputs::Inputs;
 use super::owned::{self, INPUTS, METRICS, RECIPE, RESULTS};
-use super::{DELETE_RESULTS, RunDir, read_json};
+use super::{DELETE_RESULTS, Done, RunDir, read_json};
 use crate::bail;
 use crate::checkpoint::atomic::storage_error;
 use crate::checkpoint::sums::sha256;
 use crate::error::Result;
-use crate::pipeline::state::lineage;
+use crate::pipeline::state::{lineage, parent};
 use crate::report::MetricsFile;
 use crate::spec::Recipe;
 use std::fs;
@@ -125,5 +125,24 @@ impl RunDir {
             }
         }
         Ok(told)
+    }
+
+    /// SHA-256 of what the stage before `stage` has left, if it is finished.
+    pub fn before(&self, recipe: &Recipe, stage: &str) -> Result<Option<String>> {
+        let Some(before) = parent(recipe, stage)? else { return Ok(None) };
+        Ok(self.done(recipe, before)?.map(|done| done.trained_sha256))
+    }
+
+    /// What to say of a finished stage when the one that it started from has been trained again since, to other weights.
+    pub fn outdated(&self, recipe: &Recipe, stage: &str, done: &Done) -> Result<Option<String>> {
+        let (was, now) = (done.started_from.as_ref(), self.before(recipe, stage)?);
+        let trained_again = was.zip(now.as_ref()).is_some_and(|(was, now)| was != now);
+        let (before, dir) = (parent(recipe, stage)?.unwrap_or_default(), self.stage(recipe, stage));
+        Ok(trained_again.then(|| {
+            format!(
+                "stage `{stage}` is finished and kept as it was trained, but from an earlier `{before}`, which has other weights now (delete {} to train it again)",
+                dir.display()
+            )
+        }))
     }
 }
