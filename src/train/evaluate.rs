@@ -4,7 +4,7 @@
 //! prefix at every position, the most probable token is the label, or any end token where the label is one.
 
 use super::collate::{collate, single, sum_by_owner};
-use super::generate::{Sampling, generate, positions};
+use super::generate::{Sampling, generate};
 use super::step::{finite_logps, pair_logps};
 use crate::bail;
 use crate::data::{
@@ -278,7 +278,7 @@ fn hallucinates(vlm: &Vlm, encoder: &TextEncoder, item: &Item, pixels: &Pixels, 
     let end = s.labels.iter().position(|l| *l != IGNORE).unwrap_or(s.labels.len());
     let prompt = Sample { ids: s.ids[..end].to_vec(), labels: vec![IGNORE; end], ..s.clone() };
     let batch = collate(&[&prompt], pixels)?;
-    let (positions, taken) = positions(vlm, end);
+    let (positions, taken) = Sampling::greedy(limit).positions(vlm, end);
     let limit = limit.min(positions.saturating_sub(taken)).max(1);
     // One more tells whether the answer ends at the limit.
     let ids = generate(vlm, &batch, encoder.eos_ids(), Sampling::greedy(limit + 1), |_| ())?;
