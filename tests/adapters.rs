@@ -128,7 +128,7 @@ fn gradients_of_every_parameter() {
             let batch = batch(&vlm);
             let weights = coefs(batch.targets.len());
             let mode = Mode { dropout: Some(key("dropout")), ..Mode::default() };
-            let lengths = all_lengths(&mut vlm);
+            let lengths = all_lengths(&vlm);
             let frozen = snapshot(&mut vlm);
             let grads = gradients(&vlm, &batch, &weights, mode);
             assert!(snapshot(&mut vlm) == frozen, "{text}: a parameter changed");
@@ -163,7 +163,7 @@ fn gradients_of_what_lies_below_and_beside() {
         vlm.train_only(&some);
         let batch = batch(&vlm);
         let weights = coefs(batch.targets.len());
-        let lengths = all_lengths(&mut vlm);
+        let lengths = all_lengths(&vlm);
         let grads = gradients(&vlm, &batch, &weights, Mode::default());
         let zero = |n: &str| n.ends_with("k_proj.bias");
         check_params(text, &mut vlm, &grads, zero, |vlm| held_loss(vlm, &lengths, &batch, &weights, Mode::default()));
@@ -426,13 +426,13 @@ fn merged_they_give_the_same() {
 #[test]
 fn a_reset_gives_magnitudes_the_lengths_of_their_rows() {
     let text = TABLE[9].0;
-    let (mut fresh, mut vlm) = (adapted(text), adapted(text));
+    let (fresh, mut vlm) = (adapted(text), adapted(text));
     vlm.visit_mut(&mut |p| {
         if p.name.contains("magnitude") {
             p.value = (&p.value * 1.5).unwrap();
         }
     });
-    lora::reset_magnitudes(&mut vlm, |n| n.contains("language.")).unwrap();
+    lora::reset_magnitudes(&vlm, |n| n.contains("language.")).unwrap();
     let (want, got) = (fresh.params(), vlm.params());
     for (name, t) in want.iter().filter(|(n, _)| n.contains("magnitude")) {
         assert_eq!(bits(t) == bits(&got[name]), name.contains("language."), "{name}");
