@@ -11,7 +11,7 @@
 //! | [`pipeline`] | a run: stages in order, hand-over, run directory, resume | recipe, train, checkpoint, report, adapters, model, data, optim, ops, spec |
 //! | [`recipe`] | from the text of a recipe to its types: loading, rules, errors with a hint | spec |
 //! | [`train`] | a stage: the step, the objectives, evaluation, generation | model, data, ops, spec |
-//! | [`checkpoint`] | atomic safetensors, PEFT folders, HF folders | adapters, model, data, ops, spec |
+//! | [`checkpoint`] | atomic safetensors, PEFT folders, HF folders | adapters, model, data, ops |
 //! | [`report`] | console and JSON lines | |
 //! | [`adapters`] | what is grafted onto a backbone | model, ops, spec |
 //! | [`model`] | the chain of segments, parameters, weights on disk | ops, spec |

@@ -4,7 +4,7 @@ use crate::error::Error;
 
 /// Words of a recipe, and those of the commands that have arguments instead; the first that fits is taken, so longer ones stand
 /// first.
-const WORDS: [(&str, &str); 30] = [
+const WORDS: [(&str, &str); 31] = [
     ("in `images` of the data entry", "as --images"),
     ("check `path` and `limit` of the data entry", "see that --data names the right file"),
     ("check `path` of the data entry", "see that --data names the right file"),
