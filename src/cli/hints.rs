@@ -52,10 +52,7 @@ const WORDS: [(&str, &str); 31] = [
         "give --model a whole LLaVA folder or a language model's",
     ),
     ("set model.language.tokenizer to a folder with tokenizer.json", "put the model's tokenizer.json into its folder"),
-    (
-        "as model.source; or build one from parts: a tower under model.vision, a language model under model.language",
-        "as --model",
-    ),
+    ("; or build one from parts: a tower under model.vision, a language model under model.language", ""),
     ("set grid_pinpoints to it on data entries with resize = \"anyres\"", "give it as --grid HxW with --resize anyres"),
     ("resize = \"anyres\"", "--resize anyres"),
     ("resize = \"pad\"", "--resize pad"),

@@ -428,7 +428,7 @@ fn samples_are_shown_token_by_token() {
         &["data", "show", "recipe.toml", "--id", "nobody"],
         &["no sample nobody", samples[0]["id"].as_str().unwrap()],
     );
-    f.fails(&["data", "show", "recipe.toml", "--stage", "nobody"], &["no such stage", "align, sft, dpo"]);
+    f.fails(&["data", "show", "recipe.toml", "--stage", "nobody"], &["no stage `nobody`", "`align`, `sft`, `dpo`"]);
     f.fails(&["data", "show", "--data", "d.json"], &["--model"]);
 }
 

@@ -432,13 +432,15 @@ mod data {
         let claims = |width: u32, height: u32| {
             [&small[..16], &width.to_be_bytes(), &height.to_be_bytes(), &small[24..]].concat()
         };
-        for (width, height) in [(100_000, 100_000), (0, 5), (14_000, 14_000)] {
+        for (width, height) in [(100_000, 100_000), (14_000, 14_000)] {
             fs::write(dir.join("b.png"), claims(width, height)).unwrap();
             refused(
                 score(&f, &shows(&f, "b.png"), &dir),
                 &["b.png", &format!("{width} × {height} pixels"), "scale the picture down"],
             );
         }
+        fs::write(dir.join("b.png"), claims(0, 5)).unwrap();
+        refused(score(&f, &shows(&f, "b.png"), &dir), &["b.png", "no pixels (0 × 5)", "replace the file"]);
         // Four of 36 megapixels, one after the other: 108 MB of RGB each, with a budget of 64 MiB.
         let large = png(6000, 6000);
         let turns = json!([{ "from": "human", "value": "<image>\nWhat?" }, { "from": "gpt", "value": "A circle." }]);

@@ -16,7 +16,7 @@ mod vision;
 
 use crate::error::Result;
 use crate::model::config::fields::Fields;
-use crate::model::config::{code_of_its_own, from_file, unsupported, whole_of_another_kind};
+use crate::model::config::{code_of_its_own, from_file, unsupported};
 pub use architecture::{Architecture, Name};
 pub use language::{LanguageConfig, RopeScaling};
 use serde_json::Value;
@@ -28,6 +28,12 @@ pub static LANGUAGES: [&Architecture<LanguageConfig>; 1] = [&llama::ARCHITECTURE
 
 /// Vision towers. The first is what a config without `model_type` means.
 pub static TOWERS: [&Architecture<VisionConfig>; 1] = [&clip::ARCHITECTURE];
+
+/// Is there an architecture that a `config.json` calls `model_type`?
+pub fn is_built(model_type: &str) -> bool {
+    let languages = LANGUAGES.iter().flat_map(|a| a.model_types);
+    languages.chain(TOWERS.iter().flat_map(|a| a.model_types)).any(|built| *built == model_type)
+}
 
 /// Something that a folder's `config.json` describes.
 pub trait Config: Sized + 'static {
@@ -42,8 +48,7 @@ pub trait Config: Sized + 'static {
             Some(architecture) => (architecture.read)(f),
             None => {
                 let built: Vec<&str> = all.iter().flat_map(|a| a.model_types).copied().collect();
-                Err(whole_of_another_kind(f)
-                    .unwrap_or_else(|| unsupported(f.path(), "model_type", kind, &built.join(", "))))
+                Err(unsupported(f.path(), "model_type", kind, &built.join(", ")))
             }
         }
     }

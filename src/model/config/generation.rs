@@ -47,7 +47,7 @@ impl Generation {
             return Ok(Self::default());
         }
         let text = read_text(&path).map_err(|e| {
-            e.or_hint("copy the file itself from where the model comes from, or take it away if the model has none")
+            e.hint("copy the file itself from where the model comes from, or take it away if the model has none")
         })?;
         let read = || Self::from_json(&serde_json::from_str(&text)?);
         read().map_err(|e: Error| {

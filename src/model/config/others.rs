@@ -12,8 +12,8 @@ const SEES_AND_WRITES: [&str; 6] =
 /// Endings of the names of such models' classes; those of towers beside a text encoder (CLIP, SigLIP) end in `Model`.
 const WRITES: [&str; 4] = ["ForConditionalGeneration", "ForCausalLM", "ForVision2Seq", "ForImageTextToText"];
 
-/// The error for a whole vision-language model that is none of those that are built; `None` if it is something else.
-pub(in crate::model) fn whole_of_another_kind(f: &Fields) -> Option<Error> {
+/// The error for a whole vision-language model that is none of those that are `built`; `None` if it is something else.
+pub(in crate::model) fn whole_of_another_kind(f: &Fields, built: &str) -> Option<Error> {
     let class = f.class();
     let writes = class.is_some_and(|c| WRITES.iter().any(|end| c.ends_with(end)));
     let whole = SEES_AND_WRITES.iter().any(|key| f.get(key).is_some()) || writes && f.get("vision_config").is_some();
@@ -23,10 +23,10 @@ pub(in crate::model) fn whole_of_another_kind(f: &Fields) -> Option<Error> {
         Error::new(format!(
             "`model_type` is {kind}{class}: a whole vision-language model of another kind than those that are built"
         ))
-        .hint(
-            "docs/models.md has those that load, as model.source; or build one from parts: a tower under model.vision, a language \
-             model under model.language",
-        ),
+        .hint(format!(
+            "whole models that load are {built}; or build one from parts: a tower under model.vision, a language model under \
+             model.language"
+        )),
     )
 }
 

@@ -7,7 +7,7 @@ mod llava_next;
 mod tests;
 
 use crate::error::Result;
-use crate::model::backbone::{LanguageConfig, Name, VisionConfig};
+use crate::model::backbone::{self, LanguageConfig, Name, VisionConfig};
 use crate::model::config::fields::Fields;
 use crate::model::config::{code_of_its_own, from_file, unsupported, whole_of_another_kind};
 use crate::model::init::{self, Place, Shapes};
@@ -86,9 +86,8 @@ impl WholeConfig {
         }
         let kind = f.text("model_type")?;
         let Some(container) = CONTAINERS.iter().find(|c| Some(c.model_type) == kind) else {
-            let built = CONTAINERS.map(|c| c.model_type).join(", ");
-            let absent = || unsupported("", "model_type", kind.unwrap_or("absent"), &built);
-            return Err(whole_of_another_kind(&f).unwrap_or_else(absent));
+            let absent = || unsupported("", "model_type", kind.unwrap_or("absent"), &built());
+            return Err(whole_of_another_kind(&f, &built()).unwrap_or_else(absent));
         };
         code_of_its_own(&f, container.classes)?;
         (container.read)(&f)
@@ -157,6 +156,20 @@ impl WholeConfig {
             _ => names::stored(canonical),
         }
     }
+}
+
+/// The kinds that are built.
+fn built() -> String {
+    CONTAINERS.map(|c| c.model_type).join(", ")
+}
+
+/// A folder from which a part is to be read must not be a whole model of a kind that is not built.
+pub fn deny_unknown(dir: &Path) -> Result<()> {
+    from_file(dir, |config| {
+        let f = Fields::new(config, "")?;
+        let known = f.text("model_type")?.is_none_or(backbone::is_built);
+        if known { Ok(()) } else { whole_of_another_kind(&f, &built()).map_or(Ok(()), Err) }
+    })
 }
 
 /// Whether `config.json` in `dir` describes a whole model that is built; any problem with the file is reported by its reader.

@@ -51,6 +51,7 @@ impl Weights {
             let weights = Self::open(dir, |name| whole.canonical(name))?.only("vision.");
             return Ok((whole.vision, weights));
         }
+        container::deny_unknown(dir)?;
         let config = VisionConfig::from_dir(dir)?;
         let weights = Self::open(dir, config.architecture.canonical)?;
         Ok((config, weights))
@@ -63,6 +64,7 @@ impl Weights {
             let weights = Self::open(dir, |name| whole.canonical(name))?.only("language.");
             (whole.text, weights)
         } else {
+            container::deny_unknown(dir)?;
             let config = LanguageConfig::from_dir(dir)?;
             let weights = Self::open(dir, config.architecture.canonical)?;
             (config, weights)
