@@ -7,6 +7,7 @@ use crate::model::insert::Inserts;
 use crate::model::insert::bottleneck::Bottleneck;
 use crate::model::insert::cross_attention::CrossAttention;
 use crate::model::params::Param;
+use crate::model::role::{Init, Linears, Scope};
 use crate::model::vlm::{Prefix, Vlm};
 use crate::ops::random::Key;
 use crate::spec::pattern::Patterns;
@@ -14,12 +15,12 @@ use crate::spec::{self, PrefixPlace};
 use candle_core::Tensor;
 
 /// Calls `f` on every place behind attention and MLP, with its name and the width of its rows, in order.
-fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&str, usize, &mut Inserts) -> Result<()>) -> Result<()> {
+fn places(vlm: &mut Vlm, f: &mut dyn FnMut(&Scope, usize, &mut Inserts) -> Result<()>) -> Result<()> {
     const PARTS: [&str; 2] = ["self_attn", "mlp"];
     for l in vlm.blocks_mut() {
         let d = l.width()?;
         for (part, inserts) in PARTS.iter().zip(&mut l.after) {
-            f(&format!("{}.{part}", l.name), d, inserts)?;
+            f(&l.scope.at(part), d, inserts)?;
         }
     }
     Ok(())
@@ -33,17 +34,17 @@ fn place(vlm: &Vlm) -> Place {
 /// Puts fresh bottlenecks where the recipe says. A pattern that means no place is an error.
 pub fn attach_bottleneck(vlm: &mut Vlm, cfg: &spec::BottleneckAdapter, adapter: &str, key: Key) -> Result<()> {
     let (mut names, mut source) = (Vec::new(), Fresh { key, place: place(vlm) });
-    places(vlm, &mut |name, _, _| {
-        names.push(name.to_string());
+    places(vlm, &mut |place, _, _| {
+        names.push(place.name().to_string());
         Ok(())
     })?;
     let patterns = Patterns::new(&cfg.target, &names).context("target")?;
-    places(vlm, &mut |name, d, inserts| {
-        if !patterns.matches(name) {
+    places(vlm, &mut |place, d, inserts| {
+        if !patterns.matches(place.name()) {
             return Ok(());
         }
-        let insert = Bottleneck::new(cfg, adapter, name, d, &mut source)?;
-        inserts.push(Box::new(insert)).with_context(|| name)
+        let insert = Bottleneck::new(cfg, adapter, place, d, &mut source)?;
+        inserts.push(Box::new(insert)).with_context(|| place.name())
     })
 }
 
@@ -58,15 +59,18 @@ pub fn attach_cross_attention(vlm: &mut Vlm, cfg: &spec::CrossAttention, adapter
     }
     let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
     for l in vlm.language.layers.iter_mut().skip(cfg.every - 1).step_by(cfg.every) {
-        let insert = CrossAttention::new(cfg, adapter, &l.name, d, &mut source)?;
-        l.before.push(Box::new(insert)).with_context(|| &l.name)?;
+        let insert = CrossAttention::new(cfg, adapter, &l.scope, d, &mut source)?;
+        l.before.push(Box::new(insert)).with_context(|| l.scope.name())?;
     }
     Ok(())
 }
 
-/// Name of an adapter's soft tokens.
-fn prefix_name(adapter: &str) -> String {
-    format!("language.prefix.{adapter}.weight")
+/// An adapter's soft tokens begin as embeddings do.
+const SOFT: Init = Init::Normal(Linears::DEVIATION);
+
+/// Where an adapter's soft tokens stand: `language.prefix.NAME.weight`.
+fn prefix(adapter: &str) -> Scope {
+    Scope::language().adapter("prefix", adapter)
 }
 
 /// Puts the soft tokens `[tokens, D]` of a PEFT folder in front of every sequence.
@@ -77,7 +81,8 @@ pub fn attach_loaded_prefix(vlm: &mut Vlm, embeddings: &Tensor, adapter: &str) -
             "the adapter belongs to another model")
     }
     let value = embeddings.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
-    let embeddings = Param::computed_in(prefix_name(adapter), value, place.dtype)?;
+    let of = prefix(adapter);
+    let embeddings = Param::computed_in(format!("{}.weight", of.name()), value, of.role(SOFT), place.dtype)?;
     vlm.prefixes.push(Prefix { adapter: adapter.to_string(), before: PrefixPlace::Text, embeddings });
     Ok(())
 }
@@ -91,7 +96,7 @@ pub fn attach_prefix(vlm: &mut Vlm, cfg: &spec::Prefix, adapter: &str, key: Key)
         bail!("the model has no vision tower, and no text a picture"; "leave `before` out, or set model.vision")
     }
     let (d, mut source) = (vlm.language.config.hidden_size, Fresh { key, place: place(vlm) });
-    let embeddings = source.master(prefix_name(adapter), &[cfg.tokens, d])?;
+    let embeddings = source.master(&prefix(adapter), "weight", &[cfg.tokens, d], SOFT)?;
     vlm.prefixes.push(Prefix { adapter: adapter.to_string(), before: cfg.before, embeddings });
     Ok(())
 }

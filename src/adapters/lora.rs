@@ -7,6 +7,7 @@ use crate::model::dora::{self, Magnitude};
 use crate::model::init::{Fresh, Source};
 use crate::model::linear::{Linear, LowRank};
 use crate::model::params::Param;
+use crate::model::role::{Init, Scope};
 use crate::model::vlm::Vlm;
 use crate::ops::launch::widen;
 use crate::ops::matmul::{Mat, matmul_add};
@@ -60,13 +61,24 @@ impl LoraAdapter {
     }
 }
 
-/// Name of one tensor of an adapter, e.g. `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
-fn part(module: &str, tensor: &str, adapter: &str) -> String {
-    format!("{module}.lora_{tensor}.{adapter}.weight")
+/// Kinds of an adapter's tensors on a layer.
+const A: &str = "lora_A";
+const B: &str = "lora_B";
+const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// Each is called so: `language.layers.0.self_attn.q_proj.lora_A.sft.weight`.
+const WEIGHT: &str = "weight";
+
+/// Where one kind of an adapter's tensors stands on a layer.
+fn scope(l: &Linear, kind: &str, adapter: &str) -> Scope {
+    Scope::of(l.name(), &l.weight.role).adapter(kind, adapter)
 }
 
-/// Kind of a magnitude, as [`part`] takes it.
-const MAGNITUDE: &str = "magnitude_vector";
+/// DoRA's lengths, which begin as those that the rows have.
+fn magnitude(l: &Linear, adapter: &str, value: Tensor) -> Magnitude {
+    let of = scope(l, MAGNITUDE, adapter);
+    Magnitude::new(Param::new(format!("{}.{WEIGHT}", of.name()), value, of.role(Init::Ones)))
+}
 
 /// Names of the linear layers that `cfg.target` means, in order. A pattern that means none is an error.
 pub fn targets(vlm: &Vlm, cfg: &spec::Lora) -> Result<Vec<String>> {
@@ -84,11 +96,12 @@ pub fn attach(vlm: &mut Vlm, cfg: &spec::Lora, adapter: &str, key: Key) -> Resul
     graft(vlm, &names, adapter, |l| {
         let ((d_out, d_in), place) = (l.dims()?, l.place());
         let mut source = Fresh { key, place };
-        let mut matrix = |m: &str, shape: &[usize]| source.master(part(l.name(), m, adapter), shape);
-        let (a, b) = (matrix("A", &[cfg.rank, d_in])?, matrix("B", &[d_out, cfg.rank])?);
+        let (a, b) = (scope(l, A, adapter), scope(l, B, adapter));
+        let a = source.master(&a, WEIGHT, &[cfg.rank, d_in], a.linears().weight(d_in))?;
+        let b = source.master(&b, WEIGHT, &[d_out, cfg.rank], Init::Zeros)?;
         let scale = scale(cfg.rank, cfg.alpha, cfg.rslora);
         let unchanged = || dora::unchanged(l.name(), l.weight.compute(), a.compute(), b.compute(), scale);
-        let magnitude = |value| Magnitude::new(Param::new(part(l.name(), MAGNITUDE, adapter), value));
+        let magnitude = |value| magnitude(l, adapter, value);
         let magnitude = if cfg.dora { Some(magnitude(unchanged()?)) } else { None };
         Ok(LowRank { adapter: adapter.to_string(), a, b, magnitude, scale, dropout: cfg.dropout })
     })?;
@@ -133,20 +146,22 @@ pub fn attach_loaded(vlm: &mut Vlm, loaded: &LoraAdapter) -> Result<()> {
             )
         }
         let place = l.place();
-        let matrix = |m: &str, t: &Tensor| -> Result<Param> {
+        let matrix = |kind: &str, t: &Tensor| -> Result<Param> {
             let value = t.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
-            Param::computed_in(part(l.name(), m, &loaded.name), value, place.dtype)
+            let of = scope(l, kind, &loaded.name);
+            let init = if kind == A { of.linears().weight(d_in) } else { Init::Zeros };
+            Param::computed_in(format!("{}.{WEIGHT}", of.name()), value, of.role(init), place.dtype)
         };
-        let (a, b, scale) = (matrix("A", a)?, matrix("B", b)?, loaded.scale(l.name()));
-        let magnitude = |m: &Tensor| -> Result<Magnitude> {
+        let (a, b, scale) = (matrix(A, a)?, matrix(B, b)?, loaded.scale(l.name()));
+        let given = |m: &Tensor| -> Result<Magnitude> {
             if m.dims() != [d_out] {
                 bail!("adapter `{}`, {}: a magnitude {:?} for {d_out} rows", loaded.name, l.name(), m.dims())
             }
             dora::unchanged(l.name(), l.weight.compute(), a.compute(), b.compute(), scale)?;
             let value = m.to_dtype(place.master())?.to_device(&place.device)?.copy()?;
-            Ok(Magnitude::new(Param::new(part(l.name(), MAGNITUDE, &loaded.name), value)))
+            Ok(magnitude(l, &loaded.name, value))
         };
-        let magnitude = loaded.magnitudes.get(l.name()).map(magnitude).transpose()?;
+        let magnitude = loaded.magnitudes.get(l.name()).map(given).transpose()?;
         Ok(LowRank { adapter: loaded.name.clone(), a, b, magnitude, scale, dropout: loaded.dropout })
     })
 }

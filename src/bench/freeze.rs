@@ -15,6 +15,7 @@ use super::{Output, constant_optimizer, time, type_name};
 use crate::bail;
 use crate::data::Item;
 use crate::error::{Context, Error, Result};
+use crate::model::role::{Level, Part, Role};
 use crate::model::init::Place;
 use crate::model::params::Module;
 use crate::model::segment::Kept;
@@ -68,14 +69,13 @@ impl Policy {
             low_rank(vlm, preset.rank, preset.dropout)?;
         }
         let n = vlm.language.layers.len();
-        let late: Vec<String> = (n.saturating_sub(2)..n).map(|i| format!("language.layers.{i}.")).collect();
-        let trains = |name: &String| match self {
-            Self::Projector => name.starts_with("projector."),
-            Self::Lora => name.contains(".lora_"),
-            Self::LastTwo => late.iter().any(|layer| name.starts_with(layer)),
+        let late = |role: &Role| role.part == Part::Language && matches!(role.level, Level::Layer(i) if i + 2 >= n);
+        let mut names = vlm.names(|p| match self {
+            Self::Projector => p.role.part == Part::Projector,
+            Self::Lora => p.is_adapter(),
+            Self::LastTwo => late(&p.role),
             Self::Full => true,
-        };
-        let mut names = vlm.params().into_keys().filter(trains).collect();
+        });
         vlm.train_only(&names);
         for (name, _) in vlm.unreachable(true) {
             names.remove(&name);

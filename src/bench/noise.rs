@@ -2,6 +2,7 @@
 //! end, so that the weights of a 7B model need neither their f32 values nor the host's time.
 
 use crate::error::Result;
+use crate::model::role::{Init, Linears};
 use crate::model::init::{Place, Source, fresh};
 use crate::ops::random::{Key, normal};
 use candle_core::{DType, Tensor};
@@ -63,11 +64,11 @@ impl Source for Noise {
         &self.place
     }
 
-    fn get(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        if shape.len() > 1 && !name.starts_with("projector.") {
-            return self.in_type(name, shape, 0.02, dtype);
+    fn get(&mut self, name: &str, shape: &[usize], dtype: DType, init: Init) -> Result<Tensor> {
+        match init {
+            Init::Normal(deviation) if deviation == Linears::DEVIATION => self.in_type(name, shape, deviation, dtype),
+            init => Ok(fresh(self.key, name, shape, dtype, init)?.to_device(&self.place.device)?),
         }
-        Ok(fresh(self.key, name, shape, dtype)?.to_device(&self.place.device)?)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::adapters::lora;
 use crate::bail;
 use crate::data::Item;
 use crate::error::{Context, Result};
+use crate::model::role::Part;
 use crate::model::params::Module;
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
@@ -158,12 +159,12 @@ fn prepare(vlm: &mut Vlm, work: Work, dropout: f64, rank: usize) -> Result<BTree
     if work != Work::Align && lora::names(vlm).is_empty() {
         low_rank(vlm, rank, dropout)?;
     }
-    let trains = |n: &String| match work {
-        Work::Align => n.starts_with("projector."),
-        Work::Sft => n.starts_with("projector.") || n.contains(".lora_"),
-        Work::Dpo => n.contains(".lora_"),
-    };
-    let names = vlm.params().into_keys().filter(trains).collect();
+    let projector = |p: &Param| p.role.part == Part::Projector;
+    let names = vlm.names(|p| match work {
+        Work::Align => projector(p),
+        Work::Sft => projector(p) || p.is_adapter(),
+        Work::Dpo => p.is_adapter(),
+    });
     vlm.train_only(&names);
     Ok(vlm.weights())
 }

@@ -11,6 +11,7 @@ use super::insert::{Inputs, Inserts};
 use super::linear::{self, InputGrad, Linear};
 use super::norm::Norm;
 use super::params::{Grads, module};
+use super::role::Scope;
 use super::segment::{Kept, Segment, Side, kept_or, outputs_per_row, sum_bytes};
 use crate::error::Result;
 use crate::ops::matmul::add_;
@@ -61,7 +62,7 @@ pub struct Names {
 #[derive(Debug, Clone)]
 pub struct Block {
     /// E.g. `language.layers.0`.
-    pub name: String,
+    pub scope: Scope,
     /// What this block keeps, if it is not what the pass says.
     pub policy: Option<Kept>,
     attention: attention::Config,
@@ -112,19 +113,18 @@ impl Cache {
 }
 
 impl Block {
-    /// Builds the block `name` from `src`.
-    pub fn new(name: String, shape: &Shape, names: &Names, src: &mut dyn Source) -> Result<Self> {
+    /// Builds a block from `src`.
+    pub fn new(of: &Scope, shape: &Shape, names: &Names, src: &mut dyn Source) -> Result<Self> {
         let (d, a) = (shape.width, shape.attention);
         let [q, kv] = [a.heads, a.kv_heads].map(|heads| heads * a.head_dim);
-        let inside = |part: &str| format!("{name}.{part}");
         let [first, second] = names.norms;
         let projection =
-            |src: &mut dyn Source, i: usize, width| linear(src, &inside(names.qkv[i]), width, d, shape.qkv_bias);
-        let before_attention = norm(src, shape.norm, &inside(first), d, shape.eps)?;
+            |src: &mut dyn Source, i: usize, width| linear(src, &of.at(names.qkv[i]), width, d, shape.qkv_bias);
+        let before_attention = norm(src, shape.norm, &of.at(first), d, shape.eps)?;
         let qkv = [projection(src, 0, q)?, projection(src, 1, kv)?, projection(src, 2, kv)?];
-        let out = linear(src, &inside(names.out), d, q, shape.out_bias)?;
-        let before_mlp = norm(src, shape.norm, &inside(second), d, shape.eps)?;
-        let mlp = Mlp::new(&name, shape, names, src)?;
+        let out = linear(src, &of.at(names.out), d, q, shape.out_bias)?;
+        let before_mlp = norm(src, shape.norm, &of.at(second), d, shape.eps)?;
+        let mlp = Mlp::new(of, shape, names, src)?;
         Ok(Self {
             policy: None,
             attention: a,
@@ -134,7 +134,7 @@ impl Block {
             mlp,
             before: Inserts::default(),
             after: Default::default(),
-            name,
+            scope: of.clone(),
         })
     }
 
@@ -203,7 +203,7 @@ impl Segment for Block {
     type Saved = Saved;
 
     fn name(&self) -> &str {
-        &self.name
+        self.scope.name()
     }
 
     fn policy(&self) -> Option<Kept> {

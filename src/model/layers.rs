@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::params::{Param, module};
+use crate::model::role::{Init, Scope};
 use crate::ops::attention::{Segment, Sequences};
 use crate::ops::graph;
 use crate::spec::Activation;
@@ -21,10 +22,11 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `{name}.weight`, and `.bias` if `bias`.
-    pub fn new(name: &str, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
-        let weight = src.master(format!("{name}.weight"), &[d_out, d_in])?;
-        let bias = if bias { Some(src.master(format!("{name}.bias"), &[d_out])?) } else { None };
+    /// `weight` of a module, and `bias` if it has one.
+    pub fn new(of: &Scope, d_in: usize, d_out: usize, bias: bool, src: &mut dyn Source) -> Result<Self> {
+        let begin = of.linears();
+        let weight = src.master(of, "weight", &[d_out, d_in], begin.weight(d_in))?;
+        let bias = if bias { Some(src.master(of, "bias", &[d_out], begin.bias(d_out))?) } else { None };
         Ok(Self { weight, bias })
     }
 
@@ -56,10 +58,10 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// `{name}.weight` and `.bias`, `[d]` each.
-    pub fn new(name: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
-        let weight = src.master(format!("{name}.weight"), &[d])?;
-        Ok(Self { weight, bias: src.master(format!("{name}.bias"), &[d])?, eps: NORM_EPS })
+    /// `weight` and `bias` of a module, `[d]` each.
+    pub fn new(of: &Scope, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let weight = src.master(of, "weight", &[d], Init::Ones)?;
+        Ok(Self { weight, bias: src.master(of, "bias", &[d], Init::Zeros)?, eps: NORM_EPS })
     }
 
     /// With another ε than 10⁻⁵.
@@ -88,9 +90,9 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// `{name}.weight`, `[d]`.
-    pub fn new(name: &str, d: usize, eps: f64, src: &mut dyn Source) -> Result<Self> {
-        Ok(Self { weight: src.master(format!("{name}.weight"), &[d])?, eps })
+    /// `weight` of a module, `[d]`.
+    pub fn new(of: &Scope, d: usize, eps: f64, src: &mut dyn Source) -> Result<Self> {
+        Ok(Self { weight: src.master(of, "weight", &[d], Init::Ones)?, eps })
     }
 
     /// `[N, d]` → `[N, d]`.
@@ -111,12 +113,12 @@ pub struct GatedMlp {
 }
 
 impl GatedMlp {
-    /// `{name}.gate_proj`, `.up_proj`, `.down_proj`, of widths in, hidden, out.
-    pub fn new(name: &str, widths: [usize; 3], act: Activation, src: &mut dyn Source) -> Result<Self> {
+    /// `gate_proj`, `up_proj`, `down_proj` of a module, of widths in, hidden, out.
+    pub fn new(of: &Scope, widths: [usize; 3], act: Activation, src: &mut dyn Source) -> Result<Self> {
         let [d_in, hidden, d_out] = widths;
-        let gate = Linear::new(&format!("{name}.gate_proj"), d_in, hidden, false, src)?;
-        let up = Linear::new(&format!("{name}.up_proj"), d_in, hidden, false, src)?;
-        Ok(Self { act, gate, up, down: Linear::new(&format!("{name}.down_proj"), hidden, d_out, false, src)? })
+        let gate = Linear::new(&of.at("gate_proj"), d_in, hidden, false, src)?;
+        let up = Linear::new(&of.at("up_proj"), d_in, hidden, false, src)?;
+        Ok(Self { act, gate, up, down: Linear::new(&of.at("down_proj"), hidden, d_out, false, src)? })
     }
 
     /// Elements of the weights that its input meets, and of the one behind them.
@@ -146,11 +148,11 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    /// `{name}.0`, `.1`, `.3`, as in OpenFlamingo; `hidden` wide inside.
-    pub fn new(name: &str, d: usize, hidden: usize, src: &mut dyn Source) -> Result<Self> {
-        let norm = LayerNorm::new(&format!("{name}.0"), d, src)?;
-        let up = Linear::new(&format!("{name}.1"), d, hidden, false, src)?;
-        Ok(Self { norm, up, down: Linear::new(&format!("{name}.3"), hidden, d, false, src)? })
+    /// `0`, `1`, `3` of a module, as in OpenFlamingo; `hidden` wide inside.
+    pub fn new(of: &Scope, d: usize, hidden: usize, src: &mut dyn Source) -> Result<Self> {
+        let norm = LayerNorm::new(&of.at("0"), d, src)?;
+        let up = Linear::new(&of.at("1"), d, hidden, false, src)?;
+        Ok(Self { norm, up, down: Linear::new(&of.at("3"), hidden, d, false, src)? })
     }
 
     /// Does any of it train?

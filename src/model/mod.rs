@@ -18,6 +18,7 @@ pub mod linear;
 pub mod norm;
 pub mod params;
 pub mod projector;
+pub mod role;
 pub mod segment;
 pub mod vision;
 pub mod visual;

@@ -1,5 +1,6 @@
 //! Named parameters, whether they train, and the one road that their gradients take.
 
+use super::role::Role;
 use crate::error::Result;
 use crate::ops::embedding::scatter_add_;
 use crate::ops::launch::widen;
@@ -18,18 +19,24 @@ pub struct Param {
     /// The value rounded to the type of computation, if that is another one.
     rounded: Option<Tensor>,
     pub trainable: bool,
+    pub role: Role,
 }
 
 impl Param {
     /// A frozen parameter that is computed with as it stands.
-    pub fn new(name: impl Into<String>, value: Tensor) -> Self {
-        Self { name: name.into(), value, rounded: None, trainable: false }
+    pub fn new(name: impl Into<String>, value: Tensor, role: Role) -> Self {
+        Self { name: name.into(), value, rounded: None, trainable: false, role }
     }
 
     /// A frozen parameter that is computed with in `dtype`.
-    pub fn computed_in(name: impl Into<String>, value: Tensor, dtype: DType) -> Result<Self> {
+    pub fn computed_in(name: impl Into<String>, value: Tensor, role: Role, dtype: DType) -> Result<Self> {
         let rounded = rounded(&value, dtype)?;
-        Ok(Self { name: name.into(), value, rounded, trainable: false })
+        Ok(Self { name: name.into(), value, rounded, trainable: false, role })
+    }
+
+    /// Is it an adapter's?
+    pub fn is_adapter(&self) -> bool {
+        self.role.adapter.is_some()
     }
 
     /// What layers compute with.
@@ -75,6 +82,23 @@ pub trait Module {
         self.visit(&mut |p| {
             all.insert(p.name.clone(), p.value.clone());
         });
+        all
+    }
+
+    /// Names of the parameters that `which` picks.
+    fn names(&self, which: impl Fn(&Param) -> bool) -> BTreeSet<String>
+    where
+        Self: Sized,
+    {
+        let mut names = BTreeSet::new();
+        self.visit(&mut |p| _ = which(p).then(|| names.insert(p.name.clone())));
+        names
+    }
+
+    /// What all parameters are, by name.
+    fn roles(&self) -> BTreeMap<String, Role> {
+        let mut all = BTreeMap::new();
+        self.visit(&mut |p| _ = all.insert(p.name.clone(), p.role.clone()));
         all
     }
 
@@ -127,14 +151,14 @@ pub trait Module {
     }
 
     /// Leaves the parameters that train and that `which` picks in the type that they are computed with alone.
-    fn drop_masters(&mut self, which: impl Fn(&str) -> bool) -> Result<()>
+    fn drop_masters(&mut self, which: impl Fn(&Param) -> bool) -> Result<()>
     where
         Self: Sized,
     {
         let mut set: BTreeMap<String, Weight> = BTreeMap::new();
         let mut result = Ok(());
         self.visit_mut(&mut |p| {
-            if let (Ok(()), true, Some(rounded)) = (&result, p.trainable && which(&p.name), p.rounded.clone()) {
+            if let (Ok(()), true, Some(rounded)) = (&result, p.trainable && which(p), p.rounded.clone()) {
                 result = replace(p, &mut set, || Ok(rounded));
             }
         });
@@ -234,25 +258,6 @@ fn replace(p: &mut Param, set: &mut BTreeMap<String, Weight>, value: impl FnOnce
     (p.value, p.rounded) = (w.value.clone(), w.rounded.clone());
     Ok(())
 }
-
-/// The adapter that a parameter belongs to, if it is one's: the part of its name behind that of its kind.
-pub fn adapter_of(name: &str) -> Option<&str> {
-    let mut parts = name.split('.').skip_while(|p| !ADAPTER_PARTS.contains(p));
-    parts.next().and_then(|_| parts.next())
-}
-
-/// The name of a parameter without its adapter's own name, which is the user's choice: what kind of parameter it is.
-pub fn kind_of(name: &str) -> String {
-    let mut parts: Vec<&str> = name.split('.').collect();
-    if let Some(kind) = parts.iter().position(|p| ADAPTER_PARTS.contains(p)).filter(|i| i + 1 < parts.len()) {
-        parts.remove(kind + 1);
-    }
-    parts.join(".")
-}
-
-/// What stands before an adapter's own name in its parameters' names.
-const ADAPTER_PARTS: [&str; 6] =
-    ["lora_A", "lora_B", "lora_magnitude_vector", "bottleneck", "cross_attention", "prefix"];
 
 /// Gradients of the trained parameters by name, summed over the micro-batches of a step; f32 where the model computes in bf16.
 #[derive(Debug, Default)]

@@ -9,6 +9,7 @@ use super::language::{self, Language};
 use super::linear::{Linear, LowRank};
 use super::params::{Grads, Module, Param, module};
 use super::projector::Projector;
+use super::role::Part;
 use super::segment::{Kept, Segment, Side};
 use super::vision::{self, Tower};
 use super::visual::{Layout, Visual};
@@ -197,7 +198,7 @@ impl Vlm {
             (true, true) => "no cross_attention adapter reads the visual tokens",
             (true, false) => return out,
         };
-        let mut lost: Vec<String> = self.trainable().into_keys().filter(|n| serves_pictures(n)).collect();
+        let mut lost: Vec<String> = self.names(|p| p.trainable && p.role.sees).into_iter().collect();
         let soft = self.prefixes.iter().filter(|p| !pictures && p.before == PrefixPlace::Picture);
         lost.extend(soft.filter(|p| p.embeddings.trainable).map(|p| p.embeddings.name.clone()));
         lost.retain(|n| !out.iter().any(|(told, _)| told == n));
@@ -449,6 +450,19 @@ impl Vlm {
         Ok(most)
     }
 
+    /// How far each parameter that trains stands from the top of its backbone (see [`Role::from_top`]); of the tower the layers that run.
+    ///
+    /// [`Role::from_top`]: super::role::Role::from_top
+    pub fn distances(&self) -> BTreeMap<String, usize> {
+        let (vision, language) = (self.vision.as_ref().map_or(0, Tower::depth), self.language.layers.len());
+        let mut all = BTreeMap::new();
+        self.visit(&mut |p| {
+            let depth = if p.role.part == Part::Vision { vision } else { language };
+            all.insert(p.name.clone(), p.role.from_top(depth));
+        });
+        all
+    }
+
     /// The blocks of tower and language model.
     pub fn blocks(&self) -> impl Iterator<Item = &Block> {
         self.vision.iter().flat_map(|v| &v.layers).chain(&self.language.layers)
@@ -471,11 +485,11 @@ impl Vlm {
 
     /// Lets the layers whose names match `patterns` recompute; the others follow the pass.
     pub fn recompute(&mut self, patterns: &[String]) -> Result<()> {
-        let known: Vec<String> = self.blocks().map(|b| b.name.clone()).collect();
+        let known: Vec<String> = self.blocks().map(|b| b.scope.name().to_string()).collect();
         let matcher = if patterns.is_empty() { None } else { Some(Patterns::new(patterns, &known)?) };
         let policy = |name: &str| matcher.as_ref().filter(|m| m.matches(name)).map(|_| Kept::Input);
         for b in self.blocks_mut() {
-            b.policy = policy(&b.name);
+            b.policy = policy(b.scope.name());
         }
         Ok(())
     }
@@ -490,18 +504,6 @@ impl Vlm {
         let own = |l: &Linear| Some((l.name().to_string(), l.deltas.iter().find(|d| d.adapter == adapter)?.clone()));
         self.linears().filter_map(own).collect()
     }
-}
-
-/// Is this a parameter that the gradient reaches through visual tokens alone? Of a `cross_attention` adapter the attention is one,
-/// with its norm and gate in front and behind; its MLP, or the norm behind the sum, works on any row.
-fn serves_pictures(name: &str) -> bool {
-    let of_adapter = |(_, rest): (&str, &str)| {
-        let part = rest.split_once('.').map_or("", |(_, part)| part);
-        part.starts_with("attn.") || part == "attn_gate"
-    };
-    name.starts_with("vision.")
-        || name.starts_with("projector.")
-        || name.split_once(".cross_attention.").is_some_and(of_adapter)
 }
 
 struct Projected {

@@ -6,7 +6,6 @@
 //! are in place, so every clone of a parameter tensor sees them.
 
 use super::groups::{Group, Groups, Member};
-use super::layers::Depths;
 use super::schedule::Schedule;
 use crate::bail;
 use crate::error::{Context, Error, Result};
@@ -88,20 +87,20 @@ impl AdamW {
         Self { groups, schedules, hyper, max_grad_norm, noise, step: 0, state: BTreeMap::new(), plan: None }
     }
 
-    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape) of backbones of
-    /// these `depths`, of which some have a multiple of their group's learning rate (name → factor).
+    /// The optimizer of the stage `name` of `total_steps` steps, for its trained parameters (name → shape) of layers at
+    /// these `distances` from the top, of which some have a multiple of their group's learning rate (name → factor).
     pub fn of_stage(
         stage: &spec::Stage,
         name: &str,
         total_steps: usize,
         trained: &BTreeMap<String, Vec<usize>>,
-        depths: Depths,
+        distances: &BTreeMap<String, usize>,
         factors: &BTreeMap<String, f64>,
     ) -> Result<Self> {
         let spec::Optimizer::Adamw(hyper) = &stage.optimizer;
         let groups = Groups::resolve(&stage.param_groups, stage.lr, hyper.weight_decay, trained)?
             .multiplied(factors)?
-            .decay_layers(stage.layer_decay, depths)?;
+            .decay_layers(stage.layer_decay, distances)?;
         let schedule = Schedule::new(&stage.lr_scheduler, total_steps);
         let noise = Key::new(stage.seed, &format!("rounding/{name}"));
         let own = Self::new(hyper.clone(), groups, schedule, stage.max_grad_norm, noise);

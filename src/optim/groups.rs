@@ -4,7 +4,6 @@
 //! stage's values, which are also what a group has that states none of its own. The optimizer's own weight decay spares biases
 //! and norms (tensors of fewer than two dimensions), as is usual; a group that states `weight_decay` means all that it matches.
 
-use super::layers::Depths;
 use crate::bail;
 use crate::error::{Context, Result};
 use crate::spec::pattern::Patterns;
@@ -139,11 +138,15 @@ impl Groups {
         Ok(out)
     }
 
-    /// Lets learning rates fall layer by layer from the top of a backbone of these `depths` (see [`super::layers`]), in the groups
-    /// that state a decay, and in the others by the stage's, if it has one. A decay that reaches no layer is an error.
-    pub fn decay_layers(mut self, stage: Option<f64>, depths: Depths) -> Result<Self> {
+    /// Lets learning rates fall layer by layer, in the groups that state a decay, and in the others by the stage's, if it has one: the
+    /// lower a layer of a pretrained backbone stands, the less it moves. A decay that reaches no layer is an error.
+    ///
+    /// As BEiT does it (Bao et al. 2022; `LayerDecayValueAssigner` of microsoft/unilm), and timm's `layer_decay`: with decay d, a
+    /// parameter at distance k from the top gets lr·dᵏ. `distances`: k by name, 0 where a name is not there.
+    pub fn decay_layers(mut self, stage: Option<f64>, distances: &BTreeMap<String, usize>) -> Result<Self> {
+        let from_top = |name: &str| distances.get(name).copied().unwrap_or(0);
         let reached = |group: usize, this: &Self| {
-            this.members.iter().any(|(name, m)| m.group == group && depths.from_top(name) > 0)
+            this.members.iter().any(|(name, m)| m.group == group && from_top(name) > 0)
         };
         let own = |g: &Group| g.layer_decay.is_some();
         let hint = "it is for layers and embeddings of `vision.` and `language.`; drop it";
@@ -155,7 +158,7 @@ impl Groups {
         }
         for (name, m) in &mut self.members {
             if let Some(decay) = self.list[m.group].layer_decay.or(stage) {
-                m.factor *= decay.powi(depths.from_top(name) as i32);
+                m.factor *= decay.powi(from_top(name) as i32);
             }
         }
         self.measure();
@@ -252,9 +255,9 @@ mod tests {
             ["language.embed_tokens.weight", "language.layers.0.a", "language.layers.1.a", "language.norm.weight"];
         let trained: BTreeMap<String, Vec<usize>> =
             names.iter().chain(&["projector.linear_1.weight"]).map(|n| (n.to_string(), vec![2, 2])).collect();
-        let depths = Depths { vision: 0, language: 2 };
+        let distances = names.iter().zip([3, 2, 1, 0]).map(|(n, k)| (n.to_string(), k)).collect();
         let resolve = |groups: &[ParamGroup], stage| {
-            Groups::resolve(groups, 1e-3, 0.0, &trained).unwrap().decay_layers(stage, depths)
+            Groups::resolve(groups, 1e-3, 0.0, &trained).unwrap().decay_layers(stage, &distances)
         };
         let g = resolve(&[group("projector.*", Some(1e-2), None)], Some(0.5)).unwrap();
         let factors: Vec<f64> = names.iter().map(|n| g.member(n).unwrap().factor).collect();

@@ -1,7 +1,6 @@
 //! From a recipe to a model in memory: weights found and loaded, tokenizer and picture preparation beside it.
 
 use super::grids;
-use super::state::is_adapter;
 use crate::adapters::{self, lora::LoraAdapter};
 use crate::bail;
 use crate::checkpoint::peft;
@@ -10,8 +9,10 @@ use crate::error::{Context, Error, Result};
 use crate::model::backbone::{Config, LanguageConfig, VisionConfig};
 use crate::model::config::{GENERATION, Generation, remarks};
 use crate::model::container::WholeConfig;
-use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source};
+use crate::model::init::{Fresh, FromWeights, NEWLINE, Partly, Place, Source, newline as newline_of};
+use crate::model::role::Part as Where;
 use crate::model::language::Language;
+use crate::model::linear::Linear;
 use crate::model::params::{Module, Param};
 use crate::model::projector::{Projector, published};
 use crate::model::vision::Tower;
@@ -184,7 +185,8 @@ fn end_tokens(config: &LanguageConfig, generation: &Generation) -> Vec<u32> {
 /// What to say of a loaded adapter's layers that lie above the one whose features are taken: they never change.
 fn never_computed(vlm: &Vlm, adapter: &LoraAdapter) -> Option<String> {
     let tower = vlm.vision.as_ref()?;
-    let above: Vec<&String> = adapter.tensors.keys().filter(|m| !tower.computes(m)).collect();
+    let dormant = |l: &&Linear| !tower.computes(&l.weight.role) && adapter.tensors.contains_key(l.name());
+    let above: Vec<&str> = vlm.linears().filter(dormant).map(Linear::name).collect();
     let first = above.first()?;
     Some(format!(
         "model.adapter: {} of its {} modules ({first}, …) lie above the layer whose features are taken (select_layer) and are never computed: they stay as they are",
@@ -372,7 +374,7 @@ impl Parts {
         d_out: usize,
     ) -> Result<(Projector, Option<Param>)> {
         let tiles = recipe.has_tiles() || whole.is_some_and(|w| w.config.newline);
-        let newline = |src: &mut dyn Source| tiles.then(|| src.master(NEWLINE.to_string(), &[d_out])).transpose();
+        let newline = |src: &mut dyn Source| tiles.then(|| newline_of(d_out, src)).transpose();
         let cfg = match (&recipe.model.projector, whole) {
             (Some(p), _) => p.clone(),
             (None, Some(w)) => w.config.projector(Some(w.dir.display().to_string())),
@@ -416,7 +418,8 @@ impl Parts {
         }
         let mut weights = Weights::beside_lora(&file)?;
         let mut params = vlm.params();
-        params.retain(|name, _| name.starts_with("projector.") && !is_adapter(name));
+        let own = vlm.names(|p| p.role.part == Where::Projector && !p.is_adapter());
+        params.retain(|name, _| own.contains(name));
         if params.is_empty() {
             bail!("{} holds a projector, but the model has none", file.display();
                 "give the model a vision tower and a projector, or remove the file from a copy of the adapter's folder")

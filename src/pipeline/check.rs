@@ -12,12 +12,13 @@ use super::pictures::{self, Looked, Pictures, together};
 use super::positions;
 use super::run_dir::refuse_others;
 use super::stage::{check_reachable, dataset, micro, optimizer, step_counts};
-use super::state::{State, is_adapter, parent};
+use super::state::{State, parent};
 use super::{evaluation, loading, make_data, newline};
 use crate::data::{Dataset, ImageProcessor, Plan, Sight};
 use crate::error::{Context, Error, Result};
 use crate::model::init::{NEWLINE, Place};
-use crate::model::params::{Module, adapter_of};
+use crate::model::params::Module;
+use crate::model::role::{Part, Role};
 use crate::optim::AdamW;
 use crate::report::{Reporter, Table, human};
 use crate::spec::{DType, Recipe, START_ADAPTER, Scheduler, Stage};
@@ -170,7 +171,7 @@ impl<'a> Check<'a> {
         let looked = look("pictures", &data, shown, self.assembly.images.as_ref(), self.reporter)?;
         write!(out, "{}", data_table(name, stage, &data, sight, looked, (total, epoch)).for_stdout())?;
         self.steps += total;
-        self.warnings.extend(warnings(stage, name, &optimizer, &fresh));
+        self.warnings.extend(warnings(stage, name, &state, &optimizer, &fresh));
         let doubts = doubts::of_stage(&data, &self.assembly.encoder, &optimizer)?;
         self.warnings.extend(doubts.iter().map(|w| format!("stage.{name}: {w}")));
         Ok(())
@@ -198,14 +199,10 @@ impl<'a> Check<'a> {
         write!(out, "{}", components::table(&format!("stage {name}: parameters"), &rows, kept).for_stdout())?;
         writeln!(out, "{}", components::notes(&state.vlm, &rows, &loads, kept)?)?;
         told.iter().try_for_each(|line| writeln!(out, "{line}"))?;
-        for n in state.vlm.trainable().into_keys() {
-            let with = components::gets_master(stage, &n);
-            if with {
-                masters.insert(n)
-            } else {
-                masters.remove(&n)
-            };
-        }
+        let trained = state.vlm.names(|p| p.trainable);
+        let with = state.vlm.names(|p| p.trainable && components::gets_master(stage, &p.role));
+        masters.retain(|n| !trained.contains(n));
+        masters.extend(with);
         self.masters.insert(name, masters);
         Ok(())
     }
@@ -215,15 +212,16 @@ impl<'a> Check<'a> {
     fn fresh(&mut self, name: &'a str, state: &State) -> Result<BTreeSet<String>> {
         let stage = &self.recipe.stage[name];
         let before = parent(self.recipe, name)?;
-        let known: Vec<String> = state.vlm.params().into_keys().collect();
+        let roles = state.vlm.roles();
+        let known: Vec<String> = roles.keys().cloned().collect();
         let mut random = match before {
             Some(p) => self.random.get(p).cloned().unwrap_or_default(),
-            None => known.iter().filter(|n| self.is_random(n)).cloned().collect(),
+            None => roles.iter().filter(|(n, r)| self.is_random(n, r)).map(|(n, _)| n.clone()).collect(),
         };
         let carried = before.and_then(|p| self.ends.get(p)).map(|s| &s.adapters);
         let declared = |n: &str| {
             let new = |a: &str| a != START_ADAPTER && !carried.is_some_and(|c| c.contains_key(a));
-            adapter_of(n).is_some_and(new)
+            roles[n].adapter().is_some_and(new)
         };
         random.extend(known.iter().filter(|n| declared(n)).cloned());
         if !stage.reset.is_empty() {
@@ -237,19 +235,22 @@ impl<'a> Check<'a> {
     }
 
     /// Does the model, without its adapters, begin with random values here?
-    fn is_random(&self, name: &str) -> bool {
+    fn is_random(&self, name: &str, role: &Role) -> bool {
         let model = &self.recipe.model;
-        let part = |p: &str| name.starts_with(p);
-        if is_adapter(name) {
+        if role.adapter.is_some() {
             return false;
         }
         if name == NEWLINE {
             return self.assembly.newline_is_random;
         }
-        part("vision.") && model.vision.as_ref().is_some_and(|v| v.init.is_some())
-            || part("language.") && model.language.as_ref().is_some_and(|l| l.init.is_some())
-            || part("projector.")
-                && model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(part))
+        match role.part {
+            Part::Vision => model.vision.as_ref().is_some_and(|v| v.init.is_some()),
+            Part::Language => model.language.as_ref().is_some_and(|l| l.init.is_some()),
+            Part::Projector => {
+                let fresh = |p: &str| name.starts_with(p);
+                model.projector.as_ref().is_some_and(|p| p.source().is_none() || p.fresh().into_iter().any(fresh))
+            }
+        }
     }
 
     /// The data of every evaluation that a stage runs; returns what is wrong.
@@ -387,9 +388,10 @@ fn data_table(
 }
 
 /// What is allowed but rarely meant. `fresh`: trained parameters that start from random values.
-fn warnings(stage: &Stage, name: &str, optimizer: &AdamW, fresh: &BTreeSet<String>) -> Vec<String> {
+fn warnings(stage: &Stage, name: &str, state: &State, optimizer: &AdamW, fresh: &BTreeSet<String>) -> Vec<String> {
     let mut out = Vec::new();
-    let pretrained = |n: &&String| !is_adapter(n) && !n.starts_with("projector.") && !fresh.contains(*n);
+    let backbone = state.vlm.names(|p| p.role.is_backbone());
+    let pretrained = |n: &&String| backbone.contains(*n) && !fresh.contains(*n);
     for (i, group) in optimizer.groups().list().iter().enumerate() {
         let members = optimizer.groups().members().iter().filter(|(_, m)| m.group == i).map(|(n, _)| n);
         let pretrained: Vec<&String> = members.filter(pretrained).collect();

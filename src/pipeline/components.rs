@@ -3,9 +3,10 @@
 //! Every parameter is in exactly one row: that of its component, of the pattern or adapter that decides about it, of whether it
 //! trains. Neighbouring layers that differ in none of this, nor in whether backward reaches them, share a row.
 
-use super::state::{State, is_adapter};
+use super::state::State;
 use crate::error::Result;
-use crate::model::params::{Module, Param, adapter_of};
+use crate::model::params::{Module, Param};
+use crate::model::role::{Level, Part, Role};
 use crate::model::segment::Kept;
 use crate::model::vlm::{Load, Vlm};
 use crate::ops::bytes;
@@ -84,7 +85,7 @@ struct Place {
 
 /// Every parameter in exactly one row.
 pub fn rows(state: &State, training: &Training) -> Result<Vec<Row>> {
-    let own: Vec<String> = state.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
+    let own: Vec<String> = state.vlm.names(|p| !p.is_adapter()).into_iter().collect();
     let train = &training.stage.train;
     let patterns = if train.is_empty() { None } else { Some(Patterns::new(train, &own)?) };
     let kinds: BTreeMap<&str, &str> = state.adapters.iter().map(|(name, a)| (name.as_str(), a.kind())).collect();
@@ -124,29 +125,24 @@ impl Place {
 fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &str>, dtype: String) -> Place {
     let of =
         |part: (usize, String), layer, what| Place { part, layer, trains: p.trainable, what, dtype: dtype.clone() };
-    if let Some(adapter) = adapter_of(&p.name) {
+    if let Some(adapter) = p.role.adapter() {
         let kind = kinds.get(adapter).map_or(String::new(), |kind| format!(" ({kind})"));
         let what = format!("adapter {adapter}");
         return of((9, format!("{what}{kind}")), None, (0, what));
     }
     let what = decided.unwrap_or_else(|| (usize::MAX, format!("{} (no pattern)", first_word(&p.name))));
-    for (order, stack) in [(1, "vision.encoder.layers"), (5, "language.layers")] {
-        let rest = p.name.strip_prefix(stack).and_then(|rest| rest.strip_prefix('.'));
-        if let Some(i) = rest.and_then(|rest| rest.split('.').next()?.parse().ok()) {
-            return of((order, stack.to_string()), Some(i), what);
+    let module = || p.name.split('.').take(2).collect::<Vec<_>>().join(".");
+    match (p.role.part, p.role.level) {
+        (Part::Vision, Level::Below) => of((0, "vision, below its layers".to_string()), None, what),
+        (part @ (Part::Vision | Part::Language), Level::Layer(i)) => {
+            let stack = p.name.split_once(&format!(".{i}.")).map_or("", |(stack, _)| stack);
+            of((if part == Part::Vision { 1 } else { 5 }, stack.to_string()), Some(i), what)
         }
+        (Part::Vision, Level::Above) => of((2, module()), None, what),
+        (Part::Projector, _) => of((3, "projector".to_string()), None, what),
+        (Part::Language, Level::Below) => of((4, module()), None, what),
+        (Part::Language, Level::Above) => of((if p.name.contains("norm") { 6 } else { 7 }, module()), None, what),
     }
-    let second: Vec<&str> = p.name.split('.').take(2).collect();
-    let (order, part) = match second.as_slice() {
-        ["vision", "embeddings" | "pre_layrnorm"] => (0, "vision.{embeddings,pre_layrnorm}".to_string()),
-        ["vision", ..] => (2, second.join(".")),
-        ["projector", ..] => (3, "projector".to_string()),
-        ["language", "embed_tokens"] => (4, second.join(".")),
-        ["language", "norm"] => (6, second.join(".")),
-        ["language", "lm_head"] => (7, second.join(".")),
-        _ => (8, second.join(".")),
-    };
-    of((order, part), None, what)
 }
 
 fn first_word(name: &str) -> &str {
@@ -193,16 +189,16 @@ impl Row {
     }
 }
 
-/// Has a trained parameter of this name a master where the model computes in bf16?
-pub fn gets_master(stage: &Stage, name: &str) -> bool {
+/// Has a trained parameter of this role a master where the model computes in bf16?
+pub fn gets_master(stage: &Stage, role: &Role) -> bool {
     let Optimizer::Adamw(adamw) = &stage.optimizer;
-    !adamw.stochastic_rounding || is_adapter(name) || name.starts_with("projector.")
+    !adamw.stochastic_rounding || !role.is_backbone()
 }
 
 /// Has a parameter an f32 master beside what it is computed with, in the stage: one that stands, or that the stage will make?
 fn has_master(p: &Param, training: &Training) -> bool {
     match (p.compute().dtype(), p.trainable) {
-        (DType::BF16, true) => gets_master(training.stage, &p.name),
+        (DType::BF16, true) => gets_master(training.stage, &p.role),
         (DType::BF16, false) => p.value.dtype() != DType::BF16 || training.masters.contains(&p.name),
         _ => false,
     }

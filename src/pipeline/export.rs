@@ -1,6 +1,6 @@
 //! What a stage leaves behind: everything for adfreeze itself in one file, and the same in the formats of others.
 
-use super::state::{State, TRAINED, is_adapter};
+use super::state::{State, TRAINED};
 use crate::adapters::lora;
 use crate::bail;
 use crate::checkpoint::atomic;
@@ -8,7 +8,8 @@ use crate::checkpoint::sums::Sums;
 use crate::checkpoint::{hf, peft, safetensors};
 use crate::data::{ImageProcessor, TextEncoder};
 use crate::error::Result;
-use crate::model::params::{Module, adapter_of};
+use crate::model::params::Module;
+use crate::model::role::{Part, Role};
 use crate::model::weights::source;
 use crate::spec::{Adapter, PrefixPlace, Recipe};
 use candle_core::Tensor;
@@ -69,23 +70,20 @@ pub fn write_final(
         let mut sums = Sums::default();
         trained = state.save(dir)?;
         sums.set(TRAINED, &trained);
-        let params = state.vlm.params();
-        let part = |prefix: &str| -> BTreeMap<_, _> {
-            params
-                .iter()
-                .filter(|(n, _)| n.starts_with(prefix) && !is_adapter(n))
-                .map(|(n, t)| (n.clone(), t.clone()))
-                .collect()
+        let (params, roles) = (state.vlm.params(), state.vlm.roles());
+        let own = |which: &dyn Fn(&Role) -> bool| -> BTreeMap<_, _> {
+            params.iter().filter(|(n, _)| which(&roles[*n])).map(|(n, t)| (n.clone(), t.clone())).collect()
         };
-        let projector = part("projector.");
+        let part = |part: Part| own(&|r| r.part == part && r.adapter.is_none());
+        let projector = part(Part::Projector);
         if !projector.is_empty() {
             hf::save_projector(&dir.join("projector.safetensors"), &projector)?;
         }
-        let moved = state.changed.iter().any(|n| n.starts_with("vision.") || n.starts_with("language."));
+        let changed = |part: Part| state.changed.iter().any(|n| roles.get(n).is_some_and(|r| r.part == part));
+        let moved = changed(Part::Vision) || changed(Part::Language);
         let base_model = base_model.filter(|_| !moved);
         for (name, cfg) in state.adapters.clone() {
-            let own = params.iter().filter(|(n, _)| adapter_of(n) == Some(name.as_str()));
-            let own: BTreeMap<_, _> = own.map(|(n, t)| (n.clone(), t.clone())).collect();
+            let own = own(&|r| r.adapter() == Some(name.as_str()));
             let dir = dir.join("adapters").join(&name);
             match &cfg {
                 Adapter::Lora(cfg) => lora::export(&state.vlm, &name, cfg)?.save(&dir, base, base_model)?,
@@ -97,15 +95,14 @@ pub fn write_final(
                 }
             }
         }
-        let changed = |prefix: &str| state.changed.iter().any(|n| n.starts_with(prefix));
-        if let (true, Some(tower)) = (changed("vision."), &state.vlm.vision) {
+        if let (true, Some(tower)) = (changed(Part::Vision), &state.vlm.vision) {
             let Some(images) = images else { bail!("the vision tower has no picture preparation to be saved with it") };
-            hf::save_vision(&dir.join("vision"), &tower.config, images, &part("vision."))?;
+            hf::save_vision(&dir.join("vision"), &tower.config, images, &part(Part::Vision))?;
         }
-        if changed("language.") {
+        if changed(Part::Language) {
             let language = &state.vlm.language;
             let out = dir.join("language");
-            hf::save_language(&out, &language.config, &part("language."), &[tokenizer_dir])?;
+            hf::save_language(&out, &language.config, &part(Part::Language), &[tokenizer_dir])?;
             // A tokenizer that is a file alone has no folder to be copied from.
             if encoder.image_token_added() || tokenizer_dir.is_file() {
                 atomic::write_bytes(&out.join("tokenizer.json"), encoder.tokenizer_json()?.as_bytes())?;

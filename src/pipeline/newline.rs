@@ -2,7 +2,7 @@
 //! tiles becomes.
 
 use super::assemble::Assembly;
-use super::state::{is_adapter, lineage};
+use super::state::lineage;
 use crate::error::{Context, Result};
 use crate::model::init::NEWLINE;
 use crate::model::params::Module;
@@ -14,7 +14,7 @@ pub fn untrained(recipe: &Recipe, assembly: &mut Assembly, stage: &str) -> Resul
     if assembly.vlm.newline.is_none() {
         return Ok(false);
     }
-    let known: Vec<String> = assembly.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
+    let known: Vec<String> = assembly.vlm.names(|p| !p.is_adapter()).into_iter().collect();
     let mut random = assembly.newline_is_random;
     for name in lineage(recipe, stage)? {
         let stage = &recipe.stage[name];

@@ -14,14 +14,14 @@ use super::reference;
 use super::rescue;
 use super::run_dir::{Done, RunDir, tidy};
 use super::signals::Signals;
-use super::state::{State, is_adapter};
+use super::state::State;
 use super::steps::{Steps, also};
 use crate::bail;
 use crate::data::{Dataset, ImageProcessor, Item, Plan, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
 use crate::model::vision::Tower;
-use crate::optim::{AdamW, Depths};
+use crate::optim::AdamW;
 use crate::report::Reporter;
 use crate::spec::{Objective, Optimizer, Recipe, Stage};
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,9 +59,7 @@ pub fn step_counts(stage: &Stage, items: usize) -> (usize, usize) {
 /// A fresh optimizer for what trains in an entered stage.
 pub fn optimizer(stage: &Stage, name: &str, state: &State, total: usize) -> Result<AdamW> {
     let shapes = state.vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    let vision = state.vlm.vision.as_ref().map_or(0, Tower::depth);
-    let depths = Depths { vision, language: state.vlm.language.layers.len() };
-    AdamW::of_stage(stage, name, total, &shapes, depths, &state.lr_factors())
+    AdamW::of_stage(stage, name, total, &shapes, &state.vlm.distances(), &state.lr_factors())
 }
 
 /// Trains one stage from the state it is given (already entered), or goes on from its newest checkpoint; `None` if a
@@ -209,7 +207,7 @@ fn prove_resumable(run: &Run, name: &str, from: &Progress, total: usize) -> Resu
 fn masters(stage: &Stage, state: &mut State) -> Result<()> {
     let Optimizer::Adamw(adamw) = &stage.optimizer;
     if adamw.stochastic_rounding {
-        return state.vlm.drop_masters(|name| !is_adapter(name) && !name.starts_with("projector."));
+        return state.vlm.drop_masters(|p| p.role.is_backbone());
     }
     state.vlm.make_masters()
 }

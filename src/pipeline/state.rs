@@ -5,7 +5,9 @@ use crate::bail;
 use crate::checkpoint::safetensors::{load, save_summed};
 use crate::error::{Context, Error, Result};
 use crate::model::init::fresh;
-use crate::model::params::{Module, adapter_of};
+use crate::model::linear::LowRank;
+use crate::model::params::Module;
+use crate::model::role::{Part, Role};
 use crate::model::vlm::Vlm;
 use crate::ops::random::Key;
 use crate::spec::pattern::Patterns;
@@ -30,7 +32,7 @@ pub struct State {
 impl State {
     /// The model as assembled; a loaded start adapter is described by `start`.
     pub fn new(vlm: Vlm, start: Option<Adapter>) -> Self {
-        let projector = vlm.params().into_keys().filter(|n| n.starts_with("projector.")).collect();
+        let projector = vlm.names(|p| p.role.part == Part::Projector);
         let adapters = start.map(|a| (START_ADAPTER.to_string(), a)).into_iter().collect();
         Self { vlm, adapters, changed: projector }
     }
@@ -66,7 +68,7 @@ impl State {
         self.reset(stage, name)?;
         let declared = self.declare(stage, name)?;
         let trainable = self.trainable(stage, &continued, &declared)?;
-        self.changed.extend(trainable.iter().filter(|n| !is_adapter(n)).cloned());
+        self.changed.extend(self.vlm.names(|p| trainable.contains(&p.name) && !p.is_adapter()));
         self.vlm.train_only(&trainable);
         self.vlm.recompute(&stage.recompute).with_context(|| format!("stage.{name}.recompute"))?;
         Ok(())
@@ -88,15 +90,14 @@ impl State {
             return Ok(());
         }
         let key = Key::new(stage.seed, &format!("reset/{name}"));
-        let known: Vec<String> = self.vlm.params().into_keys().collect();
+        let (params, roles) = (self.vlm.params(), self.vlm.roles());
+        let known: Vec<String> = params.keys().cloned().collect();
         let patterns = Patterns::new(&stage.reset, &known).context("reset")?;
         let mut values = BTreeMap::new();
-        for (n, t) in self.vlm.params() {
-            if patterns.matches(&n) {
-                values.insert(n.clone(), fresh(key, &n, t.dims(), t.dtype())?);
-                if !is_adapter(&n) {
-                    self.changed.insert(n);
-                }
+        for (n, t) in params.into_iter().filter(|(n, _)| patterns.matches(n)) {
+            values.insert(n.clone(), fresh(key, &n, t.dims(), t.dtype(), roles[&n].init)?);
+            if roles[&n].adapter.is_none() {
+                self.changed.insert(n);
             }
         }
         self.vlm.assign(&values)?;
@@ -106,11 +107,17 @@ impl State {
     /// What the learning rates of trained parameters are multiplied by, where LoRA+ (`lr_ratio`) does that: those of B and of
     /// magnitudes, as PEFT's `create_loraplus_optimizer` has it.
     pub fn lr_factors(&self) -> BTreeMap<String, f64> {
-        let ratio = |name: &str| match self.adapters.get(adapter_of(name)?)? {
-            Adapter::Lora(a) if [".lora_B.", ".lora_magnitude_vector."].iter().any(|p| name.contains(p)) => a.lr_ratio,
+        let ratio = |adapter: &str| match self.adapters.get(adapter)? {
+            Adapter::Lora(a) => a.lr_ratio,
             _ => None,
         };
-        self.vlm.trainable().into_keys().filter_map(|n| ratio(&n).map(|r| (n, r))).collect()
+        let updates = self.vlm.linears().flat_map(|l| &l.deltas).filter_map(|d| Some((d, ratio(&d.adapter)?)));
+        let faster = |(d, ratio)| {
+            let d: &LowRank = d;
+            let params = [Some(&d.b), d.magnitude.as_ref().map(|m| &m.param)];
+            params.into_iter().flatten().filter(|p| p.trainable).map(move |p| (p.name.clone(), ratio))
+        };
+        updates.flat_map(faster).collect()
     }
 
     /// Grafts the stage's own adapters; returns the names of those that train.
@@ -130,7 +137,7 @@ impl State {
     }
 
     fn trainable(&self, stage: &Stage, continued: &[String], declared: &[String]) -> Result<BTreeSet<String>> {
-        let own: Vec<String> = self.vlm.params().into_keys().filter(|n| !is_adapter(n)).collect();
+        let own: Vec<String> = self.vlm.names(|p| !p.is_adapter()).into_iter().collect();
         let mut out: BTreeSet<String> = if stage.train.is_empty() {
             BTreeSet::new()
         } else {
@@ -138,13 +145,13 @@ impl State {
             own.into_iter().filter(|n| patterns.matches(n)).collect()
         };
         let adapters: Vec<&String> = continued.iter().chain(declared).collect();
-        let names = self.vlm.params().into_keys();
         // An adapter that was loaded may lie on layers that are never computed; these stay as they are. (Of those that the recipe
         // declares it is an error.)
-        let dormant =
-            |n: &str, a: &str| a == START_ADAPTER && self.vlm.vision.as_ref().is_some_and(|tower| !tower.computes(n));
-        let chosen = |n: &String| adapter_of(n).is_some_and(|a| adapters.iter().any(|b| *b == a) && !dormant(n, a));
-        out.extend(names.filter(chosen));
+        let dormant = |role: &Role| {
+            role.adapter() == Some(START_ADAPTER) && self.vlm.vision.as_ref().is_some_and(|tower| !tower.computes(role))
+        };
+        let chosen = |role: &Role| role.adapter().is_some_and(|a| adapters.iter().any(|b| *b == a)) && !dormant(role);
+        out.extend(self.vlm.names(|p| chosen(&p.role)));
         if out.is_empty() {
             bail!("nothing trains in this stage"; "list patterns under `train`, or declare an adapter under `adapters`")
         }
@@ -153,8 +160,9 @@ impl State {
 
     /// Everything that differs from the loaded backbones, by name.
     pub fn own(&self) -> BTreeMap<String, Tensor> {
+        let own = self.vlm.names(|p| p.is_adapter() || self.changed.contains(&p.name));
         let mut all = self.vlm.params();
-        all.retain(|n, _| is_adapter(n) || self.changed.contains(n));
+        all.retain(|n, _| own.contains(n));
         all
     }
 
@@ -183,11 +191,6 @@ impl State {
         self.vlm.assign(&values)?;
         Ok(())
     }
-}
-
-/// Is this a parameter of an adapter?
-pub fn is_adapter(name: &str) -> bool {
-    adapter_of(name).is_some()
 }
 
 /// What a stage does with the adapters it finds.

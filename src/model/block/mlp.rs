@@ -6,6 +6,7 @@ use crate::model::build::linear;
 use crate::model::init::Source;
 use crate::model::linear::{self, InputGrad, Linear};
 use crate::model::params::{Grads, module};
+use crate::model::role::Scope;
 use crate::model::segment::{Side, kept_or};
 use crate::ops::activation::{self, swiglu, swiglu_backward};
 use crate::spec::Activation;
@@ -36,13 +37,13 @@ module!(Mlp: open, close);
 pub(super) type Inner = Vec<Tensor>;
 
 impl Mlp {
-    pub(super) fn new(block: &str, shape: &Shape, names: &Names, src: &mut dyn Source) -> Result<Self> {
+    pub(super) fn new(of: &Scope, shape: &Shape, names: &Names, src: &mut dyn Source) -> Result<Self> {
         let (d, m, bias) = (shape.width, shape.hidden, shape.mlp_bias);
         let mut open = Vec::with_capacity(names.open.len());
         for name in names.open {
-            open.push(linear(src, &format!("{block}.{name}"), m, d, bias)?);
+            open.push(linear(src, &of.at(name), m, d, bias)?);
         }
-        let close = linear(src, &format!("{block}.{}", names.close), d, m, bias)?;
+        let close = linear(src, &of.at(names.close), d, m, bias)?;
         Ok(Self { kind: shape.mlp, open, close })
     }
 

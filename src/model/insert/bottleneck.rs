@@ -8,6 +8,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::module;
+use crate::model::role::{Linears, Scope};
 use crate::ops::graph::activate;
 use crate::spec::{Activation, BottleneckAdapter};
 use candle_core::Tensor;
@@ -27,17 +28,16 @@ pub struct Bottleneck {
 
 impl Bottleneck {
     /// At `place`, on rows of width `d`.
-    pub fn new(cfg: &BottleneckAdapter, adapter: &str, place: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
-        let name = format!("{place}.bottleneck.{adapter}");
-        let part = |part: &str| format!("{name}.{part}");
+    pub fn new(cfg: &BottleneckAdapter, adapter: &str, place: &Scope, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let of = place.adapter("bottleneck", adapter);
         Ok(Self {
             adapter: adapter.to_string(),
             act: cfg.act,
             dropout: cfg.dropout,
-            norm: if cfg.norm { Some(LayerNorm::new(&part("norm"), d, src)?) } else { None },
-            down: Linear::new(&part("down"), d, cfg.dim, true, src)?,
-            up: Linear::new(&part("up"), cfg.dim, d, true, src)?,
-            name,
+            norm: if cfg.norm { Some(LayerNorm::new(&of.at("norm"), d, src)?) } else { None },
+            down: Linear::new(&of.at("down"), d, cfg.dim, true, src)?,
+            up: Linear::new(&of.at("up").with(Linears::Zero), cfg.dim, d, true, src)?,
+            name: of.name().to_string(),
         })
     }
 }

@@ -12,6 +12,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{FeedForward, LayerNorm, Linear};
 use crate::model::params::{Module, Param, module};
+use crate::model::role::{Init, Scope};
 use crate::ops::attention::Config;
 use crate::ops::graph::{attention, gated};
 use crate::spec::{CrossAttention as Recipe, CrossAttentionForm, Sees};
@@ -46,18 +47,23 @@ struct Gated {
 
 impl CrossAttention {
     /// Before the layer `place`, on rows of width `d`.
-    pub fn new(cfg: &Recipe, adapter: &str, place: &str, d: usize, src: &mut dyn Source) -> Result<Self> {
-        let part = |part: &str| format!("{place}.cross_attention.{adapter}.{part}");
+    pub fn new(cfg: &Recipe, adapter: &str, place: &Scope, d: usize, src: &mut dyn Source) -> Result<Self> {
+        let of = place.adapter("cross_attention", adapter);
+        // Attention, its norm and its gate work on what is seen alone; the MLP, and a norm behind the sum, on any row.
+        let (eyes, attn) = (of.seeing(), of.at("attn").seeing());
         let inner = cfg.heads * cfg.head_dim;
-        let to_q = Linear::new(&part("attn.to_q"), d, inner, false, src)?;
-        let to_kv = Linear::new(&part("attn.to_kv"), d, 2 * inner, false, src)?;
-        let to_out = Linear::new(&part("attn.to_out"), inner, d, false, src)?;
+        let to_q = Linear::new(&attn.at("to_q"), d, inner, false, src)?;
+        let to_kv = Linear::new(&attn.at("to_kv"), d, 2 * inner, false, src)?;
+        let to_out = Linear::new(&attn.at("to_out"), inner, d, false, src)?;
         let form = match cfg.form {
-            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::new(&part("norm"), d, src)?),
+            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::new(&of.at("norm"), d, src)?),
             CrossAttentionForm::Gated => Form::Gated(Box::new(Gated {
-                norm: LayerNorm::new(&part("attn.norm"), d, src)?,
-                gates: [src.master(part("attn_gate"), &[1])?, src.master(part("ff_gate"), &[1])?],
-                ff: FeedForward::new(&part("ff"), d, cfg.ff_mult * d, src)?,
+                norm: LayerNorm::new(&attn.at("norm"), d, src)?,
+                gates: [
+                    src.master(&eyes, "attn_gate", &[1], Init::Zeros)?,
+                    src.master(&of, "ff_gate", &[1], Init::Zeros)?,
+                ],
+                ff: FeedForward::new(&of.at("ff"), d, cfg.ff_mult * d, src)?,
             })),
         };
         let config = Config { heads: cfg.heads, kv_heads: cfg.heads, head_dim: cfg.head_dim, causal: false };

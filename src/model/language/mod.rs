@@ -6,10 +6,11 @@ pub mod rope;
 
 use super::backbone::LanguageConfig;
 use super::block::{Block, Cache};
-use super::build::{norm, param};
+use super::build::norm;
 use super::init::{Place, Shapes, Source};
 use super::norm::Norm;
 use super::params::{Grads, Module, Param, module};
+use super::role::{Init, Linears, Scope};
 use super::segment::{self, Kept, Side, Tape};
 use super::visual::Visual;
 use super::watch;
@@ -79,16 +80,18 @@ impl Language {
             )
         }
         let (d, eps) = (c.hidden_size, c.rms_norm_eps);
-        let embed_tokens = param(src, "language.embed_tokens.weight".into(), &[c.vocab_size, d])?;
+        let of = Scope::language();
+        let table = Init::Normal(Linears::DEVIATION);
+        let embed_tokens = src.param(&of.below().at("embed_tokens"), "weight", &[c.vocab_size, d], table)?;
         let mut layers = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
-            layers.push(Block::new(format!("language.layers.{i}"), &c.block(), &c.architecture.block, src)?);
+            layers.push(Block::new(&of.layer("layers", i), &c.block(), &c.architecture.block, src)?);
         }
-        let last = norm(src, Kind::Rms, "language.norm", d, eps)?;
+        let last = norm(src, Kind::Rms, &of.at("norm"), d, eps)?;
         let lm_head = if c.tie_word_embeddings {
             embed_tokens.clone()
         } else {
-            param(src, "language.lm_head.weight".into(), &[c.vocab_size, d])?
+            src.param(&of.at("lm_head"), "weight", &[c.vocab_size, d], table)?
         };
         let (rope, frontier) = (Rope::new(c), layers.len());
         Ok(Self { config, embed_tokens, layers, norm: last, lm_head, rope, frontier, below: false })

@@ -9,6 +9,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::module;
+use crate::model::role::{Linears, Scope};
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
 use crate::spec::{Activation, BottleneckProjector};
@@ -28,17 +29,17 @@ pub struct Bottleneck {
 impl Bottleneck {
     /// With `cfg.dim` between `down` and `up`.
     pub fn new(cfg: &BottleneckProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
-        let Ends { vision, language, bias } = ends;
+        let (of, Ends { vision, language, bias }) = (Scope::projector(), ends);
         Ok(Self {
             act: cfg.act,
             dropout: cfg.dropout,
-            norm: LayerNorm::new("projector.norm", vision, src)?,
-            down: Linear::new("projector.down", vision, cfg.dim, bias, src)?,
-            up: Linear::new("projector.up", cfg.dim, vision, bias, src)?,
+            norm: LayerNorm::new(&of.at("norm"), vision, src)?,
+            down: Linear::new(&of.at("down"), vision, cfg.dim, bias, src)?,
+            up: Linear::new(&of.at("up").with(Linears::Zero), cfg.dim, vision, bias, src)?,
             out: if vision == language {
                 None
             } else {
-                Some(Linear::new("projector.out", vision, language, bias, src)?)
+                Some(Linear::new(&of.at("out"), vision, language, bias, src)?)
             },
         })
     }

@@ -8,6 +8,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear};
 use crate::model::params::module;
+use crate::model::role::Scope;
 use crate::model::vision::Grid;
 use crate::ops::graph::activate;
 use crate::spec::{Activation, Layers, LinearProjector, MlpProjector};
@@ -25,19 +26,20 @@ pub struct Mlp {
 impl Mlp {
     /// `depth` layers.
     pub fn new(cfg: &MlpProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
+        let of = Scope::projector();
         let (depth, hidden) = (cfg.depth, cfg.hidden.unwrap_or(ends.language));
         if depth == 0 {
             bail!("the projector has depth 0"; "set `depth` of model.projector's mlp to 1 or more")
         }
         let input_norm =
-            if cfg.input_norm { Some(LayerNorm::new("projector.input_norm", ends.vision, src)?) } else { None };
+            if cfg.input_norm { Some(LayerNorm::new(&of.at("input_norm"), ends.vision, src)?) } else { None };
         let mut layers = Vec::with_capacity(depth);
         for i in 1..=depth {
             let d_in = if i == 1 { ends.vision } else { hidden };
             let d_out = if i == depth { ends.language } else { hidden };
-            layers.push(Linear::new(&format!("projector.linear_{i}"), d_in, d_out, ends.bias, src)?);
+            layers.push(Linear::new(&of.at(&format!("linear_{i}")), d_in, d_out, ends.bias, src)?);
         }
-        let norm = if cfg.norm { Some(LayerNorm::new("projector.norm", ends.language, src)?) } else { None };
+        let norm = if cfg.norm { Some(LayerNorm::new(&of.at("norm"), ends.language, src)?) } else { None };
         Ok(Self { act: cfg.act, input_norm, layers, norm })
     }
 

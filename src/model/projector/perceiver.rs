@@ -11,6 +11,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{GatedMlp, Linear, RmsNorm, each_picture, of_each};
 use crate::model::params::{Param, module};
+use crate::model::role::{Init, Scope};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
@@ -45,13 +46,14 @@ impl Perceiver {
     pub fn new(cfg: &PerceiverProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
         let Ends { vision, language: d, .. } = ends;
         cfg.check().context("perceiver")?;
-        let inside = |name: &str| format!("projector.perceiver_resampler.{name}");
+        let of = Scope::projector();
+        let inside = of.at("perceiver_resampler");
         let widths = [vision, cfg.hidden.unwrap_or(4 * d), d];
-        let project = GatedMlp::new("projector.modality_projection", widths, cfg.act, src)?;
-        let latents = src.master(inside("latents"), &[cfg.queries, d])?;
-        let layers = (0..cfg.depth).map(|i| Layer::new(&inside(&format!("layers.{i}")), cfg, d, src));
+        let project = GatedMlp::new(&of.at("modality_projection"), widths, cfg.act, src)?;
+        let latents = src.master(&inside, "latents", &[cfg.queries, d], Init::Normal(1.0))?;
+        let layers = (0..cfg.depth).map(|i| Layer::new(&inside.at(&format!("layers.{i}")), cfg, d, src));
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Self { project, latents, layers, norm: RmsNorm::new(&inside("norm"), d, cfg.norm_eps, src)? })
+        Ok(Self { project, latents, layers, norm: RmsNorm::new(&inside.at("norm"), d, cfg.norm_eps, src)? })
     }
 
     fn queries(&self) -> usize {
@@ -60,14 +62,14 @@ impl Perceiver {
 }
 
 impl Layer {
-    fn new(name: &str, cfg: &PerceiverProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
+    fn new(of: &Scope, cfg: &PerceiverProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
         let PerceiverProjector { heads, kv_heads, head_dim, .. } = *cfg;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        let mut norm = |part: &str| RmsNorm::new(&format!("{name}.{part}"), d, cfg.norm_eps, src);
+        let mut norm = |part: &str| RmsNorm::new(&of.at(part), d, cfg.norm_eps, src);
         let (latents_norm, context_norm) = (norm("input_latents_norm")?, norm("input_context_norm")?);
         let mlp_norm = norm("post_attention_layernorm")?;
         let mut linear =
-            |part: &str, d_in, d_out| Linear::new(&format!("{name}.self_attn.{part}"), d_in, d_out, false, src);
+            |part: &str, d_in, d_out| Linear::new(&of.at("self_attn").at(part), d_in, d_out, false, src);
         Ok(Self {
             config: Config { heads, kv_heads, head_dim, causal: false },
             latents_norm,
@@ -77,7 +79,7 @@ impl Layer {
             v: linear("v_proj", d, kv)?,
             o: linear("o_proj", q, d)?,
             mlp_norm,
-            mlp: GatedMlp::new(&format!("{name}.mlp"), [d, 4 * d, d], cfg.act, src)?,
+            mlp: GatedMlp::new(&of.at("mlp"), [d, 4 * d, d], cfg.act, src)?,
         })
     }
 

@@ -11,6 +11,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{LayerNorm, Linear, each_picture};
 use crate::model::params::{Param, module};
+use crate::model::role::{Init, Linears, Scope};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{activate, attention, repeat};
@@ -64,10 +65,13 @@ impl Qformer {
     pub fn new(cfg: &QformerProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
         cfg.check().context("qformer")?;
         let w = cfg.width;
-        let query_tokens = src.master("projector.query_tokens".into(), &[1, cfg.queries, w])?;
-        let norm = LayerNorm::new("projector.qformer.layernorm", w, src)?.with_eps(NORM_EPS);
-        let layers = (0..cfg.layers).map(|i| Layer::new(cfg, i, ends.vision, src)).collect::<Result<_>>()?;
-        let out = Linear::new("projector.language_projection", w, ends.language, true, src)?;
+        let of = Scope::projector();
+        let inside = of.at("qformer").with(Linears::Pretrained);
+        let query_tokens =
+            src.master(&of, "query_tokens", &[1, cfg.queries, w], Init::Normal(Linears::DEVIATION))?;
+        let norm = LayerNorm::new(&inside.at("layernorm"), w, src)?.with_eps(NORM_EPS);
+        let layers = (0..cfg.layers).map(|i| Layer::new(cfg, &inside, i, ends.vision, src)).collect::<Result<_>>()?;
+        let out = Linear::new(&of.at("language_projection"), w, ends.language, true, src)?;
         Ok(Self { dropout: cfg.dropout, query_tokens, norm, layers, out })
     }
 
@@ -77,14 +81,14 @@ impl Qformer {
 }
 
 impl Layer {
-    fn new(cfg: &QformerProjector, i: usize, vision: usize, src: &mut dyn Source) -> Result<Self> {
-        let name = |part: &str| format!("projector.qformer.encoder.layer.{i}.{part}");
+    fn new(cfg: &QformerProjector, of: &Scope, i: usize, vision: usize, src: &mut dyn Source) -> Result<Self> {
+        let of = of.at(&format!("encoder.layer.{i}"));
         let (w, m) = (cfg.width, cfg.intermediate);
-        let own = Attention::new(cfg, &name("attention"), w, src)?;
+        let own = Attention::new(cfg, &of.at("attention"), w, src)?;
         let looks = i.is_multiple_of(cfg.cross_every);
-        let features = if looks { Some(Attention::new(cfg, &name("crossattention"), vision, src)?) } else { None };
-        let up = Linear::new(&name("intermediate_query.dense"), w, m, true, src)?;
-        let down = Close::new(cfg, &name("output_query"), m, src)?;
+        let features = if looks { Some(Attention::new(cfg, &of.at("crossattention"), vision, src)?) } else { None };
+        let up = Linear::new(&of.at("intermediate_query.dense"), w, m, true, src)?;
+        let down = Close::new(cfg, &of.at("output_query"), m, src)?;
         Ok(Self { own, features, act: cfg.act, up, down })
     }
 
@@ -102,12 +106,12 @@ impl Layer {
 
 impl Attention {
     /// With keys and values of rows of width `seen`.
-    fn new(cfg: &QformerProjector, name: &str, seen: usize, src: &mut dyn Source) -> Result<Self> {
+    fn new(cfg: &QformerProjector, of: &Scope, seen: usize, src: &mut dyn Source) -> Result<Self> {
         let (w, heads) = (cfg.width, cfg.heads);
-        let mut linear = |part: &str, d_in| Linear::new(&format!("{name}.attention.{part}"), d_in, w, true, src);
+        let mut linear = |part: &str, d_in| Linear::new(&of.at("attention").at(part), d_in, w, true, src);
         let (q, k, v) = (linear("query", w)?, linear("key", seen)?, linear("value", seen)?);
         let config = Config { heads, kv_heads: heads, head_dim: w / heads, causal: false };
-        Ok(Self { config, q, k, v, close: Close::new(cfg, &format!("{name}.output"), w, src)? })
+        Ok(Self { config, q, k, v, close: Close::new(cfg, &of.at("output"), w, src)? })
     }
 
     fn forward(&self, h: &Tensor, seen: &Tensor, sequences: &Sequences, vars: &mut Vars) -> Result<Tensor> {
@@ -125,12 +129,12 @@ impl Attention {
 }
 
 impl Close {
-    fn new(cfg: &QformerProjector, name: &str, d_in: usize, src: &mut dyn Source) -> Result<Self> {
+    fn new(cfg: &QformerProjector, of: &Scope, d_in: usize, src: &mut dyn Source) -> Result<Self> {
         Ok(Self {
-            name: name.to_string(),
+            name: of.name().to_string(),
             dropout: cfg.dropout,
-            dense: Linear::new(&format!("{name}.dense"), d_in, cfg.width, true, src)?,
-            norm: LayerNorm::new(&format!("{name}.LayerNorm"), cfg.width, src)?.with_eps(NORM_EPS),
+            dense: Linear::new(&of.at("dense"), d_in, cfg.width, true, src)?,
+            norm: LayerNorm::new(&of.at("LayerNorm"), cfg.width, src)?.with_eps(NORM_EPS),
         })
     }
 

@@ -9,6 +9,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::{FeedForward, LayerNorm, Linear, each_picture, of_each};
 use crate::model::params::{Param, module};
+use crate::model::role::{Init, Scope};
 use crate::model::vision::Grid;
 use crate::ops::attention::{Config, Sequences};
 use crate::ops::graph::{attention, repeat};
@@ -42,11 +43,13 @@ impl Resampler {
     pub fn new(cfg: &ResamplerProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
         let Ends { vision: d, language, bias } = ends;
         cfg.check().context("resampler")?;
-        let latents = src.master("projector.perceiver.latents".into(), &[cfg.queries, d])?;
-        let layers = (0..cfg.depth).map(|i| Layer::new(&format!("projector.perceiver.layers.{i}"), cfg, d, src));
+        let of = Scope::projector();
+        let inside = of.at("perceiver");
+        let latents = src.master(&inside, "latents", &[cfg.queries, d], Init::Normal(1.0))?;
+        let layers = (0..cfg.depth).map(|i| Layer::new(&inside.at(&format!("layers.{i}")), cfg, d, src));
         let layers = layers.collect::<Result<_>>()?;
-        let norm = LayerNorm::new("projector.perceiver.norm", d, src)?;
-        let out = (d != language).then(|| Linear::new("projector.out", d, language, bias, src)).transpose()?;
+        let norm = LayerNorm::new(&inside.at("norm"), d, src)?;
+        let out = (d != language).then(|| Linear::new(&of.at("out"), d, language, bias, src)).transpose()?;
         Ok(Self { latents, layers, norm, out })
     }
 
@@ -56,9 +59,9 @@ impl Resampler {
 }
 
 impl Layer {
-    fn new(name: &str, cfg: &ResamplerProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
+    fn new(of: &Scope, cfg: &ResamplerProjector, d: usize, src: &mut dyn Source) -> Result<Self> {
         let inner = cfg.heads * cfg.head_dim;
-        let part = |part: &str| format!("{name}.0.{part}");
+        let part = |part: &str| of.at("0").at(part);
         Ok(Self {
             config: Config { heads: cfg.heads, kv_heads: cfg.heads, head_dim: cfg.head_dim, causal: false },
             norm_media: LayerNorm::new(&part("norm_media"), d, src)?,
@@ -66,7 +69,7 @@ impl Layer {
             to_q: Linear::new(&part("to_q"), d, inner, false, src)?,
             to_kv: Linear::new(&part("to_kv"), d, 2 * inner, false, src)?,
             to_out: Linear::new(&part("to_out"), inner, d, false, src)?,
-            ff: FeedForward::new(&format!("{name}.1"), d, cfg.ff_mult * d, src)?,
+            ff: FeedForward::new(&of.at("1"), d, cfg.ff_mult * d, src)?,
         })
     }
 

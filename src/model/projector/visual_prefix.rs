@@ -7,6 +7,7 @@ use crate::model::init::Source;
 use crate::model::island::Vars;
 use crate::model::layers::Linear;
 use crate::model::params::module;
+use crate::model::role::Scope;
 use crate::model::vision::Grid;
 use crate::ops::launch::widen;
 use crate::spec::VisualPrefixProjector;
@@ -26,7 +27,7 @@ impl VisualPrefix {
     pub fn new(cfg: &VisualPrefixProjector, ends: Ends, src: &mut dyn Source) -> Result<Self> {
         cfg.check().context("visual_prefix")?;
         let Ends { vision, language, bias } = ends;
-        let layer = Linear::new("projector.visual_prefix", vision, cfg.tokens * language, bias, src)?;
+        let layer = Linear::new(&Scope::projector().at("visual_prefix"), vision, cfg.tokens * language, bias, src)?;
         Ok(Self { tokens: cfg.tokens, language, layer })
     }
 }

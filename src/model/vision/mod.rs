@@ -9,6 +9,7 @@ use super::build::norm;
 use super::init::{Place, Shapes, Source};
 use super::norm::Norm;
 use super::params::{Grads, Module, Param, module};
+use super::role::{Init, Level, Linears, Part, Role, Scope};
 use super::segment::{self, Kept, Side, Tape};
 use super::watch;
 use crate::bail;
@@ -102,21 +103,18 @@ impl Tower {
             )
         }
         let (d, p) = (c.hidden_size, c.patch_size);
-        let mut get = |name: &str, shape: &[usize]| -> Result<Param> {
-            let name = format!("vision.embeddings.{name}");
-            src.param(name, shape)
-        };
-        let class_embedding = get("class_embedding", &[d])?;
-        let patch_embedding = get("patch_embedding.weight", &[d, c.num_channels, p, p])?;
-        let position_embedding = get("position_embedding.weight", &[c.num_patches() + 1, d])?;
-        let ln =
-            |name: &str, src: &mut dyn Source| norm(src, Kind::Layer, &format!("vision.{name}"), d, c.layer_norm_eps);
-        let pre_layrnorm = ln("pre_layrnorm", src)?;
+        let of = Scope::vision();
+        let (below, table) = (of.below().at("embeddings"), Init::Normal(Linears::DEVIATION));
+        let class_embedding = src.param(&below, "class_embedding", &[d], table)?;
+        let patch_embedding = src.param(&below.at("patch_embedding"), "weight", &[d, c.num_channels, p, p], table)?;
+        let position_embedding =
+            src.param(&below.at("position_embedding"), "weight", &[c.num_patches() + 1, d], table)?;
+        let pre_layrnorm = norm(src, Kind::Layer, &of.below().at("pre_layrnorm"), d, c.layer_norm_eps)?;
         let mut layers = Vec::with_capacity(n);
         for i in 0..n {
-            layers.push(Block::new(format!("vision.encoder.layers.{i}"), &c.block(), &c.architecture.block, src)?);
+            layers.push(Block::new(&of.layer("encoder.layers", i), &c.block(), &c.architecture.block, src)?);
         }
-        let post_layernorm = ln("post_layernorm", src)?;
+        let post_layernorm = norm(src, Kind::Layer, &of.at("post_layernorm"), d, c.layer_norm_eps)?;
         let depth = depth as usize;
         Ok(Self {
             size: config.image_size,
@@ -144,10 +142,9 @@ impl Tower {
         self.depth
     }
 
-    /// Is the module or parameter of this name ever computed? Layers above the selected one are not.
-    pub fn computes(&self, name: &str) -> bool {
-        let layer = name.strip_prefix("vision.encoder.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        layer.is_none_or(|layer: usize| layer < self.depth)
+    /// Is a parameter or a layer of this role ever computed? Layers of the tower above the selected one are not.
+    pub fn computes(&self, role: &Role) -> bool {
+        role.part != Part::Vision || !matches!(role.level, Level::Layer(i) if i >= self.depth)
     }
 
     /// How the features of one picture lie.
