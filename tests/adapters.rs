@@ -8,7 +8,8 @@ use adfreeze::error::Result;
 use adfreeze::model::backbone::LanguageConfig;
 use adfreeze::model::init::{Place, Source};
 use adfreeze::model::language::Language;
-use adfreeze::model::params::{Module, adapter_of};
+use adfreeze::model::params::Module;
+use adfreeze::model::role::{Init, Part};
 use adfreeze::model::segment::Kept;
 use adfreeze::model::visual::{Shown, Visual};
 use adfreeze::model::vlm::{Batch, Load, Mode, Vlm};
@@ -91,7 +92,7 @@ fn batch(vlm: &Vlm) -> Batch {
 }
 
 fn own(vlm: &mut Vlm) -> BTreeSet<String> {
-    names(vlm, |n| adapter_of(n) == Some("new"))
+    vlm.names(|p| p.role.adapter() == Some("new"))
 }
 
 fn logps(vlm: &Vlm, batch: &Batch, mode: Mode) -> Vec<u64> {
@@ -175,7 +176,7 @@ fn layers_keep_what_they_say() {
     for (text, ..) in TABLE.iter().filter(|(text, ..)| !text.contains("prefix")) {
         let mut vlm = adapted(text);
         perturb(&mut vlm);
-        let all = names(&mut vlm, |n| adapter_of(n).is_some() || n.starts_with("projector."));
+        let all = vlm.names(|p| p.is_adapter() || p.role.part == Part::Projector);
         vlm.train_only(&all);
         let batch = batch(&vlm);
         for kept in [Kept::All, Kept::Minimal, Kept::Input] {
@@ -220,7 +221,7 @@ fn soft_visual_tokens_in_front_of_pictures_beside_the_text() {
     attach(&mut vlm, &config("{ prefix = { tokens = 2, before = 'picture' } }"), "soft", key("soft")).unwrap();
     perturb(&mut vlm);
     assert_eq!(vlm.prefix_rows(), [0, 2]);
-    let chosen = names(&mut vlm, |n| adapter_of(n).is_some() || n.starts_with("projector."));
+    let chosen = vlm.names(|p| p.is_adapter() || p.role.part == Part::Projector);
     vlm.train_only(&chosen);
     let batch = batch(&vlm);
     let weights = coefs(batch.targets.len());
@@ -356,7 +357,7 @@ impl Source for Weightless {
     fn place(&self) -> &Place {
         &self.0
     }
-    fn get(&mut self, _: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    fn get(&mut self, _: &str, shape: &[usize], dtype: DType, _: Init) -> Result<Tensor> {
         Ok(Tensor::ones(vec![1; shape.len()], dtype, &self.0.device)?.broadcast_as(shape)?)
     }
 }
@@ -411,13 +412,14 @@ fn merged_they_give_the_same() {
         }
         let fresh = vlm.params();
         perturb(&mut vlm);
-        let base: BTreeMap<_, _> = fresh.into_iter().filter(|(n, _)| adapter_of(n).is_none()).collect();
+        let roles = vlm.roles();
+        let base: BTreeMap<_, _> = fresh.into_iter().filter(|(n, _)| roles[n].adapter.is_none()).collect();
         vlm.assign(&base).unwrap();
         let batch = batch(&vlm);
         let values = |vlm: &Vlm| vlm.forward(&batch, Mode::default()).unwrap().0.logps().unwrap();
         let before = values(&vlm);
         lora::merge(&mut vlm).unwrap();
-        assert!(vlm.params().keys().all(|n| adapter_of(n).is_none()));
+        assert!(vlm.roles().values().all(|r| r.adapter.is_none()));
         let off = before.iter().zip(values(&vlm)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(off < 1e-12, "{both:?}: {off:e}");
     }

@@ -7,7 +7,7 @@ use adfreeze::adapters::attach;
 use adfreeze::checkpoint::safetensors;
 use adfreeze::data::tiles::Tiles;
 use adfreeze::data::{IGNORE, ImageProcessor, Picture, Pixels, Sample, Sight};
-use adfreeze::model::init::{FromWeights, NEWLINE, Place, Source};
+use adfreeze::model::init::{FromWeights, NEWLINE, Place, newline};
 use adfreeze::model::language::Language;
 use adfreeze::model::projector::Projector;
 use adfreeze::model::segment::Kept;
@@ -53,11 +53,11 @@ fn model() -> Vlm {
     let (d_in, d_out) = (config.vision.hidden_size, config.text.hidden_size);
     let cfg: spec::Projector = toml::from_str::<BTreeMap<String, _>>("p = { mlp = {} }").unwrap().remove("p").unwrap();
     let projector = Projector::new(&cfg, d_in, d_out, config.projector_bias, &mut src).unwrap();
-    let newline = src.master(NEWLINE.to_string(), &[d_out]).unwrap();
+    let row_end = newline(d_out, &mut src).unwrap();
     let language = Language::new(config.text.clone(), &mut src).unwrap();
     weights.finish().unwrap();
     let mut vlm = Vlm::new(Some(tower), Some(projector), language, config.image_token_index);
-    vlm.newline = Some(newline);
+    vlm.newline = Some(row_end);
     vlm
 }
 
@@ -147,7 +147,7 @@ fn tiny_model(projector: &str, deliver: Deliver) -> Vlm {
     let cfg: spec::Projector =
         toml::from_str::<BTreeMap<String, _>>(&format!("p = {projector}")).unwrap().remove("p").unwrap();
     let mut vlm = vlm(clip(), -2, SelectFeature::Patch, &cfg, llama());
-    vlm.newline = Some(source().master(NEWLINE.to_string(), &[12]).unwrap());
+    vlm.newline = Some(newline(12, &mut source()).unwrap());
     vlm.deliver = deliver;
     if deliver == Deliver::CrossAttention {
         let text = "a = { cross_attention = { every = 1, heads = 2, head_dim = 3, ff_mult = 1, sees = 'all' } }";

@@ -6,15 +6,15 @@ mod tiny;
 use adfreeze::data::{Dataset, IGNORE, ImageRef, Item, Plan, Sample};
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::language::Language;
-use adfreeze::model::params::{Grads, Module};
+use adfreeze::model::params::{Grads, Module, Param};
 use adfreeze::model::projector::Projector;
 use adfreeze::model::segment::Kept;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Load, Mode, Vlm};
-use adfreeze::optim::{AdamW, Depths};
+use adfreeze::optim::AdamW;
 use adfreeze::pipeline::components::{Row, Training, gets_master, notes, rows, table};
 use adfreeze::pipeline::memory::loads;
-use adfreeze::pipeline::state::{State, is_adapter};
+use adfreeze::pipeline::state::State;
 use adfreeze::spec::{Alpha, Resize, SelectFeature, Stage};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +43,7 @@ fn model(dtype: DType) -> Vlm {
 
 fn optimizer(stage: &Stage, vlm: &mut Vlm) -> AdamW {
     let shapes = vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    AdamW::of_stage(stage, "s", 3, &shapes, Depths { vision: 2, language: 4 }, &BTreeMap::new()).unwrap()
+    AdamW::of_stage(stage, "s", 3, &shapes, &vlm.distances(), &BTreeMap::new()).unwrap()
 }
 
 fn size(t: &Tensor) -> u64 {
@@ -96,7 +96,7 @@ fn what_is_told_is_what_stands_in_memory() {
 
             // As a stage begins.
             if dtype == DType::BF16 {
-                let lean = |n: &str| !gets_master(&stage, n);
+                let lean = |p: &Param| !gets_master(&stage, &p.role);
                 state.vlm.drop_masters(lean).unwrap();
                 if !text.contains("stochastic") {
                     state.vlm.make_masters().unwrap();
@@ -200,7 +200,7 @@ fn cross_attention_has_two_frontiers() {
     let mut state = State::new(vlm, None);
     state.enter(&stage, "s").unwrap();
     assert_eq!(state.vlm.stops_above(), ["vision.encoder.layers.1", "language.layers.1"]);
-    assert!(state.vlm.params().keys().any(|n| is_adapter(n)));
+    assert!(state.vlm.roles().values().any(|r| r.adapter.is_some()));
 }
 
 #[test]

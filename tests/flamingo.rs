@@ -7,6 +7,7 @@ use adfreeze::model::init::{Place, Shapes};
 use adfreeze::model::insert::Inserts;
 use adfreeze::model::insert::cross_attention::CrossAttention;
 use adfreeze::model::params::{Grads, Module};
+use adfreeze::model::role::Scope;
 use adfreeze::model::segment::Side;
 use adfreeze::model::visual::{Shown, Visual};
 use adfreeze::spec::{Adapter, CrossAttention as Recipe};
@@ -37,7 +38,7 @@ fn run(
 ) -> (Tensor, Tensor, Tensor, BTreeMap<String, Tensor>) {
     let cfg = recipe(&format!("{{ heads = 2, head_dim = 3, ff_mult = 2, sees = '{sees}' }}"));
     let mut source = adfreeze::model::init::Fresh { key: key("block"), place: Place { dtype, ..Place::cpu() } };
-    let mut block = CrossAttention::new(&cfg, "eyes", PLACE, 8, &mut source).unwrap();
+    let mut block = CrossAttention::new(&cfg, "eyes", &Scope::language().layer("layers", 0), 8, &mut source).unwrap();
     let prefix = format!("{PLACE}.cross_attention.eyes.");
     let own = names(&mut block, |_| true);
     let theirs = |name: &String| (name.clone(), golden[name.strip_prefix(&prefix).unwrap()].clone());
@@ -125,7 +126,14 @@ fn in_bf16_it_is_as_near_as_bf16_can_be() {
 
 #[test]
 fn it_has_as_many_parameters() {
-    let block = CrossAttention::new(&recipe("{}"), "eyes", PLACE, 4096, &mut Shapes(Place::cpu())).unwrap();
+    let block = CrossAttention::new(
+        &recipe("{}"),
+        "eyes",
+        &Scope::language().layer("layers", 0),
+        4096,
+        &mut Shapes(Place::cpu()),
+    )
+    .unwrap();
     // As tests/golden/flamingo/make.py prints.
     assert_eq!(block.params().values().map(Tensor::elem_count).sum::<usize>(), 142_622_722);
 }

@@ -8,7 +8,7 @@ use adfreeze::adapters::{attach, inserts, lora};
 use adfreeze::checkpoint::{peft, safetensors};
 use adfreeze::model::init::{FromWeights, Place};
 use adfreeze::model::language::Language;
-use adfreeze::model::params::{Module, adapter_of};
+use adfreeze::model::params::Module;
 use adfreeze::model::projector::Projector;
 use adfreeze::model::vision::Tower;
 use adfreeze::model::vlm::{Batch, Mode, Vlm};
@@ -104,7 +104,7 @@ fn check_outputs(case: &str, vlm: &Vlm, batch: &Batch, want: &BTreeMap<String, T
 /// Gradients of the mean loss of all parameters of adapters.
 #[track_caller]
 fn check_gradients(case: &str, vlm: &mut Vlm, batch: &Batch, want: &BTreeMap<String, Tensor>) {
-    let own: BTreeSet<String> = vlm.params().into_keys().filter(|n| adapter_of(n).is_some()).collect();
+    let own: BTreeSet<String> = vlm.names(|p| p.is_adapter());
     vlm.train_only(&own);
     let got = gradients(vlm, batch, &[-1.0 / TEXT.len() as f64; TEXT.len()], Mode::default());
     let prefix = format!("{case}.grad.");
@@ -181,7 +181,7 @@ fn several_adapters_act_one_after_the_other() {
 fn lora_plus() {
     const LR: f64 = 2e-3;
     let mut vlm = adapted(&[("dora", "start")]);
-    let own: BTreeSet<String> = vlm.params().into_keys().filter(|n| adapter_of(n).is_some()).collect();
+    let own: BTreeSet<String> = vlm.names(|p| p.is_adapter());
     vlm.train_only(&own);
     let cfg = spec::Lora { rank: 4, alpha: 8.0, dora: true, lr_ratio: Some(16.0), ..Default::default() };
     let state = State::new(vlm, Some(Adapter::Lora(cfg)));

@@ -3,10 +3,9 @@
 
 mod tiny;
 
-use adfreeze::model::params::{Grads, Module, adapter_of};
-use adfreeze::model::vision::Tower;
+use adfreeze::model::params::{Grads, Module};
 use adfreeze::model::vlm::{Mode, Vlm};
-use adfreeze::optim::{AdamW, Depths};
+use adfreeze::optim::AdamW;
 use adfreeze::pipeline::state::State;
 use adfreeze::spec::{SelectFeature, Stage};
 use candle_core::Tensor;
@@ -42,16 +41,7 @@ fn enter(stage: &Stage, tied: bool) -> State {
 
 fn optimizer(stage: &Stage, vlm: &mut Vlm, total: usize) -> AdamW {
     let shapes = vlm.trainable().into_iter().map(|(n, t)| (n, t.dims().to_vec())).collect();
-    let vision = vlm.vision.as_ref().map_or(0, Tower::depth);
-    AdamW::of_stage(
-        stage,
-        "s",
-        total,
-        &shapes,
-        Depths { vision, language: vlm.language.layers.len() },
-        &BTreeMap::new(),
-    )
-    .unwrap()
+    AdamW::of_stage(stage, "s", total, &shapes, &vlm.distances(), &BTreeMap::new()).unwrap()
 }
 
 fn step(vlm: &mut Vlm, optimizer: &mut AdamW) -> adfreeze::optim::StepReport {
@@ -112,7 +102,10 @@ const TABLE: [(&str, Chosen); 16] = [
         "train = ['vision.encoder.layers[1].*']\n\
          adapters = [{ bottleneck = { dim = 2, target = ['language.layers[-1].mlp'] } }, { prefix = { tokens = 2, freeze = true } },\n\
                      { lora = { name = 'late', rank = 1, alpha = 1, target = ['language.layers[-1].*.q_proj'] } }]",
-        |n| n.starts_with("vision.encoder.layers.1.") || matches!(adapter_of(n), Some("s" | "late")),
+        |n| {
+            n.starts_with("vision.encoder.layers.1.")
+                || [".bottleneck.s.", ".lora_A.late.", ".lora_B.late."].iter().any(|a| n.contains(a))
+        },
     ),
     // An ordered list: the first match wins.
     (

@@ -13,6 +13,7 @@ use adfreeze::model::dora::Magnitude;
 use adfreeze::model::language::Language;
 use adfreeze::model::linear::{InputGrad, Linear, LowRank};
 use adfreeze::model::params::{Grads, Module, Param};
+use adfreeze::model::role::{Init, Role, Scope};
 use adfreeze::model::segment::{self, Kept, Segment, Side};
 use adfreeze::model::vlm::{Mode, Vlm};
 use adfreeze::ops::norm::Kind;
@@ -27,10 +28,14 @@ fn against(y: &Tensor, g: &Tensor) -> f64 {
     flat(y).iter().zip(flat(g)).map(|(y, g)| y * g).sum()
 }
 
+fn role() -> Role {
+    Scope::language().role(Init::Zeros)
+}
+
 fn low_rank(name: &str, adapter: &str, dropout: f64) -> LowRank {
     let matrix = |m: &str, shape: &[usize]| {
         let name = format!("{name}.lora_{m}.{adapter}.weight");
-        Param::new(name.clone(), noise(&name, shape, 0.5))
+        Param::new(name.clone(), noise(&name, shape, 0.5), role())
     };
     let (a, b) = (matrix("A", &[2, 5]), matrix("B", &[7, 2]));
     LowRank { adapter: adapter.into(), a, b, magnitude: None, scale: 0.7, dropout }
@@ -44,11 +49,11 @@ fn dora(name: &str, adapter: &str, dropout: f64) -> LowRank {
 
 fn magnitude(name: &str, adapter: &str, out: usize) -> Magnitude {
     let name = format!("{name}.lora_magnitude_vector.{adapter}.weight");
-    Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], 0.3) + 1.0).unwrap()))
+    Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], 0.3) + 1.0).unwrap(), role()))
 }
 
 fn check_linear(what: &str, deltas: Vec<LowRank>, trains: impl Fn(&str) -> bool) {
-    let mut l = build::linear(&mut source(), "layer", 7, 5, true).unwrap();
+    let mut l = build::linear(&mut source(), &Scope::of("layer", &role()), 7, 5, true).unwrap();
     l.deltas = deltas;
     perturb(&mut l);
     let chosen = names(&mut l, trains);
@@ -107,7 +112,7 @@ fn linear_layers_and_their_adapters() {
 fn dora_computes_what_peft_does() {
     let x = noise("x", &[6, 5], 1.0);
     for (bias, p) in [(false, 0.0), (true, 0.0), (false, 0.4), (true, 0.4)] {
-        let mut l = build::linear(&mut source(), "layer", 7, 5, bias).unwrap();
+        let mut l = build::linear(&mut source(), &Scope::of("layer", &role()), 7, 5, bias).unwrap();
         l.deltas = vec![low_rank("layer", "a", 0.0), dora("layer", "b", p), dora("layer", "c", 0.0)];
         perturb(&mut l);
         let all = names(&mut l, |_| true);
@@ -142,7 +147,7 @@ fn dora_computes_what_peft_does() {
 
 #[test]
 fn dropout_masks_some_inputs_and_only_while_training() {
-    let mut l = build::linear(&mut source(), "layer", 7, 5, true).unwrap();
+    let mut l = build::linear(&mut source(), &Scope::of("layer", &role()), 7, 5, true).unwrap();
     l.deltas = vec![low_rank("layer", "sft", 0.4)];
     let lora = names(&mut l, |n| n.contains("lora"));
     l.set_trainable(&lora);
@@ -158,7 +163,7 @@ fn dropout_masks_some_inputs_and_only_while_training() {
 #[test]
 fn norms() {
     for kind in [Kind::Rms, Kind::Layer] {
-        let mut n = build::norm(&mut source(), kind, "norm", 9, 1e-5).unwrap();
+        let mut n = build::norm(&mut source(), kind, &Scope::of("norm", &role()), 9, 1e-5).unwrap();
         perturb(&mut n);
         let all = names(&mut n, |_| true);
         n.set_trainable(&all);
@@ -183,7 +188,7 @@ fn check_layer(what: &str, layer: &Block, x: &Tensor, side: &Side) {
         let name = l.name().to_string();
         let matrix = |m: &str, shape: &[usize]| {
             let name = format!("{name}.lora_{m}.sft.weight");
-            Param::new(name.clone(), noise(&name, shape, 0.4))
+            Param::new(name.clone(), noise(&name, shape, 0.4), role())
         };
         l.deltas.push(LowRank {
             adapter: "sft".into(),
@@ -198,7 +203,7 @@ fn check_layer(what: &str, layer: &Block, x: &Tensor, side: &Side) {
     for l in stacked.linears_mut() {
         let name = l.name().to_string();
         let lora = l.deltas[0].clone();
-        let renamed = |p: &Param| Param::new(p.name.replace(".sft.", ".dpo."), p.value.clone());
+        let renamed = |p: &Param| Param::new(p.name.replace(".sft.", ".dpo."), p.value.clone(), role());
         let m = Some(magnitude(&name, "dpo", lora.b.value.dims()[0]));
         let (a, b) = (renamed(&lora.a), renamed(&lora.b));
         l.deltas.push(LowRank { adapter: "dpo".into(), a, b, magnitude: m, scale: 0.8, dropout: 0.2 });

@@ -2,8 +2,8 @@
 //! end, so that the weights of a 7B model need neither their f32 values nor the host's time.
 
 use crate::error::Result;
-use crate::model::role::{Init, Linears};
 use crate::model::init::{Place, Source, fresh};
+use crate::model::role::{Init, Linears};
 use crate::ops::random::{Key, normal};
 use candle_core::{DType, Tensor};
 

@@ -170,8 +170,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_held_is_refused_with_its_bytes() {
-        let refused =
-            |shape: &[usize]| fresh(Key::new(1, "a"), "projector.x.weight", shape, DType::F32, Init::Zeros).unwrap_err().report();
+        let refused = |shape: &[usize]| {
+            fresh(Key::new(1, "a"), "projector.x.weight", shape, DType::F32, Init::Zeros).unwrap_err().report()
+        };
         let report = refused(&[1 << 40, 1 << 20]);
         assert!(report.contains("`projector.x.weight`, [1099511627776, 1048576], needs 4611686018.4 GB"), "{report}");
         assert!(refused(&[usize::MAX, usize::MAX, usize::MAX]).contains("hint: choose a smaller size"));

@@ -215,7 +215,14 @@ mod tests {
         let lora = Scope::of(layer.name(), &layer.role(Init::Ones)).adapter("lora_B", "sft");
         assert_eq!(lora.name(), "language.layers.3.self_attn.q_proj.lora_B.sft");
         let role = lora.role(Linears::Zero.weight(4));
-        assert_eq!((role.part, role.level, role.adapter(), role.init), (Part::Language, Level::Layer(3), Some("sft"), Init::Zeros));
-        assert!(!role.is_backbone() && layer.role(Init::Ones).is_backbone() && !Scope::projector().role(Init::Ones).is_backbone());
+        assert_eq!(
+            (role.part, role.level, role.adapter(), role.init),
+            (Part::Language, Level::Layer(3), Some("sft"), Init::Zeros)
+        );
+        assert!(
+            !role.is_backbone()
+                && layer.role(Init::Ones).is_backbone()
+                && !Scope::projector().role(Init::Ones).is_backbone()
+        );
     }
 }

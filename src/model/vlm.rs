@@ -394,11 +394,11 @@ impl Vlm {
             let reached = v.frontier().unwrap_or(v.depth())..v.depth();
             let rows = load.pictures * v.rows();
             for l in &v.layers[reached] {
-                all.insert(l.name.as_str(), rows * l.bytes_per_row(l.policy().unwrap_or(kept))?);
+                all.insert(l.scope.name(), rows * l.bytes_per_row(l.policy().unwrap_or(kept))?);
             }
         }
         for l in &self.language.layers[self.language.frontier().0..] {
-            all.insert(l.name.as_str(), load.tokens * l.bytes_per_row(l.policy().unwrap_or(kept))?);
+            all.insert(l.scope.name(), load.tokens * l.bytes_per_row(l.policy().unwrap_or(kept))?);
         }
         Ok(all)
     }

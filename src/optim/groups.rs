@@ -145,9 +145,8 @@ impl Groups {
     /// parameter at distance k from the top gets lr·dᵏ. `distances`: k by name, 0 where a name is not there.
     pub fn decay_layers(mut self, stage: Option<f64>, distances: &BTreeMap<String, usize>) -> Result<Self> {
         let from_top = |name: &str| distances.get(name).copied().unwrap_or(0);
-        let reached = |group: usize, this: &Self| {
-            this.members.iter().any(|(name, m)| m.group == group && from_top(name) > 0)
-        };
+        let reached =
+            |group: usize, this: &Self| this.members.iter().any(|(name, m)| m.group == group && from_top(name) > 0);
         let own = |g: &Group| g.layer_decay.is_some();
         let hint = "it is for layers and embeddings of `vision.` and `language.`; drop it";
         if let Some(i) = (0..self.list.len()).find(|i| own(&self.list[*i]) && !reached(*i, &self)) {

@@ -20,7 +20,6 @@ use crate::bail;
 use crate::data::{Dataset, ImageProcessor, Item, Plan, TextEncoder};
 use crate::error::{Context, Result};
 use crate::model::params::Module;
-use crate::model::vision::Tower;
 use crate::optim::AdamW;
 use crate::report::Reporter;
 use crate::spec::{Objective, Optimizer, Recipe, Stage};

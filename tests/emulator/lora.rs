@@ -8,6 +8,7 @@ use adfreeze::model::dora::Magnitude;
 use adfreeze::model::init::{Fresh, Place};
 use adfreeze::model::linear::{InputGrad, Linear, LowRank, backward_all, forward_all};
 use adfreeze::model::params::{Grads, Module, Param};
+use adfreeze::model::role::{Init, Scope};
 use adfreeze::model::segment::Side;
 use adfreeze::ops::launch::{Emulator, Grid, HostArg, emulated};
 use adfreeze::ops::random::{Key, normal};
@@ -41,12 +42,13 @@ fn noise(what: &str, shape: &[usize], dtype: DType) -> Tensor {
 /// The values of bf16 in any type.
 fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) -> Linear {
     let mut source = Fresh { key: Key::new(7, "weights"), place: Place { dtype, ..Place::cpu() } };
-    let mut l = build::linear(&mut source, name, out, IN, false).unwrap();
-    l.weight = Param::new(l.weight.name.clone(), noise(name, &[out, IN], dtype));
+    let role = Scope::language().role(Init::Zeros);
+    let mut l = build::linear(&mut source, &Scope::of(name, &role), out, IN, false).unwrap();
+    l.weight = Param::new(l.weight.name.clone(), noise(name, &[out, IN], dtype), role.clone());
     for (adapter, rank, dropout) in adapters {
         let matrix = |m: &str, shape: &[usize]| {
             let name = format!("{name}.lora_{m}.{adapter}.weight");
-            Param::new(name.clone(), noise(&name, shape, dtype))
+            Param::new(name.clone(), noise(&name, shape, dtype), role.clone())
         };
         l.deltas.push(LowRank {
             adapter: adapter.to_string(),
@@ -56,7 +58,7 @@ fn layer(name: &str, out: usize, adapters: &[(&str, usize, f64)], dtype: DType) 
                 // In f32 beside bf16.
                 let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
                 let name = format!("{name}.lora_magnitude_vector.{adapter}.weight");
-                Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], wide) + 4.0).unwrap()))
+                Magnitude::new(Param::new(name.clone(), (noise(&name, &[out], wide) + 4.0).unwrap(), role.clone()))
             }),
             scale: 0.5,
             dropout: *dropout,

@@ -34,7 +34,7 @@ pub struct CrossAttention {
 #[derive(Debug, Clone)]
 enum Form {
     Gated(Box<Gated>),
-    PostNorm(LayerNorm),
+    PostNorm(Box<LayerNorm>),
 }
 
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ impl CrossAttention {
         let to_kv = Linear::new(&attn.at("to_kv"), d, 2 * inner, false, src)?;
         let to_out = Linear::new(&attn.at("to_out"), inner, d, false, src)?;
         let form = match cfg.form {
-            CrossAttentionForm::PostNorm => Form::PostNorm(LayerNorm::new(&of.at("norm"), d, src)?),
+            CrossAttentionForm::PostNorm => Form::PostNorm(Box::new(LayerNorm::new(&of.at("norm"), d, src)?)),
             CrossAttentionForm::Gated => Form::Gated(Box::new(Gated {
                 norm: LayerNorm::new(&attn.at("norm"), d, src)?,
                 gates: [

@@ -36,11 +36,7 @@ impl Bottleneck {
             norm: LayerNorm::new(&of.at("norm"), vision, src)?,
             down: Linear::new(&of.at("down"), vision, cfg.dim, bias, src)?,
             up: Linear::new(&of.at("up").with(Linears::Zero), cfg.dim, vision, bias, src)?,
-            out: if vision == language {
-                None
-            } else {
-                Some(Linear::new(&of.at("out"), vision, language, bias, src)?)
-            },
+            out: if vision == language { None } else { Some(Linear::new(&of.at("out"), vision, language, bias, src)?) },
         })
     }
 }

@@ -68,8 +68,7 @@ impl Layer {
         let mut norm = |part: &str| RmsNorm::new(&of.at(part), d, cfg.norm_eps, src);
         let (latents_norm, context_norm) = (norm("input_latents_norm")?, norm("input_context_norm")?);
         let mlp_norm = norm("post_attention_layernorm")?;
-        let mut linear =
-            |part: &str, d_in, d_out| Linear::new(&of.at("self_attn").at(part), d_in, d_out, false, src);
+        let mut linear = |part: &str, d_in, d_out| Linear::new(&of.at("self_attn").at(part), d_in, d_out, false, src);
         Ok(Self {
             config: Config { heads, kv_heads, head_dim, causal: false },
             latents_norm,

@@ -67,8 +67,7 @@ impl Qformer {
         let w = cfg.width;
         let of = Scope::projector();
         let inside = of.at("qformer").with(Linears::Pretrained);
-        let query_tokens =
-            src.master(&of, "query_tokens", &[1, cfg.queries, w], Init::Normal(Linears::DEVIATION))?;
+        let query_tokens = src.master(&of, "query_tokens", &[1, cfg.queries, w], Init::Normal(Linears::DEVIATION))?;
         let norm = LayerNorm::new(&inside.at("layernorm"), w, src)?.with_eps(NORM_EPS);
         let layers = (0..cfg.layers).map(|i| Layer::new(cfg, &inside, i, ends.vision, src)).collect::<Result<_>>()?;
         let out = Linear::new(&of.at("language_projection"), w, ends.language, true, src)?;
