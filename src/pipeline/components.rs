@@ -89,6 +89,7 @@ pub fn rows(state: &State, training: &Training) -> Result<Vec<Row>> {
     let train = &training.stage.train;
     let patterns = if train.is_empty() { None } else { Some(Patterns::new(train, &own)?) };
     let kinds: BTreeMap<&str, &str> = state.adapters.iter().map(|(name, a)| (name.as_str(), a.kind())).collect();
+    let below = below(&state.vlm);
     let mut all: BTreeMap<Place, Row> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     let mut result = Ok(());
@@ -98,7 +99,7 @@ pub fn rows(state: &State, training: &Training) -> Result<Vec<Row>> {
             return;
         }
         let decided = patterns.as_ref().and_then(|patterns| patterns.first(&p.name)).map(|i| (i, train[i].clone()));
-        let place = place(p, decided, &kinds, dtype(p, training));
+        let place = place(p, decided, &kinds, &below, dtype(p, training));
         let row = all.entry(place.clone()).or_insert_with(|| Row::empty(&place));
         result = row.add(p, training);
     });
@@ -122,7 +123,21 @@ impl Place {
     }
 }
 
-fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &str>, dtype: String) -> Place {
+/// The modules below the tower's layers, as a pattern.
+fn below(vlm: &Vlm) -> String {
+    let names = vlm.names(|p| p.role.part == Part::Vision && p.role.level == Level::Below && !p.is_adapter());
+    let modules: BTreeSet<&str> = names.iter().filter_map(|n| n.split('.').nth(1)).collect();
+    let list = modules.into_iter().collect::<Vec<_>>().join(",");
+    if list.contains(',') { format!("vision.{{{list}}}") } else { format!("vision.{list}") }
+}
+
+fn place(
+    p: &Param,
+    decided: Option<(usize, String)>,
+    kinds: &BTreeMap<&str, &str>,
+    below: &str,
+    dtype: String,
+) -> Place {
     let of =
         |part: (usize, String), layer, what| Place { part, layer, trains: p.trainable, what, dtype: dtype.clone() };
     if let Some(adapter) = p.role.adapter() {
@@ -133,7 +148,7 @@ fn place(p: &Param, decided: Option<(usize, String)>, kinds: &BTreeMap<&str, &st
     let what = decided.unwrap_or_else(|| (usize::MAX, format!("{} (no pattern)", first_word(&p.name))));
     let module = || p.name.split('.').take(2).collect::<Vec<_>>().join(".");
     match (p.role.part, p.role.level) {
-        (Part::Vision, Level::Below) => of((0, "vision, below its layers".to_string()), None, what),
+        (Part::Vision, Level::Below) => of((0, below.to_string()), None, what),
         (part @ (Part::Vision | Part::Language), Level::Layer(i)) => {
             let stack = p.name.split_once(&format!(".{i}.")).map_or("", |(stack, _)| stack);
             of((if part == Part::Vision { 1 } else { 5 }, stack.to_string()), Some(i), what)
