@@ -13,6 +13,13 @@ use std::time::{Duration, Instant};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_adfreeze");
 
+/// Were the tests started to ignore hang-ups, as `nohup` does? What they start must not be, or it would go on after a SIGHUP.
+fn ignores_hangups() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 == 1)
+}
+
 /// A file of the golden fixture.
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/a").join(name)
@@ -112,7 +119,10 @@ impl Folder {
     }
 
     pub fn adfreeze<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut c = self.command(BINARY);
+        let mut c = if ignores_hangups() { self.command("env") } else { self.command(BINARY) };
+        if ignores_hangups() {
+            c.args(["--default-signal=HUP", BINARY]);
+        }
         c.args(args);
         c
     }
