@@ -7,6 +7,7 @@ mod cli {
     mod bench;
     mod chat;
     mod check;
+    mod compat;
     mod first_hour;
     mod folder;
     mod forms;

@@ -1,4 +1,4 @@
-//! LLaMA and everything of its architecture (HF `LlamaForCausalLM`): embeddings, decoder layers, norm, head.
+//! The language model, of any architecture (`model::backbone`): embeddings, decoder layers, norm, head.
 //!
 //! The head is computed on labelled rows only, in chunks. Gradients stop at the frontier.
 

@@ -1,4 +1,4 @@
-//! The CLIP vision tower (Radford et al. 2021; HF `CLIPVisionModel`): pictures → hidden states of the selected layer.
+//! The vision tower, of any architecture (`model::backbone`): pictures → hidden states of the selected layer.
 //! Layers past the selected one are loaded but never computed.
 
 pub mod positions;
