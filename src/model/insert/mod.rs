@@ -2,7 +2,7 @@
 //!
 //! An insert is an island (see [`super::island`]) that keeps its input alone and runs again in backward, whatever the layer
 //! keeps: it is small beside the layer, and its graph would be the larger part of what stands in memory. Its parameters are
-//! named `{place}.{kind}.{adapter}.…`, see [`super::params::adapter_of`].
+//! named `{place}.{kind}.{adapter}.…`, see [`super::role::Scope::adapter`].
 
 pub mod bottleneck;
 pub mod cross_attention;
