@@ -225,4 +225,17 @@ mod tests {
                 && !Scope::projector().role(Init::Ones).is_backbone()
         );
     }
+
+    /// PyTorch's `nn.Linear` and PEFT's A in ±1/√in, HF's deviation of 0.02; what an adapter adds begins as nothing.
+    #[test]
+    fn linear_layers_begin_as_those_of_others() {
+        let of = |l: Linears| (l.weight(100), l.bias(25));
+        assert_eq!(of(Linears::Torch), (Init::Uniform(0.1), Init::Uniform(0.2)));
+        assert_eq!(of(Linears::Adapter), (Init::Uniform(0.1), Init::Zeros));
+        assert_eq!(of(Linears::Pretrained), (Init::Normal(0.02), Init::Zeros));
+        assert_eq!(of(Linears::Zero), (Init::Zeros, Init::Zeros));
+        assert_eq!(Scope::projector().linears(), Linears::Torch);
+        let up = Scope::projector().adapter("bottleneck", "norm_tune").at("up");
+        assert_eq!((up.linears(), up.name()), (Linears::Adapter, "projector.bottleneck.norm_tune.up"));
+    }
 }

@@ -450,7 +450,7 @@ impl Vlm {
         Ok(most)
     }
 
-    /// How far each parameter that trains stands from the top of its backbone (see [`Role::from_top`]); of the tower the layers that run.
+    /// How far each parameter stands from the top of its backbone (see [`Role::from_top`]); of the tower the layers that run.
     ///
     /// [`Role::from_top`]: super::role::Role::from_top
     pub fn distances(&self) -> BTreeMap<String, usize> {
