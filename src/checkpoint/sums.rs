@@ -56,7 +56,7 @@ impl Sums {
         let mut sums = Self::default();
         for line in lines {
             match line.split_once("  ") {
-                Some((sum, name)) if is_sum(sum) && !name.is_empty() => sums.announce(name, sum),
+                Some((sum, name)) if is_sum(sum) && is_inside(name) => sums.announce(name, sum),
                 _ => bail!("{} is damaged: `{line}` is no line of a checksum list", path.display();
                     "copy it back from a backup; where that is not possible, choose another output_dir"),
             }
@@ -245,6 +245,11 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// Is this a file below the folder? Listed files may be replaced and deleted, so a list must not lead out.
+fn is_inside(name: &str) -> bool {
+    !name.is_empty() && Path::new(name).components().all(|part| matches!(part, std::path::Component::Normal(_)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,5 +295,17 @@ mod tests {
         write(&format!("{HEAD}\n{sum}  x\n{}\n", &sum[..40]));
         let report = Sums::read(dir.path()).unwrap_err().report();
         assert!(report.contains("SHA256SUMS is damaged") && report.contains("hint: "), "{report}");
+    }
+
+    #[test]
+    fn a_list_that_leads_out_of_its_folder_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, fine) in
+            [("a", true), ("a/b.json", true), ("../a", false), ("a/../../b", false), ("/etc/passwd", false)]
+        {
+            let text = format!("{HEAD}\n{}  {name}\n", "0".repeat(64));
+            fs::write(dir.path().join(FILE), text).unwrap();
+            assert_eq!(Sums::read(dir.path()).is_ok(), fine, "{name}");
+        }
     }
 }
